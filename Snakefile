@@ -1,0 +1,40 @@
+# images -> backbone -> activations -> sae -> steering -> pruning -> report
+#
+#   snakemake --cores 2                            the default run (params.yaml) into results/default
+#   snakemake --cores 2 --configfile my.yaml       an overlay: only what differs from params.yaml
+import sys
+
+from sparsight.config import check_writable, load_run
+from sparsight.errors import SparsightError
+from sparsight.schema import to_flags
+
+
+configfile: "params.yaml"
+
+
+try:
+    RUN = load_run(config)
+    check_writable(RUN.folder)
+except SparsightError as error:
+    sys.exit(f"error in params.yaml or its overlay: {error}")
+R = RUN.folder.as_posix()
+
+
+include: "workflow/rules/common.smk"
+include: "workflow/rules/images.smk"
+include: "workflow/rules/backbone.smk"
+include: "workflow/rules/activations.smk"
+include: "workflow/rules/sae.smk"
+include: "workflow/rules/steering.smk"
+include: "workflow/rules/pruning.smk"
+include: "workflow/rules/report.smk"
+
+
+rule all:
+    default_target: True
+    input:
+        f"{R}/report/index.html",
+        f"{R}/metrics.json",
+        f"{R}/timings.json",
+        f"{R}/provenance.json",
+        expand(f"{R}/activations/{{b}}/{{split}}.json", b=RUN.backbones, split=["train", "val", "test"]),

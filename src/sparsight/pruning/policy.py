@@ -1,0 +1,67 @@
+"""The head policy of AdaViT (Meng et al., CVPR 2022): per block, which heads an image uses.
+
+Shapes: B batch, D width (d_in), P blocks with a policy, H heads.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from sparsight.errors import SparsightError
+
+FORMAT_VERSION = 1
+
+
+class HeadPolicy(nn.Module):
+    """A linear map of the class token at each block's input to one logit per head; logit > 0 keeps the head.
+
+    AdaViT decides in every block but the first, which always runs whole.
+
+    Args:
+        d_in: D.
+        n_heads: H.
+        blocks: the P blocks that it decides.
+    """
+
+    def __init__(self, d_in: int, n_heads: int, blocks: list[int]) -> None:
+        super().__init__()
+        self.blocks = blocks
+        self.weight = nn.Parameter(torch.zeros(len(blocks), n_heads, d_in))
+        self.bias = nn.Parameter(torch.ones(len(blocks), n_heads))
+
+    def logits(self, block: int, cls_BD: Tensor) -> Tensor:
+        """Head logits (B, H) of one block."""
+        p = self.blocks.index(block)
+        return cls_BD @ self.weight[p].T + self.bias[p]
+
+    def decide(self, block: int, cls_BD: Tensor) -> Tensor | None:
+        """Bool (B, H); None for a block without a policy."""
+        return self.logits(block, cls_BD) > 0 if block in self.blocks else None
+
+    def save(self, folder: Path, **about: Any) -> None:
+        """Write ``policy.safetensors`` (weight (P, H, D), bias (P, H)) and ``config.json``."""
+        save_file({k: v.contiguous() for k, v in self.state_dict().items()}, folder / "policy.safetensors")
+        P, H, D = self.weight.shape
+        config = {**about, "format_version": FORMAT_VERSION, "blocks": self.blocks, "n_heads": H, "d_in": D}
+        (folder / "config.json").write_text(json.dumps(config, indent=1, sort_keys=True) + "\n")
+
+    @classmethod
+    def load(cls, folder: Path) -> "HeadPolicy":
+        """The policy that :meth:`save` wrote.
+
+        Raises:
+            SparsightError: no policy there, or one of another format.
+        """
+        try:
+            config = json.loads((folder / "config.json").read_text())
+        except OSError as error:
+            raise SparsightError(f"{folder}: no head policy here ({error.strerror}: config.json)") from None
+        if config.get("format_version") != FORMAT_VERSION:
+            raise SparsightError(f"{folder}: format_version {config.get('format_version')}, expected {FORMAT_VERSION}")
+        policy = cls(config["d_in"], config["n_heads"], config["blocks"])
+        policy.load_state_dict(load_file(folder / "policy.safetensors"))
+        return policy.requires_grad_(False)

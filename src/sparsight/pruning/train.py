@@ -1,0 +1,148 @@
+"""Training of the head policy on a frozen backbone.
+
+AdaViT's loss, with two changes that the docs list as ours: the class token is centred and scaled (folded
+into the saved weights), because its large constant part would make the policy nearly the same for every
+image; and the usage loss aims at the evaluated (thresholded) usage, because the sampled one differs.
+
+Shapes: B batch, D width (d_in), P blocks with a policy, H heads.
+"""
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sparsight import config, training
+from sparsight.backbones import Backbone
+from sparsight.errors import SparsightError
+from sparsight.images import Manifest, Pixels, Split
+from sparsight.pruning.policy import HeadPolicy
+from sparsight.seeds import derive_seed
+from sparsight.work import Work
+
+
+def fit(
+    section: config.Policy, backbone: Backbone, manifest: Manifest, name: str, seed: int, work: Work,
+    record: dict[str, Any],
+) -> None:  # fmt: skip
+    """Write ``policy.safetensors``, ``config.json`` and ``training.jsonl`` to ``work.out``.
+
+    Raises:
+        SparsightError: a backbone without a class token.
+    """
+    if not backbone.model.has_class_token:
+        raise SparsightError(f"policies.{name}: the backbone has no class token for the policy to read")
+    backbone.requires_grad_(False)
+    threads = torch.get_num_threads()
+    train, val = manifest.split("train"), manifest.split("val")
+    blocks = list(range(1, backbone.n_blocks))
+    mean_PD, std_PD = _cls_statistics(backbone, train, blocks, section.batch_size)
+    policy = HeadPolicy(backbone.d_in, backbone.n_heads, blocks).to(backbone.device)
+    loop = _Training(section, policy, backbone, Pixels(train, backbone.preprocess, threads), val, mean_PD, std_PD)
+    training.train(loop, len(train), section.batch_size, section.epochs, derive_seed(seed, "policy", name), work)
+    folded = loop.folded()
+    about = {"name": name, "backbone": section.backbone, "training": dataclasses.asdict(section), "record": record}
+    folded.save(work.out, **about)
+
+
+@torch.no_grad()
+def _cls_statistics(backbone: Backbone, split: Split, blocks: list[int], batch_size: int) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of the class token at each block's input, (P, D) each."""
+    names = [f"blocks.{block}.input" for block in blocks]
+    total = square = torch.zeros((), dtype=torch.float64)
+    for pixels in split.batches(backbone.preprocess, batch_size, torch.get_num_threads()):
+        taps = backbone.taps(backbone.normalize(pixels), names)
+        cls = torch.stack([taps[name][:, 0].double() for name in names])
+        total, square = total + cls.sum(dim=1), square + cls.square().sum(dim=1)
+    mean = total / len(split)
+    variance = (square / len(split) - mean.square()).clamp(min=1e-12)
+    return mean.float(), variance.sqrt().float()
+
+
+class _Training:
+    """See :class:`sparsight.training.Trainable`."""
+
+    def __init__(
+        self, section: config.Policy, policy: HeadPolicy, backbone: Backbone, pixels: Pixels, val: Split,
+        mean_PD: Tensor, std_PD: Tensor,
+    ) -> None:  # fmt: skip
+        self.section, self.policy, self.backbone, self.pixels, self.val = section, policy, backbone, pixels, val
+        self.mean_PD, self.std_PD = mean_PD, std_PD
+        self.optimizer = torch.optim.Adam(policy.parameters(), lr=section.lr, fused=True)
+
+    def step(self, rows: np.ndarray, progress: float, generator: torch.Generator) -> dict[str, Tensor]:
+        section = self.section
+        images = self.backbone.normalize(self.pixels[rows])
+        labels = torch.from_numpy(self.pixels.split.labels[rows]).long().to(images.device)
+        for group in self.optimizer.param_groups:
+            group["lr"] = section.lr * training.warmup_cosine(progress)
+        sampled = _Sampled(self, generator)
+        cross_entropy = F.cross_entropy(self.backbone(images, policy=sampled), labels)
+        usage = torch.stack(sampled.evaluated).mean()
+        loss = cross_entropy + section.usage_weight * (usage - section.target).square()
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        return {
+            "loss": loss,
+            "cross_entropy": cross_entropy,
+            "usage_evaluated": usage,
+            "usage_sampled": torch.stack(sampled.sampled).mean(),
+        }
+
+    @torch.no_grad()
+    def epoch_end(self) -> dict[str, float]:
+        policy, hits, usage = self.folded(), [], []
+        for pixels in self.val.batches(self.backbone.preprocess, 4 * self.section.batch_size, torch.get_num_threads()):
+            tokens = self.backbone.tokens(self.backbone.normalize(pixels))
+            x, masks = self.backbone.run_blocks(tokens, 0, self.backbone.n_blocks, policy, "gathered")
+            hits.append(self.backbone.classify(x).argmax(dim=1).cpu().numpy())
+            usage.append(torch.stack(list(masks.values()), dim=1).float().mean(dim=(1, 2)).cpu().numpy())
+        accuracy = float((np.concatenate(hits) == self.val.labels).mean())
+        return {"val_accuracy": accuracy, "val_usage_policy_blocks": float(np.concatenate(usage).mean())}
+
+    def state(self) -> dict[str, Tensor]:
+        return training.module_state(self.policy) | training.optimizer_state(self.optimizer)
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        training.restore_module(self.policy, state)
+        training.restore_optimizer(self.optimizer, state)
+
+    @torch.no_grad()
+    def folded(self) -> HeadPolicy:
+        """The policy on raw class tokens: w.(x - mean)/std + b = (w/std).x + (b - (w/std).mean)."""
+        raw = HeadPolicy(self.backbone.d_in, self.backbone.n_heads, self.policy.blocks).to(self.mean_PD.device)
+        weight = self.policy.weight / self.std_PD[:, None]
+        raw.weight.copy_(weight)
+        raw.bias.copy_(self.policy.bias - torch.einsum("phd,pd->ph", weight, self.mean_PD))
+        return raw.requires_grad_(False)
+
+
+class _Sampled:
+    """The policy as training sees it: straight-through Gumbel-sigmoid samples on standardised class tokens."""
+
+    def __init__(self, loop: _Training, generator: torch.Generator) -> None:
+        self.loop, self.generator = loop, generator
+        self.sampled: list[Tensor] = []
+        self.evaluated: list[Tensor] = []
+
+    def decide(self, block: int, cls_BD: Tensor) -> Tensor | None:
+        policy, tau = self.loop.policy, self.loop.section.temperature
+        if block not in policy.blocks:
+            return None
+        p = policy.blocks.index(block)
+        logits = policy.logits(block, (cls_BD - self.loop.mean_PD[p]) / self.loop.std_PD[p])
+        u = torch.rand(logits.shape, generator=self.generator).clamp(1e-6, 1 - 1e-6).to(logits.device)
+        noise = torch.log(u) - torch.log1p(-u)  # the difference of two Gumbel variables is logistic
+        mask = _straight_through(torch.sigmoid((logits + noise) / tau))
+        self.sampled.append(mask.detach().mean())
+        self.evaluated.append(_straight_through(torch.sigmoid(logits / tau)).mean())
+        return mask
+
+
+def _straight_through(soft: Tensor) -> Tensor:
+    """0 or 1 forward, the gradient of ``soft`` backward."""
+    return (soft > 0.5).to(soft.dtype) + soft - soft.detach()

@@ -1,0 +1,96 @@
+"""Per-class latents: which SAE latents stand for a class, and the edits that amplify them.
+
+The strategy of arXiv 2603.26743; the ranking (mean difference) is our choice, the paper's is not public.
+
+Shapes: B batch, N rows, D width (d_in), F latents (d_sae), C classes, M latents per class.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from sparsight.sae.base import SAE
+
+_ROWS = 4096
+
+
+@dataclass(frozen=True)
+class ClassLatents:
+    """What steering needs to know of the train split, class by class."""
+
+    latents: Tensor
+    """(C, M) int64: latents ranked by mean activation in the class minus mean activation elsewhere."""
+    random_latents: Tensor
+    """(C, M) int64: latents drawn at random among those that fire on train and are not in ``latents``."""
+    mean_activation: Tensor
+    """(C, F) mean code of the class's images."""
+    class_mean: Tensor
+    """(C, D) mean activation of the class's images."""
+    mean: Tensor
+    """(D,) mean activation of all images."""
+    vectors: Tensor
+    """(C, M, D) steering vectors: the mean push of the first m latents of a class, sum of z_i W_dec_i."""
+
+    def save(self, path: Path) -> None:
+        """Write a safetensors file with these fields."""
+        save_file({name: value.contiguous() for name, value in vars(self).items()}, path)
+
+    @classmethod
+    def load(cls, path: Path, device: torch.device) -> "ClassLatents":
+        """Read what :meth:`save` wrote."""
+        return cls(**load_file(path, device=str(device)))
+
+
+@torch.no_grad()
+def find(sae: SAE, x_ND: np.ndarray, labels: np.ndarray, n_classes: int, n_latents: int, seed: int) -> ClassLatents:
+    """Rank the latents of every class on training activations.
+
+    Args:
+        x_ND: activations of the train split.
+        labels: (N,) int.
+        n_latents: M, at most half of F.
+        seed: of the random latents.
+    """
+    device = sae.W_dec.device
+    total_CF = torch.zeros(n_classes, sae.d_sae, dtype=torch.float64, device=device)
+    for start in range(0, len(x_ND), _ROWS):
+        codes_BF = sae.encode(x_ND[start : start + _ROWS]).dense().double()
+        onehot_CB = torch.from_numpy(labels[start : start + _ROWS] == np.arange(n_classes)[:, None]).to(device)
+        total_CF += onehot_CB.double() @ codes_BF
+    count_C1 = torch.from_numpy(np.bincount(labels, minlength=n_classes)).to(device)[:, None]
+    mean_CF = total_CF / count_C1
+    elsewhere_CF = (total_CF.sum(dim=0) - total_CF) / (len(labels) - count_C1)
+    latents = (mean_CF - elsewhere_CF).argsort(dim=1, descending=True, stable=True)[:, :n_latents]
+    generator = np.random.default_rng(seed)
+    alive = np.flatnonzero(total_CF.sum(dim=0).cpu().numpy() > 0)
+    every = np.arange(sae.d_sae)
+    random = []
+    for own in latents.cpu().numpy():
+        others = np.setdiff1d(alive, own)
+        pool = others if len(others) >= n_latents else np.setdiff1d(every, own)
+        random.append(generator.choice(pool, n_latents, replace=False))
+    x = torch.from_numpy(x_ND).double()
+    class_mean = torch.stack([x[torch.from_numpy(labels == c)].mean(dim=0) for c in range(n_classes)])
+    push_CMD = mean_CF.gather(1, latents).float()[:, :, None] * sae.W_dec[latents]
+    return ClassLatents(
+        latents=latents,
+        random_latents=torch.from_numpy(np.stack(random)).to(device),
+        mean_activation=mean_CF.float(),
+        class_mean=class_mean.float().to(device),
+        mean=x.mean(dim=0).float().to(device),
+        vectors=push_CMD.cumsum(dim=1),
+    )
+
+
+def class_edit(sae: SAE, codes_BF: Tensor, classes_B: Tensor, found: ClassLatents) -> Tensor:
+    """The edit of factor 2, (B, D): sum over the class's latents of z_i W_dec_i.
+
+    Factor gamma adds (gamma - 1) times this: x' = x + D(g z) - D(z), which keeps the SAE's error.
+    """
+    latents_BM = found.latents[classes_B]
+    picked_BF = torch.zeros_like(codes_BF).scatter(1, latents_BM, codes_BF.gather(1, latents_BM))
+    return picked_BF @ sae.W_dec

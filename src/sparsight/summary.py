@@ -1,0 +1,60 @@
+"""The headline numbers of a run, flat, and where they come from."""
+
+import dataclasses
+import json
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sparsight import machine, tables
+from sparsight.config import Compute
+
+
+def write_metrics(inputs: dict[str, list[Path]], path: Path) -> None:
+    """Write ``metrics.json``: test-split numbers under flat keys ``<stage>.<name>...``.
+
+    Args:
+        inputs: ``backbones`` (config.json), ``saes`` and ``policies`` (metrics.json), ``steerings`` (Parquet).
+    """
+    flat: dict[str, float] = {}
+    for file in inputs["backbones"]:
+        about = json.loads(file.read_text())
+        flat[f"backbone.{file.parent.name}.accuracy"] = about["accuracy"]["test"]["accuracy"]
+    for file in inputs["saes"]:
+        metrics = json.loads(file.read_text())
+        for key in ("fvu", "fvu_pca_k", "l0", "dead_train", "accuracy_spliced"):
+            if key in metrics:
+                flat[f"sae.{file.parent.name}.{key}"] = metrics[key]
+    for file in inputs["steerings"]:
+        for row in tables.read(file):
+            if row["split"] == "test":
+                flat[f"steering.{file.stem}.{row['method']}.{row['labels']}.accuracy"] = row["accuracy"]
+    for file in inputs["policies"]:
+        policy = file.parent.name
+        flat[f"pruning.{policy}.unpruned.accuracy"] = json.loads(file.read_text())["unpruned"]["accuracy"]
+        for key, rows in by_strategy(tables.read(file.with_name("overall.parquet"))).items():
+            for column in ("accuracy", "usage_last", "usage_all"):
+                flat[f"pruning.{policy}.{'.'.join(key)}.{column}"] = float(np.mean([row[column] for row in rows]))
+    path.write_text(json.dumps(flat, indent=1, sort_keys=True) + "\n")
+
+
+def by_strategy(rows: list[dict[str, Any]]) -> dict[tuple[str, str], list[dict[str, Any]]]:
+    """The rows of ``overall.parquet`` by (strategy, labels): one per SAE, to be averaged over SAE seeds."""
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault((row["strategy"], row["labels"]), []).append(row)
+    return groups
+
+
+def write_provenance(compute: Compute, path: Path) -> None:
+    """Write ``provenance.json``: time, git commit, versions, machine, compute settings."""
+    about = {
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+        "commit": machine.commit(),
+        "versions": machine.versions(),
+        "machine": machine.describe(),
+        "compute": dataclasses.asdict(compute),
+    }
+    path.write_text(json.dumps(about, indent=1) + "\n")

@@ -1,0 +1,121 @@
+"""The working state of a stage: locked, kept outside every declared output, promoted by rename.
+
+Snakemake deletes a job's outputs before it runs, so checkpoints and half-written shards must lie elsewhere:
+
+    results/<run>/.work/<stage>/lock      held with flock while the stage runs
+                               /key       what the state belongs to; another key empties the folder
+                               /state/    checkpoints
+                               /out/      finished files, renamed to their place at the end
+                               /complete  written when out/ is complete: only the renaming is left
+"""
+
+import fcntl
+import os
+import shutil
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+
+from sparsight.errors import SparsightError
+
+
+class Work:
+    """A stage's working folder, as a context manager that holds the lock.
+
+    Args:
+        folder: the working folder, made if absent.
+        key: digest of everything that decides the result; state under another key is thrown away.
+
+    Raises:
+        SparsightError: another process holds the folder.
+    """
+
+    def __init__(self, folder: Path, key: str) -> None:
+        self.folder, self.key = folder, key
+        self.state, self.out = folder / "state", folder / "out"
+
+    def __enter__(self) -> "Work":
+        self._lock = self._acquire()
+        if _read(self.folder / "key") != self.key:
+            for entry in self.folder.iterdir():
+                if entry.name != "lock":
+                    remove(entry)
+            write_atomic(self.folder / "key", lambda path: path.write_text(self.key))
+        self.state.mkdir(exist_ok=True)
+        self.out.mkdir(exist_ok=True)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        os.close(self._lock)
+
+    def _acquire(self) -> int:
+        path = self.folder / "lock"
+        while True:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                holder = _read(path) or "unknown process"
+                os.close(descriptor)
+                raise SparsightError(
+                    f"{self.folder} is in use by {holder}: this stage is still running. "
+                    "Wait for it or stop it, then run the same command again"
+                ) from None
+            # A stage that finished in between has removed the file that was just locked: try again.
+            if path.exists() and os.stat(path).st_ino == os.fstat(descriptor).st_ino:
+                os.ftruncate(descriptor, 0)
+                os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
+                return descriptor
+            os.close(descriptor)
+
+    @property
+    def complete(self) -> bool:
+        """Whether ``out`` holds everything and only the renaming is left."""
+        return (self.folder / "complete").exists()
+
+    def finish(self, destination: Path) -> None:
+        """Put every file and folder of ``out`` into ``destination`` and remove the working folder.
+
+        Folders (stores) go before files (the manifests that vouch for them). Files are linked, not moved:
+        after a kill in between Snakemake deletes those that had arrived, and they are put there again.
+        """
+        (self.folder / "complete").touch()
+        destination.mkdir(parents=True, exist_ok=True)
+        for entry in sorted(self.out.iterdir(), key=lambda e: (e.is_file(), e.name)):
+            target = destination / entry.name
+            if entry.is_dir():
+                if target.exists():
+                    shutil.rmtree(target)
+                os.replace(entry, target)
+            else:
+                write_atomic(target, lambda aside, entry=entry: _link(entry, aside))  # type: ignore[misc]
+        for entry in self.folder.iterdir():
+            if entry.name not in ("lock", "complete"):
+                remove(entry)
+        remove(self.folder)
+
+
+def _link(source: Path, target: Path) -> None:
+    target.unlink(missing_ok=True)
+    try:
+        os.link(source, target)
+    except OSError:  # a file system without hard links
+        shutil.copy2(source, target)
+
+
+def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
+    """Call ``write`` with a name beside ``path``, then rename: readers see the old file or the whole new one."""
+    aside = path.with_name(f"{path.name}.aside")
+    write(aside)
+    os.replace(aside, path)
+
+
+def remove(path: Path) -> None:
+    """Delete a file or a folder with all it holds."""
+    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+
+def _read(path: Path) -> str | None:
+    return path.read_text() if path.exists() else None

@@ -1,0 +1,14 @@
+"""List, check and split the images: image source -> manifest.parquet."""
+
+from sparsight import stage
+from sparsight.config import Images
+
+
+def main(job: stage.Stage) -> None:
+    from sparsight.images import write_manifest
+
+    write_manifest(job.config, job.seed, job.record(), job.compute.threads, job.work.out / "manifest.parquet")
+
+
+if __name__ == "__main__":
+    stage.run(main, __doc__, Images)

@@ -1,0 +1,32 @@
+"""Steer a head policy with every SAE and compare with the controls: pruning tables and metrics.json."""
+
+from sparsight import stage
+from sparsight.config import Pruning
+
+
+def main(job: stage.Stage) -> None:
+    from sparsight import backbones
+    from sparsight.images import Manifest
+    from sparsight.pruning.evaluate import Steered, evaluate
+    from sparsight.pruning.policy import HeadPolicy
+
+    device = job.device
+    backbone, _ = backbones.open_folder(job.inputs["backbone"].parent)
+    policy = HeadPolicy.load(job.inputs["policy"].parent).to(device)
+    pairs = zip(job.inputs["saes"], job.inputs["vectors"], strict=True)
+    steered = [Steered.load(weights.parent, vectors, device) for weights, vectors in pairs]
+    manifest = Manifest(job.inputs["images"])
+    evaluate(job.config, backbone.to(device), policy, steered, manifest, job.work, job.record())
+
+
+if __name__ == "__main__":
+    stage.run(
+        main,
+        __doc__,
+        Pruning,
+        images="manifest.parquet of the images stage",
+        backbone="model.safetensors of the backbone stage",
+        policy="policy.safetensors of the policy stage",
+        saes=["sae.safetensors of every SAE"],
+        vectors=["safetensors of the steering stage, in the order of the SAEs"],
+    )

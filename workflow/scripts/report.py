@@ -1,0 +1,25 @@
+"""Draw the run as one offline page: index.html and the figures in it."""
+
+from sparsight import stage
+from sparsight.config import Report
+
+
+def main(job: stage.Stage) -> None:
+    from sparsight.report.page import write_page
+
+    write_page(job.config, job.inputs, job.device, job.work.out)
+
+
+if __name__ == "__main__":
+    stage.run(
+        main,
+        __doc__,
+        Report,
+        metrics="metrics.json of the run",
+        images="manifest.parquet of the images stage",
+        backbones=["config.json of every backbone"],
+        saes=["metrics.json of every SAE"],
+        stores=["test.json of every backbone"],
+        steerings=["<name>.parquet of every steering result"],
+        policies=["metrics.json of every policy"],
+    )

@@ -1,0 +1,16 @@
+"""Train one SAE (--name) on the train split's store: sae.safetensors, config.json, training.jsonl."""
+
+from sparsight import stage
+from sparsight.config import Sae
+
+
+def main(job: stage.Stage) -> None:
+    from sparsight.sae.train import fit
+    from sparsight.store import ActivationStore
+
+    device = job.device
+    fit(job.config, ActivationStore.open(job.inputs["store"]), job.name, job.seed, job.work, device, job.record())
+
+
+if __name__ == "__main__":
+    stage.run(main, __doc__, Sae, store="train.json, the manifest of the train split's store")

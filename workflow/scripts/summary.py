@@ -1,0 +1,21 @@
+"""Collect the headline numbers of the run (metrics.json) and where they come from (provenance.json)."""
+
+from sparsight import stage
+
+
+def main(job: stage.Stage) -> None:
+    from sparsight.summary import write_metrics, write_provenance
+
+    write_metrics(job.inputs, job.work.out / "metrics.json")
+    write_provenance(job.compute, job.work.out / "provenance.json")
+
+
+if __name__ == "__main__":
+    stage.run(
+        main,
+        __doc__,
+        backbones=["config.json of every backbone"],
+        saes=["metrics.json of every SAE"],
+        steerings=["<name>.parquet of every steering result"],
+        policies=["metrics.json of every policy"],
+    )
