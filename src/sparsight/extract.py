@@ -70,7 +70,11 @@ def extract(
             records[shard] = record
     n_class, n_prefix = int(backbone.model.has_class_token), backbone.n_prefix
     patches = backbone.model.patch_embed.num_patches
-    positions = {"class": [0][:n_class], "register": list(range(n_class, n_prefix)), "patches": [n_prefix, n_prefix + patches]}
+    positions = {
+        "class": [0][:n_class],
+        "register": list(range(n_class, n_prefix)),
+        "patches": [n_prefix, n_prefix + patches],
+    }
     writer.write_manifest(
         work.out / f"{name}.json",
         [records[shard] for shard in sorted(records)],

@@ -41,8 +41,8 @@ def fit(
         backbone = backbones.load(section.model, section.weights, **section.architecture)
         if backbone.model.num_classes != len(classes):
             raise SparsightError(
-                f"backbones.{name}: its classifier has {backbone.model.num_classes} outputs, the images {len(classes)} classes; "
-                "set epochs to train a new classifier with the backbone"
+                f"backbones.{name}: its classifier has {backbone.model.num_classes} outputs, the images "
+                f"{len(classes)} classes; set epochs to train a new classifier with the backbone"
             )
     else:
         backbone = backbones.load(section.model, section.weights, len(classes), **section.architecture)

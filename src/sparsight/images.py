@@ -85,7 +85,7 @@ class Folder:
         splits = [name for name in SPLITS if (self.path / name).is_dir()]
         if splits and "train" not in splits:
             raise SparsightError(f"{self.path}: has {', '.join(splits)} but no train; add {self.path / 'train'}")
-        roots = [(self.path / name, name) for name in splits] or [(self.path, None)]
+        roots: list[tuple[Path, str | None]] = [(self.path / name, name) for name in splits] or [(self.path, None)]
         items = [
             Item(file.as_posix(), label.name, split)
             for root, split in roots

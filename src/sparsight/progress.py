@@ -40,4 +40,5 @@ class Progress:
             self._said = now
             rate = (self.done - self._start) / max(now - self._begin, 1e-9)
             left = (self.total - self.done) / max(rate, 1e-9)
-            say(f"{self.done}/{self.total} {self.unit}, {rate:.1f} {self.unit}/s, {left:.0f} s left{note and ', ' + note}")
+            note = note and f", {note}"
+            say(f"{self.done}/{self.total} {self.unit}, {rate:.1f} {self.unit}/s, {left:.0f} s left{note}")

@@ -18,8 +18,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-import yaml
-
 from sparsight.errors import SparsightError
 
 T = TypeVar("T")
@@ -121,39 +119,45 @@ def add_arguments(parser: argparse.ArgumentParser, cls: type) -> None:
 def from_arguments(cls: type[T], arguments: argparse.Namespace) -> T:
     """The section that the flags of :func:`add_arguments` spell, validated as if it came from YAML."""
     section: dict[str, Any] = {}
-    for field in dataclasses.fields(cls):  # type: ignore[arg-type]
-        if not hasattr(arguments, field.name):
+    for name, hint in get_type_hints(cls).items():
+        if not hasattr(arguments, name):
             continue
-        value = getattr(arguments, field.name)
-        if get_origin(get_type_hints(cls)[field.name]) is dict:
-            section[field.name] = {k: yaml.safe_load(v) for k, _, v in (item.partition("=") for item in value)}
-        elif isinstance(value, list):
-            section[field.name] = [yaml.safe_load(item) for item in value]
+        value = getattr(arguments, name)
+        if get_origin(hint) is dict:
+            pairs = (item.partition("=") for item in value)
+            section[name] = {key: _read(get_args(hint)[1], text) for key, _, text in pairs}
+        elif get_origin(hint) is tuple:
+            section[name] = [_read(get_args(hint)[0], text) for text in value]
         else:
-            section[field.name] = yaml.safe_load(value)
+            section[name] = _read(hint, value)
     return parse(cls, section, "arguments")
+
+
+def _read(hint: Any, text: str) -> Any:
+    """A flag's text as the type its field wants; text that does not fit is left for :func:`parse` to refuse."""
+    for wanted in get_args(hint) or (hint,):
+        if wanted is bool and text in ("true", "false"):
+            return text == "true"
+        if wanted is int and text.removeprefix("-").isdecimal():
+            return int(text)
+    return text
 
 
 def to_flags(section: Any) -> str:
     """The shell words that make a stage script read ``section`` again; unset (None) fields are left out."""
     words: list[str] = []
     for field in dataclasses.fields(section):
-        value = getattr(section, field.name)
-        if value is None:
-            continue
-        words.append(f"--{field.name.replace('_', '-')}")
+        value, flag = getattr(section, field.name), f"--{field.name.replace('_', '-')}"
         if isinstance(value, dict):
-            words += [f"{k}={_scalar(v)}" for k, v in value.items()]
+            words += [flag, *(f"{key}={_write(item)}" for key, item in value.items())]
         elif isinstance(value, tuple):
-            words += [_scalar(item) for item in value]
-        else:
-            words.append(_scalar(value))
+            words += [flag, *map(_write, value)]
+        elif value is not None:
+            words.append(f"{flag}={_write(value)}")
     return shlex.join(words)
 
 
-def _scalar(value: Any) -> str:
-    if isinstance(value, str) and yaml.safe_load(value) != value:
-        return json.dumps(value)  # a string that YAML would read as something else keeps its quotes
+def _write(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 

@@ -65,7 +65,7 @@ def run(main: Callable[[Stage], None], description: str, config: type | None = N
             type=Path,
             required=True,
             nargs="+" if several else None,
-            help=text[0] if several else text,
+            help="".join(text),
         )
     parser.add_argument("--out", type=Path, required=True, help="folder that receives the results")
     parser.add_argument("--work", type=Path, required=True, help="folder for working state, removed at the end")
@@ -94,7 +94,9 @@ def _run(
         if not path.exists():
             raise SparsightError(f"there is no {path}; run the stage that makes it first")
     digests = {name: _input_digests(value) for name, value in inputs.items()}
-    key = schema.digest([vars(compute), section and vars(section), arguments.name, arguments.seed, digests, _code_digest()])
+    key = schema.digest(
+        [vars(compute), section and vars(section), arguments.name, arguments.seed, digests, _code_digest()]
+    )
     with Work(arguments.work, key) as work:
         if not work.complete:
             main(Stage(section, inputs, arguments.name, arguments.seed, work, compute))
@@ -131,5 +133,5 @@ def _input_digests(value: Path | list[Path]) -> Any:
 
 def _code_digest() -> str:
     """Working state made by other code is not continued: a resumed result must equal an undisturbed one."""
-    files = sorted(Path(__file__).parent.rglob("*.py")) + [Path(sys.argv[0])]
+    files = [*sorted(Path(__file__).parent.rglob("*.py")), Path(sys.argv[0])]
     return schema.digest([schema.file_digest(path) for path in files])

@@ -84,11 +84,16 @@ class StoreWriter:
             SparsightError: a value that is not finite, or that the store's dtype cannot hold.
         """
         record: dict[str, Any] = {"sum": {}, "square": {}}
+        for name in self.files(shard):
+            (self.path / name).unlink(missing_ok=True)  # zarr would read a torn shard to merge with it
         for site, array in self._arrays.items():
             x = values[site]
             with np.errstate(over="ignore"):
                 stored = x.astype(array.dtype)
-            for name, bad in (("NaN or infinite activation", ~np.isfinite(x)), (f"{array.dtype} overflow", ~np.isfinite(stored))):
+            for name, bad in (
+                ("NaN or infinite activation", ~np.isfinite(x)),
+                (f"{array.dtype} overflow", ~np.isfinite(stored)),
+            ):
                 if bad.any():
                     row = int(np.flatnonzero(bad.reshape(len(x), -1).any(axis=1))[0])
                     advice = "check the weights" if name.startswith("NaN") else "set activations.dtype: float32"
@@ -161,10 +166,8 @@ class Rows:
         images, inverse = np.unique(rows // self.tokens_per_image, return_inverse=True)
         try:
             first, last = int(images[0]), int(images[-1]) + 1
-            if last - first == len(images):  # a run of neighbours needs no index
-                block = self._array[first:last]
-            else:
-                block = self._array.oindex[images]
+            neighbours = last - first == len(images)
+            block = self._array[first:last] if neighbours else self._array.oindex[images]
         except (ValueError, OSError) as error:
             problems = self._store.verify() or [str(error)]
             raise SparsightError(f"{self._store.path}: damaged: {problems[0]}; make the store again") from error

@@ -34,9 +34,9 @@ def write_metrics(inputs: dict[str, list[Path]], path: Path) -> None:
     for file in inputs["policies"]:
         policy = file.parent.name
         flat[f"pruning.{policy}.unpruned.accuracy"] = json.loads(file.read_text())["unpruned"]["accuracy"]
-        for key, rows in by_strategy(tables.read(file.with_name("overall.parquet"))).items():
+        for (strategy, labels), rows in by_strategy(tables.read(file.with_name("overall.parquet"))).items():
             for column in ("accuracy", "usage_last", "usage_all"):
-                flat[f"pruning.{policy}.{'.'.join(key)}.{column}"] = float(np.mean([row[column] for row in rows]))
+                flat[f"pruning.{policy}.{strategy}.{labels}.{column}"] = float(np.mean([row[column] for row in rows]))
     path.write_text(json.dumps(flat, indent=1, sort_keys=True) + "\n")
 
 

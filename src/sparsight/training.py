@@ -6,7 +6,6 @@ checkpoint is written only where a log line ends, so a resumed run writes the sa
 
 import json
 import time
-from collections.abc import Callable
 from typing import Any, Protocol
 
 import numpy as np
@@ -77,7 +76,9 @@ def train(trainable: Trainable, n_rows: int, batch_size: int, epochs: int, seed:
                     sums, count = {}, 0
                     if last and (extra := trainable.epoch_end()):
                         _write(log, {"step": step, "epoch": step // per_epoch, **extra})
-                    progress(step - progress.done, ", ".join(f"{k} {v:.4g}" for k, v in line.items() if k not in _POSITION))
+                    progress(
+                        step - progress.done, ", ".join(f"{k} {v:.4g}" for k, v in line.items() if k not in _POSITION)
+                    )
                     if time.monotonic() - saved > _CHECKPOINT_SECONDS:
                         log.flush()
                         position = torch.tensor([step, log.tell()])

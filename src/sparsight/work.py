@@ -64,7 +64,7 @@ class Work:
                     "Wait for it or stop it, then run the same command again"
                 ) from None
             # A stage that finished in between has removed the file that was just locked: try again.
-            if path.exists() and os.stat(path).st_ino == os.fstat(descriptor).st_ino:
+            if path.exists() and path.stat().st_ino == os.fstat(descriptor).st_ino:
                 os.ftruncate(descriptor, 0)
                 os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
                 return descriptor

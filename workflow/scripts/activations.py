@@ -13,9 +13,7 @@ def main(job: stage.Stage) -> None:
     device = job.device
     backbone, _ = backbones.open_folder(job.inputs["backbone"].parent)
     about = {"images_digest": manifest.digest, "record": job.record()}
-    extract(
-        backbone.to(device), manifest.split(job.name), job.config, job.work, job.name, about, job.compute.threads
-    )
+    extract(backbone.to(device), manifest.split(job.name), job.config, job.work, job.name, about, job.compute.threads)
 
 
 if __name__ == "__main__":

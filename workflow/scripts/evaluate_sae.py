@@ -12,9 +12,9 @@ def main(job: stage.Stage) -> None:
     device = job.device
     one = sae.load(job.inputs["sae"].parent).to(device)
     backbone, _ = backbones.open_folder(job.inputs["backbone"].parent)
-    stores = [ActivationStore.open(job.inputs[name]) for name in ("train", "test")]
-    test = Manifest(job.inputs["images"]).split("test")
-    evaluate(one, backbone.to(device), *stores, test, job.work, job.record())
+    train, test = (ActivationStore.open(job.inputs[name]) for name in ("train", "test"))
+    images = Manifest(job.inputs["images"]).split("test")
+    evaluate(one, backbone.to(device), train, test, images, job.work, job.record())
 
 
 if __name__ == "__main__":

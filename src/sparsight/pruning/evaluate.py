@@ -139,7 +139,9 @@ def _choose(outcomes: dict[Row, Outcome], tolerance: float) -> dict[tuple[str, s
         accuracy = {s: float(np.mean([o.hits.mean() for o in group])) for s, group in by_strength.items()}
         usage = {s: float(np.mean([o.last.mean() for o in group])) for s, group in by_strength.items()}
         allowed = [s for s in accuracy if accuracy[s] >= floor]
-        chosen[key] = min(allowed, key=lambda s: (usage[s], s)) if allowed else max(accuracy, key=lambda s: (accuracy[s], -s))
+        chosen[key] = (
+            min(allowed, key=lambda s: (usage[s], s)) if allowed else max(accuracy, key=lambda s: (accuracy[s], -s))
+        )
     return chosen
 
 
@@ -181,7 +183,9 @@ class _Runner:
                 progress(len(images))
         return out
 
-    def _masks(self, rows: list[Row], cls_BD: Tensor, logits_BH: Tensor, truth_B: Tensor, unsteered_B: Tensor) -> Tensor:
+    def _masks(
+        self, rows: list[Row], cls_BD: Tensor, logits_BH: Tensor, truth_B: Tensor, unsteered_B: Tensor
+    ) -> Tensor:
         """Last-block masks, bool (S, B, H). The policy is linear, so an edit shifts its logits by edit @ weight."""
         weight_HD = self.policy.weight[self.policy.blocks.index(self.last)]
         unit: dict[tuple[str, str, str], Tensor] = {}
@@ -276,7 +280,9 @@ def class_shift(backbone: Backbone, policy: HeadPolicy, split: Split, n_classes:
     return (mean_CH - mean_CH.mean(dim=0)).float()
 
 
-def _describe(row: Row, outcomes: dict[Row, Outcome], backbone: Backbone, rows: np.ndarray | None = None) -> dict[str, Any]:
+def _describe(
+    row: Row, outcomes: dict[Row, Outcome], backbone: Backbone, rows: np.ndarray | None = None
+) -> dict[str, Any]:
     """One row of a table, over all images or over ``rows``."""
     outcome, reference = outcomes[row], outcomes[NONE]
     rows = np.arange(len(outcome.hits)) if rows is None else rows

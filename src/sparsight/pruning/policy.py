@@ -45,8 +45,8 @@ class HeadPolicy(nn.Module):
     def save(self, folder: Path, **about: Any) -> None:
         """Write ``policy.safetensors`` (weight (P, H, D), bias (P, H)) and ``config.json``."""
         save_file({k: v.contiguous() for k, v in self.state_dict().items()}, folder / "policy.safetensors")
-        P, H, D = self.weight.shape
-        config = {**about, "format_version": FORMAT_VERSION, "blocks": self.blocks, "n_heads": H, "d_in": D}
+        _, n_heads, d_in = self.weight.shape
+        config = {**about, "format_version": FORMAT_VERSION, "blocks": self.blocks, "n_heads": n_heads, "d_in": d_in}
         (folder / "config.json").write_text(json.dumps(config, indent=1, sort_keys=True) + "\n")
 
     @classmethod

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 __all__ = ["SAE", "Codes", "Loss", "Trainer", "create", "load", "names"]
 
-_HOME = {name: "sparsight.sae.base" for name in ("SAE", "Codes", "Loss", "create", "load")}
+_HOME = dict.fromkeys(("SAE", "Codes", "Loss", "create", "load"), "sparsight.sae.base")
 _HOME["Trainer"] = "sparsight.sae.train"
 
 

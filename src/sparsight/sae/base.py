@@ -144,7 +144,7 @@ class SAE(nn.Module, ABC):
     @torch.no_grad()
     def normalize_decoder(self) -> None:
         """Give every decoder row unit norm."""
-        self.W_dec /= self.W_dec.norm(dim=1, keepdim=True)
+        self.W_dec.div_(self.W_dec.norm(dim=1, keepdim=True))
 
     @torch.no_grad()
     def remove_parallel_gradient(self) -> None:
@@ -155,8 +155,8 @@ class SAE(nn.Module, ABC):
     @torch.no_grad()
     def fold_scale(self, scale: float) -> None:
         """Turn an SAE of x / ``scale`` into the equivalent SAE of x; codes and output grow by ``scale``."""
-        self.b_enc *= scale
-        self.b_dec *= scale
+        self.b_enc.mul_(scale)
+        self.b_dec.mul_(scale)
 
     def save(self, folder: str | Path, **about: Any) -> None:
         """Write ``sae.safetensors`` and ``config.json``; ``about`` adds keys to the latter."""

@@ -59,7 +59,10 @@ def steer(
     every = [Row(m, s, labels) for m in METHODS for s in section.strengths for labels in ("predicted", "oracle")]
     on_val = _hits([NONE, RECONSTRUCT, *every], sae, found, backbone, manifest.split("val"))
     chosen = [
-        max((row for row in every if (row.method, row.labels) == key), key=lambda row: (on_val[row].mean(), -row.strength))
+        max(
+            (row for row in every if (row.method, row.labels) == key),
+            key=lambda row: (on_val[row].mean(), -row.strength),
+        )
         for key in dict.fromkeys((row.method, row.labels) for row in every)
     ]
     test = manifest.split("test")

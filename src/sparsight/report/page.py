@@ -1,0 +1,140 @@
+"""The report: one HTML file that opens from disk, without network."""
+
+import base64
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+import torch
+from PIL import Image
+
+from sparsight import config, sae, tables
+from sparsight.images import Manifest
+from sparsight.report import figures
+from sparsight.sae.base import SAE
+from sparsight.store import ActivationStore
+from sparsight.summary import by_strategy
+
+_THUMBNAIL = 56
+
+
+def write_page(section: config.Report, inputs: dict[str, Any], device: torch.device, out: Path) -> None:
+    """Write ``index.html`` and, for use elsewhere, ``accuracy-usage.svg`` of the first policy.
+
+    Args:
+        inputs: paths by name: metrics, images, and lists of backbones, saes, stores, steerings, policies.
+    """
+    manifest = Manifest(inputs["images"])
+    saes = {path.parent.name: path.parent for path in inputs["saes"]}
+    sae_metrics = {path.parent.name: json.loads(path.read_text()) for path in inputs["saes"]}
+    policies = [_policy(path.parent) for path in inputs["policies"]]
+    first = next(iter(saes))
+    stores = {path.parent.name: path for path in inputs["stores"]}
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("sparsight.report", "."), autoescape=True, undefined=jinja2.StrictUndefined
+    )
+    page = environment.get_template("page.html.j2").render(
+        title=section.title,
+        manifest=manifest,
+        counts={part: len(manifest.split(part)) for part in ("train", "val", "test")},
+        backbones=[_backbone(path.parent) for path in inputs["backbones"]],
+        sae_metrics=sae_metrics,
+        sae_figure=figures.sae_training(saes, sae_metrics),
+        steerings=[{"name": path.stem, "rows": _test_rows(path)} for path in inputs["steerings"]],
+        policies=policies,
+        latent_sae=first,
+        latents=_latents(sae.load(saes[first]).to(device), stores, manifest, section.latents, section.images),
+        metrics=json.loads(inputs["metrics"].read_text()),
+    )
+    (out / "index.html").write_text(page)
+    (out / "accuracy-usage.svg").write_text(policies[0]["usage_figure"])
+
+
+def _backbone(folder: Path) -> dict[str, Any]:
+    about = json.loads((folder / "config.json").read_text())
+    return {"name": folder.name, "about": about, "figure": figures.backbone_training(folder)}
+
+
+def _test_rows(path: Path) -> list[dict[str, Any]]:
+    return [row for row in tables.read(path) if row["split"] == "test"]
+
+
+def _policy(folder: Path) -> dict[str, Any]:
+    metrics = json.loads((folder / "metrics.json").read_text())
+    overall, per_head = tables.read(folder / "overall.parquet"), tables.read(folder / "per_head.parquet")
+    keys = list(by_strategy(overall))
+    shown = [key for key in keys if key[0] == "none" or key[1] == "predicted"]
+    unpruned = metrics["unpruned"]["accuracy"]
+    return {
+        "name": folder.name,
+        "metrics": metrics,
+        "rows": [_over_seeds(key, rows) for key, rows in by_strategy(overall).items()],
+        "usage_figure": figures.accuracy_against_usage(tables.read(folder / "validation.parquet"), overall, unpruned),
+        "head_figure": figures.class_by_head(per_head, shown),
+    }
+
+
+def _over_seeds(key: tuple[str, str], rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """One line of the headline table: the mean over SAE seeds and, where there are several, the range."""
+    line: dict[str, Any] = {"strategy": key[0], "labels": key[1], "strength": rows[0]["strength"], "n": rows[0]["n"]}
+    line["saes"] = len(rows) if rows[0]["sae"] else 0
+    for name in ("accuracy", "lo", "hi", "delta", "delta_lo", "delta_hi", "usage_last", "usage_all", "macs"):
+        values = [row[name] for row in rows]
+        line[name] = float(np.mean(values))
+        line[f"{name}_range"] = (min(values), max(values))
+    return line
+
+
+@torch.no_grad()
+def _latents(
+    one: SAE, stores: dict[str, Path], manifest: Manifest, n_latents: int, n_images: int
+) -> list[dict[str, Any]]:
+    """The latents that tell classes apart best on test, each with the test images that activate it most.
+
+    For every class in turn the latent with the largest mean difference that is not taken yet.
+    """
+    split = manifest.split("test")
+    rows = ActivationStore.open(stores[one.about["backbone"]]).rows(one.about["site"])
+    codes = one.encode(rows[:].astype(np.float32)).dense().cpu().numpy()
+    per_image = codes.reshape(len(split), -1, one.d_sae).max(axis=1)
+    chosen: list[dict[str, Any]] = []
+    for turn in range(n_latents):
+        c = turn % len(manifest.classes)
+        inside = split.labels == c
+        difference = per_image[inside].mean(axis=0) - per_image[~inside].mean(axis=0)
+        taken = {entry["latent"] for entry in chosen}
+        latent = next(int(i) for i in np.argsort(-difference, kind="stable") if int(i) not in taken)
+        active = per_image[:, latent] > 0
+        top = np.argsort(-per_image[:, latent], kind="stable")[:n_images]
+        chosen.append(
+            {
+                "latent": latent,
+                "class_name": manifest.classes[c],
+                "frequency": float(active.mean()),
+                "precision": float(inside[active].mean()) if active.any() else 0.0,
+                "images": [
+                    {
+                        "png": _thumbnail(split.picture(int(row))),
+                        "label": manifest.classes[split.labels[row]],
+                        "activation": float(per_image[row, latent]),
+                    }
+                    for row in top
+                ],
+            }
+        )
+    return chosen
+
+
+def _thumbnail(image: Image.Image) -> str:
+    """A PNG data URI of at most _THUMBNAIL pixels a side; small images are enlarged by whole factors."""
+    factor = max(1, _THUMBNAIL // max(image.size))
+    if factor > 1:
+        image = image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
+    image = image.convert("RGB" if image.mode not in ("L", "RGB") else image.mode)
+    image.thumbnail((_THUMBNAIL, _THUMBNAIL))
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG")
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()

@@ -1,0 +1,79 @@
+"""Fixtures: small models, small image folders, and one small run of the whole pipeline."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from sparsight import backbones
+from sparsight.backbones import Backbone
+from sparsight.config import Compute
+from sparsight.stage import prepare_torch
+
+ROOT = Path(__file__).parent.parent
+TINY = ROOT / "tests" / "tiny.yaml"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def deterministic_torch() -> None:
+    prepare_torch(Compute())
+
+
+def make_backbone(seed: int = 0, classes: int = 5, **options: Any) -> Backbone:
+    """A random ViT whose biases and layer scales are not zero, so that forgetting one of them shows."""
+    torch.manual_seed(seed)
+    sizes = {"img_size": 16, "patch_size": 4, "in_chans": 1, "embed_dim": 48, "depth": 3, "num_heads": 6, **options}
+    backbone = backbones.load("timm/vit_tiny_patch16_224", None, classes, **sizes)
+    with torch.no_grad():
+        for parameter in backbone.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return backbone.requires_grad_(False)
+
+
+@pytest.fixture
+def backbone() -> Backbone:
+    return make_backbone()
+
+
+def make_folder(path: Path, per_class: int = 12, size: int = 16) -> Path:
+    """An image folder of two classes, bright and dark."""
+    generator = np.random.default_rng(0)
+    for name, level in (("bright", 170), ("dark", 30)):
+        (path / name).mkdir(parents=True)
+        for i in range(per_class):
+            pixels = generator.integers(level, level + 60, (size, size), dtype=np.uint8)
+            Image.fromarray(pixels).save(path / name / f"{i:03}.png")
+    return path
+
+
+def workspace(path: Path) -> Path:
+    """A folder in which snakemake runs as in the repository, with results of its own."""
+    path.mkdir(parents=True, exist_ok=True)
+    for name in ("Snakefile", "workflow", "profiles", "src", "params.yaml"):
+        (path / name).symlink_to(ROOT / name)
+    shutil.copy(TINY, path / "tiny.yaml")
+    return path
+
+
+def snakemake(folder: Path, *words: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    """Run snakemake on the small configuration."""
+    command = [sys.executable, "-m", "snakemake", "--configfile", "tiny.yaml", *words]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, **options)
+
+
+@pytest.fixture(scope="session")
+def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The workspace of one finished small run."""
+    folder = workspace(tmp_path_factory.mktemp("run"))
+    done = snakemake(folder, "--cores", "2")
+    assert done.returncode == 0, done.stderr[-5000:]
+    return folder

@@ -1,0 +1,111 @@
+"""Configuration: what is accepted, what is refused and in which words."""
+
+import argparse
+import copy
+import shlex
+from typing import Any
+
+import pytest
+import yaml
+from conftest import ROOT
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sparsight import schema
+from sparsight.config import Activations, Backbone, Compute, Images, Policy, Pruning, Report, Sae, Steering, load_run
+from sparsight.errors import SparsightError
+
+PARAMS = yaml.safe_load((ROOT / "params.yaml").read_text())
+SECTIONS = [Compute, Images, Backbone, Activations, Sae, Policy, Steering, Pruning, Report]
+
+
+def changed(path: str, value: Any) -> dict[str, Any]:
+    config: dict[str, Any] = copy.deepcopy(PARAMS)
+    *parents, last = path.split("/")
+    section = config
+    for name in parents:
+        section = section[name]
+    section[last] = value
+    return config
+
+
+def test_default_configuration_is_valid_and_names_three_saes() -> None:
+    assert list(load_run(PARAMS).sae_names) == ["topk-s0", "topk-s1", "topk-s2"]
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        ("saes/topk/d_seo", 64, "saes.topk: unknown key 'd_seo'; did you mean 'd_sae'?"),
+        ("steerings", {}, "configuration: unknown key 'steerings'; did you mean 'steering'?"),
+        ("saes/topk/d_sae", "wide", "saes.topk.d_sae: expected int, got 'wide'"),
+        ("compute/threads", True, "compute.threads: expected int, got True"),
+        ("compute/threads", 0, "compute.threads: must be more than 0, got 0"),
+        ("compute/device", "tpu", "compute.device: 'tpu' is not one of cpu, cuda"),
+        ("images/source", "folder", "images.path: source 'folder' needs path"),
+        ("saes/topk/k", 1000, "saes.topk.k: 1000 active latents are more than d_sae = 384"),
+        ("saes/topk/kind", "tpok", "saes.topk.kind: there is no SAE 'tpok'; known: topk"),
+        ("saes/topk/site", "blocks.2.input", "saes.topk.site: there is no 'blocks.2.input'"),
+        ("saes/topk/backbone", "vti", "saes.topk.backbone: there is no 'vti'; known: vit"),
+        ("activations/sites", ["blocks.five.input"], "'blocks.five.input' is no site"),
+        ("activations/sites", ["blocks.6.input"], "'blocks.6.input' does not exist; the blocks are numbered 0 to 5"),
+        ("backbones/vit/weights", "nowhere.safetensors", "backbones.vit.weights: there is no file"),
+        ("backbones/vit/epochs", 0, "backbones.vit.epochs: random weights need training"),
+        ("steering/class-latents/sae", "topk-s0", "steering.class-latents.sae: there is no 'topk-s0'; known: topk"),
+        ("steering/class-latents/latents", 200, "do not fit into d_sae = 384"),
+        ("pruning/strategies", ["class-latents"], "pruning.strategies: 'none' must be among them"),
+        ("pruning/strengths", [3, 2], "pruning.strengths: give at least one factor, rising"),
+        ("pruning/tolerance", "much", "pruning.tolerance: expected float, got 'much'"),
+        ("run", "../up", "the name '../up' becomes a folder"),
+        ("seed", "zero", "seed: expected int, got 'zero'"),
+    ],
+)
+def test_mistakes_are_named_with_their_place(path: str, value: Any, message: str) -> None:
+    with pytest.raises(SparsightError) as caught:
+        load_run(changed(path, value))
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_image_folder_is_found_before_any_work() -> None:
+    config = changed("images", {"source": "folder", "path": "no/such/folder"})
+    with pytest.raises(SparsightError, match="there is no folder 'no/such/folder'"):
+        load_run(config)
+
+
+def test_overlay_drops_a_named_section_with_null() -> None:
+    config = changed("backbones/other", PARAMS["backbones"]["vit"])
+    assert set(load_run(config).backbones) == {"vit", "other"}
+    config["backbones"]["other"] = None
+    assert set(load_run(config).backbones) == {"vit"}
+
+
+def test_number_without_dot_is_a_float_although_yaml_reads_a_string() -> None:
+    section = yaml.safe_load("{backbone: vit, site: embedding, lr: 1e-3}")
+    assert schema.parse(Sae, section, "sae").lr == 1e-3
+
+
+@pytest.mark.parametrize("cls", SECTIONS)
+def test_every_field_has_a_docstring(cls: type) -> None:
+    assert set(schema.field_docs(cls)) == set(cls.__dataclass_fields__)  # type: ignore[attr-defined]
+
+
+def through_flags(section: Any) -> Any:
+    parser = argparse.ArgumentParser()
+    schema.add_arguments(parser, type(section))
+    return schema.from_arguments(type(section), parser.parse_args(shlex.split(schema.to_flags(section))))
+
+
+def test_flags_of_the_default_run_give_its_sections_back() -> None:
+    run = load_run(PARAMS)
+    sections = [run.compute, run.images, run.activations, run.pruning, run.report]
+    for named in (run.backbones, run.saes, run.policies, run.steering):
+        sections += named.values()
+    for section in sections:
+        assert through_flags(section) == section
+
+
+@given(title=st.text(st.characters(codec="utf-8", exclude_categories=["C"]), max_size=30), latents=st.integers(0, 99))
+def test_flags_carry_any_text(title: str, latents: int) -> None:
+    section = Report(title=title, latents=latents)
+    assert through_flags(section) == section
