@@ -4,8 +4,8 @@
 #   snakemake --cores 2 --configfile my.yaml       an overlay: only what differs from params.yaml
 import sys
 
-from sparsight.config import check_writable, load_run
 from sparsight.errors import SparsightError
+from sparsight.run import check_writable, load_run
 from sparsight.schema import to_flags
 
 

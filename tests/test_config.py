@@ -12,8 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sparsight import schema
-from sparsight.config import Activations, Backbone, Compute, Images, Policy, Pruning, Report, Sae, Steering, load_run
+from sparsight.config import Activations, Backbone, Compute, Images, Policy, Pruning, Report, Sae, Steering
 from sparsight.errors import SparsightError
+from sparsight.run import load_run
 
 PARAMS = yaml.safe_load((ROOT / "params.yaml").read_text())
 SECTIONS = [Compute, Images, Backbone, Activations, Sae, Policy, Steering, Pruning, Report]

@@ -195,7 +195,11 @@ class Manifest:
         rows = np.flatnonzero(np.array(self.table["split"].to_pylist()) == name)
         table = self.table.take(rows)
         return Split(
-            self._source, table["uri"].to_pylist(), table["sha256"].to_pylist(), np.array(table["label"]), self.classes
+            self._source,
+            table["uri"].to_pylist(),
+            table["sha256"].to_pylist(),
+            table["label"].to_numpy().copy(),
+            self.classes,
         )
 
 

@@ -7,13 +7,14 @@ rule activations:
         code=sources("activations.py"),
     output:
         f"{R}/activations/{{backbone}}/{{split}}.json",
-    params:
-        section=to_flags(RUN.activations),
-    threads: THREADS
     log:
         f"{R}/logs/activations-{{backbone}}-{{split}}.log",
+    threads: THREADS
+    params:
+        out=subpath(output[0], parent=True),
+        work=f"{R}/.work/activations-{{backbone}}-{{split}}",
+        flags=flags(RUN.activations),
     shell:
         "python workflow/scripts/activations.py --from-images {input.images} --from-backbone {input.backbone}"
-        " --name {wildcards.split} --out {R}/activations/{wildcards.backbone}"
-        " --work {R}/.work/activations-{wildcards.backbone}-{wildcards.split}"
-        " {COMMON} {params.section} > {log} 2>&1"
+        " --name {wildcards.split} --out {params.out} --work {params.work}"
+        " {params.flags} > {log} 2>&1"

@@ -6,12 +6,14 @@ rule backbone:
         weights=f"{R}/backbones/{{backbone}}/model.safetensors",
         config=f"{R}/backbones/{{backbone}}/config.json",
         log=f"{R}/backbones/{{backbone}}/training.jsonl",
-    params:
-        section=lambda wildcards: to_flags(RUN.backbones[wildcards.backbone]),
-    threads: THREADS
     log:
         f"{R}/logs/backbone-{{backbone}}.log",
+    threads: THREADS
+    params:
+        out=subpath(output[0], parent=True),
+        work=f"{R}/.work/backbone-{{backbone}}",
+        flags=lambda wildcards: flags(RUN.backbones[wildcards.backbone]),
     shell:
         "python workflow/scripts/backbone.py --from-images {input.images} --name {wildcards.backbone}"
-        " --out {R}/backbones/{wildcards.backbone} --work {R}/.work/backbone-{wildcards.backbone}"
-        " {COMMON} {params.section} > {log} 2>&1"
+        " --out {params.out} --work {params.work}"
+        " {params.flags} > {log} 2>&1"

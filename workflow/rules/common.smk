@@ -2,9 +2,43 @@ import ast
 from functools import cache
 from pathlib import Path
 
-# Flags that every stage script takes; the stage's own section follows them.
-COMMON = f"--seed {RUN.seed} {to_flags(RUN.compute)}"
-THREADS = RUN.compute.threads
+THREADS = RUN.compute.threads  # what a stage takes; Snakemake's {threads} shrinks with --cores
+
+# What pruning steers with: steering result -> SAE.
+STEERED = {name: sae for name, sae in RUN.steering_names.items() if name.rpartition("-s")[0] == RUN.pruning.steering}
+
+
+def flags(section=None):
+    """The flags that every stage script takes, and those of the stage's own section."""
+    common = f"--seed {RUN.seed} {to_flags(RUN.compute)}"
+    return f"{common} {to_flags(section)}" if section is not None else common
+
+
+def sae_name(wildcards):
+    """The SAE that a job is about, or that its steering result uses."""
+    return getattr(wildcards, "sae", None) or RUN.steering_names[f"{wildcards.steering}-s{wildcards.seed}"]
+
+
+def sae_section(wildcards):
+    return RUN.sae_names[sae_name(wildcards)]
+
+
+def sae_code(name):
+    """The file of an SAE's variant, which scripts load by name."""
+    return f"src/sparsight/sae/{RUN.sae_names[name].kind}.py"
+
+
+def store_of(split):
+    """The manifest of the store that an SAE reads."""
+    return lambda wildcards: f"{R}/activations/{sae_section(wildcards).backbone}/{split}.json"
+
+
+def backbone_of_sae(wildcards):
+    return f"{R}/backbones/{sae_section(wildcards).backbone}/model.safetensors"
+
+
+def backbone_of_policy(wildcards):
+    return f"{R}/backbones/{RUN.policies[wildcards.policy].backbone}/model.safetensors"
 
 
 def sources(script, *extra):

@@ -3,11 +3,12 @@ rule images:
         code=sources("images.py"),
     output:
         f"{R}/images/manifest.parquet",
-    params:
-        section=to_flags(RUN.images),
-    threads: THREADS
     log:
         f"{R}/logs/images.log",
+    threads: THREADS
+    params:
+        out=subpath(output[0], parent=True),
+        work=f"{R}/.work/images",
+        flags=flags(RUN.images),
     shell:
-        "python workflow/scripts/images.py --out {R}/images --work {R}/.work/images"
-        " {COMMON} {params.section} > {log} 2>&1"
+        "python workflow/scripts/images.py --out {params.out} --work {params.work}" " {params.flags} > {log} 2>&1"

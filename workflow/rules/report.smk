@@ -13,14 +13,18 @@ rule summary:
     output:
         metrics=f"{R}/metrics.json",
         provenance=f"{R}/provenance.json",
-    threads: 1
     log:
         f"{R}/logs/summary.log",
+    threads: 1
+    params:
+        out=subpath(output[0], parent=True),
+        work=f"{R}/.work/summary",
+        flags=flags(),
     shell:
         "python workflow/scripts/summary.py --from-backbones {input.backbones} --from-saes {input.saes}"
         " --from-steerings {input.steerings} --from-policies {input.policies}"
-        " --out {R} --work {R}/.work/summary"
-        " {COMMON} > {log} 2>&1"
+        " --out {params.out} --work {params.work}"
+        " {params.flags} > {log} 2>&1"
 
 
 rule report:
@@ -29,17 +33,20 @@ rule report:
         metrics=rules.summary.output.metrics,
         images=rules.images.output,
         stores=expand(f"{R}/activations/{{backbone}}/test.json", backbone=RUN.backbones),
-        code=sources("report.py", "src/sparsight/report/page.html.j2"),
+        code=sources("report.py", "src/sparsight/report/page.html.j2", *map(sae_code, RUN.sae_names)),
     output:
-        f"{R}/report/index.html",
-    params:
-        section=to_flags(RUN.report),
-    threads: THREADS
+        page=f"{R}/report/index.html",
+        figure=f"{R}/report/accuracy-usage.svg",
     log:
         f"{R}/logs/report.log",
+    threads: THREADS
+    params:
+        out=subpath(output[0], parent=True),
+        work=f"{R}/.work/report",
+        flags=flags(RUN.report),
     shell:
         "python workflow/scripts/report.py --from-backbones {input.backbones} --from-saes {input.saes}"
         " --from-steerings {input.steerings} --from-policies {input.policies} --from-metrics {input.metrics}"
         " --from-images {input.images} --from-stores {input.stores}"
-        " --out {R}/report --work {R}/.work/report"
-        " {COMMON} {params.section} > {log} 2>&1"
+        " --out {params.out} --work {params.work}"
+        " {params.flags} > {log} 2>&1"

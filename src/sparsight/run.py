@@ -1,0 +1,143 @@
+"""A run: every section of the configuration, checked by itself and against the others."""
+
+import dataclasses
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sparsight import sites
+from sparsight.config import Activations, Backbone, Compute, Images, Policy, Pruning, Report, Sae, Steering
+from sparsight.errors import SparsightError
+from sparsight.schema import check_keys, parse
+
+
+@dataclass(frozen=True)
+class Run:
+    """A whole configuration, checked section by section and across sections."""
+
+    run: str
+    seed: int
+    compute: Compute
+    images: Images
+    backbones: dict[str, Backbone]
+    activations: Activations
+    saes: dict[str, Sae]
+    policies: dict[str, Policy]
+    steering: dict[str, Steering]
+    pruning: Pruning
+    report: Report
+
+    @property
+    def folder(self) -> Path:
+        """Where the run's results lie."""
+        return Path("results") / self.run
+
+    @property
+    def sae_names(self) -> dict[str, Sae]:
+        """Every SAE to train, by the name of its folder (<section>-s<seed>)."""
+        return {f"{name}-s{seed}": section for name, section in self.saes.items() for seed in section.seeds}
+
+    @property
+    def steering_names(self) -> dict[str, str]:
+        """Every steering result (<section>-s<seed>) and the SAE folder it uses."""
+        return {
+            f"{name}-s{seed}": f"{section.sae}-s{seed}"
+            for name, section in self.steering.items()
+            for seed in self.saes[section.sae].seeds
+        }
+
+
+def load_run(config: Mapping[str, Any]) -> Run:
+    """Validate a merged configuration (params.yaml with its overlays).
+
+    Named sections (backbones, saes, policies, steering) set to null in an overlay are dropped.
+
+    Raises:
+        SparsightError: unknown key, wrong type, refused value, or sections that do not fit together.
+    """
+    known = {f.name: f for f in dataclasses.fields(Run)}
+    check_keys(config, known, "configuration")
+    for key in known:
+        if key not in config:
+            raise SparsightError(f"configuration: the section {key!r} is missing")
+    values: dict[str, Any] = {}
+    for name, kind in (("run", str), ("seed", int)):
+        if not isinstance(config[name], kind) or isinstance(config[name], bool):
+            raise SparsightError(f"configuration: {name}: expected {kind.__name__}, got {config[name]!r}")
+        values[name] = config[name]
+    single: dict[str, type] = {
+        "compute": Compute,
+        "images": Images,
+        "activations": Activations,
+        "pruning": Pruning,
+        "report": Report,
+    }
+    named: dict[str, type] = {"backbones": Backbone, "saes": Sae, "policies": Policy, "steering": Steering}
+    for name, cls in single.items():
+        values[name] = parse(cls, config[name], name)
+    for name, cls in named.items():
+        if not isinstance(config[name], Mapping):
+            raise SparsightError(f"{name}: expected named sections, got {config[name]!r}")
+        values[name] = {
+            key: parse(cls, section, f"{name}.{key}") for key, section in config[name].items() if section is not None
+        }
+    run = Run(**values)
+    _check_links(run)
+    return run
+
+
+def _check_links(run: Run) -> None:
+    def known(value: str, names: Any, where: str) -> None:
+        if value not in names:
+            raise SparsightError(f"{where}: there is no {value!r}; known: {', '.join(names) or 'none'}")
+
+    names = [run.run, *run.backbones, *run.saes, *run.policies, *run.steering]
+    for name in names:
+        if not name or not all(c.isalnum() or c in "-_." for c in name) or name.startswith("."):
+            raise SparsightError(
+                f"configuration: the name {name!r} becomes a folder; use letters, digits, '-', '_', '.'"
+            )
+    for name, backbone in run.backbones.items():
+        for site in run.activations.sites:
+            if "depth" in backbone.architecture:
+                sites.check(site, backbone.architecture["depth"], f"activations.sites (backbone {name!r})")
+    for name, section in run.saes.items():
+        known(section.backbone, run.backbones, f"saes.{name}.backbone")
+        known(section.site, run.activations.sites, f"saes.{name}.site")
+    for name, policy in run.policies.items():
+        known(policy.backbone, run.backbones, f"policies.{name}.backbone")
+    for name, steering in run.steering.items():
+        known(steering.sae, run.saes, f"steering.{name}.sae")
+        section = run.saes[steering.sae]
+        if 2 * steering.latents > section.d_sae:
+            raise SparsightError(
+                f"steering.{name}.latents: {steering.latents} latents and as many random others do not fit into "
+                f"d_sae = {section.d_sae}; lower latents"
+            )
+        depth = run.backbones[section.backbone].architecture.get("depth")
+        if depth is not None and section.site != f"blocks.{depth - 1}.input":
+            raise SparsightError(
+                f"steering.{name}.sae: {steering.sae!r} reads {section.site!r}, but heads are steered at the last "
+                f"block's input, blocks.{depth - 1}.input"
+            )
+    known(run.pruning.steering, run.steering, "pruning.steering")
+    steered = run.saes[run.steering[run.pruning.steering].sae].backbone
+    for name, policy in run.policies.items():
+        if policy.backbone != steered:
+            raise SparsightError(
+                f"policies.{name}.backbone: {policy.backbone!r} is not {steered!r}, whose SAE pruning.steering uses"
+            )
+
+
+def check_writable(folder: Path) -> None:
+    """Raise SparsightError if results cannot be written, before any work starts."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise SparsightError(
+            f"results: cannot write to {str(folder)!r} ({error.strerror}); free the name or mend its permissions"
+        ) from None

@@ -1,0 +1,316 @@
+"""The whole pipeline through Snakemake, on a model that trains in seconds."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import zarr
+from conftest import ROOT, make_folder, snakemake, workspace
+from safetensors.numpy import load_file
+
+from sparsight.schema import digest, file_digest
+
+# Files with times and hosts; everything else is byte-equal between equal runs.
+VARYING = ("timings.json", "provenance.json", "logs/")
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    root = folder / "results" / "tiny"
+    files = {p.relative_to(root).as_posix(): p for p in root.rglob("*") if p.is_file()}
+    return {name: path.read_bytes() for name, path in sorted(files.items()) if not name.startswith(VARYING)}
+
+
+def jobs(folder: Path) -> list[str]:
+    """The rules that a dry run wants to run."""
+    done = snakemake(folder, "--dry-run")
+    assert done.returncode == 0, done.stderr
+    rules = re.findall(r"^rule (\w+):$", done.stdout + done.stderr, re.MULTILINE)
+    return [name for name in rules if name != "all"]
+
+
+def test_one_command_makes_every_promised_file_and_leaves_no_working_state(run_folder: Path) -> None:
+    made = set(contents(run_folder))
+    promised = {
+        "images/manifest.parquet",
+        *(f"backbones/vit/{name}" for name in ("model.safetensors", "config.json", "training.jsonl")),
+        *(f"activations/vit/{split}.json" for split in ("train", "val", "test")),
+        *(f"activations/vit/{split}.zarr/zarr.json" for split in ("train", "val", "test")),
+        *(f"saes/topk-s0/{f}" for f in ("sae.safetensors", "config.json", "metrics.json", "training.jsonl")),
+        *(f"steering/class-latents-s0{f}" for f in (".safetensors", ".parquet", "-classes.parquet", ".json")),
+        *(f"pruning/heads/{t}.parquet" for t in ("overall", "per_class", "per_head", "validation")),
+        *(f"pruning/heads/{f}" for f in ("policy.safetensors", "config.json", "training.jsonl", "metrics.json")),
+        "report/index.html",
+        "report/accuracy-usage.svg",
+        "metrics.json",
+    }
+    stores = {name for name in made if ".zarr/" in name}
+    assert made - stores | {name for name in stores if name.count("/") == 3 and "zarr.json" in name} == promised
+    assert not any((run_folder / "results" / "tiny" / ".work").iterdir())
+
+
+def test_a_second_run_has_nothing_to_do_and_a_deleted_report_is_all_that_is_made_again(run_folder: Path) -> None:
+    before = contents(run_folder)
+    again = snakemake(run_folder, "--cores", "2")
+    assert again.returncode == 0 and "Nothing to be done" in again.stdout + again.stderr
+    shutil.rmtree(run_folder / "results" / "tiny" / "report")
+    assert jobs(run_folder) == ["report"]
+    assert snakemake(run_folder, "--cores", "2").returncode == 0
+    assert contents(run_folder) == before
+
+
+def test_a_changed_section_reruns_its_stage_and_what_follows_only(run_folder: Path) -> None:
+    overlay = run_folder / "tiny.yaml"
+    original = overlay.read_text()
+    try:
+        overlay.write_text(original.replace("report: {latents: 3", "report: {title: Another, latents: 3"))
+        assert jobs(run_folder) == ["report"]
+        overlay.write_text(original.replace("strengths: [2, 30]", "strengths: [2, 31]"))
+        assert sorted(set(jobs(run_folder))) == ["pruning", "report", "summary"]
+        overlay.write_text(original.replace("seeds: [0]", "seeds: [0, 1]"))
+        assert not {"images", "backbone", "activations", "policy"} & set(jobs(run_folder))
+    finally:
+        overlay.write_text(original)
+
+
+FVU_BY_HAND = """
+import json, sys
+from pathlib import Path
+import numpy as np, zarr
+from safetensors.numpy import load_file
+
+run = Path(sys.argv[1])
+for folder in sorted((run / "saes").iterdir()):
+    config = json.loads((folder / "config.json").read_text())
+    w = load_file(folder / "sae.safetensors")
+    store = zarr.open_group(run / "activations" / config["backbone"] / "test.zarr", mode="r")
+    x = store[config["site"]][:].astype(np.float64)
+    pre = np.maximum((x - w["b_dec"]) @ w["W_enc"] + w["b_enc"], 0)
+    kth = np.partition(pre, -config["k"], axis=1)[:, [-config["k"]]]
+    x_hat = np.where(pre >= kth, pre, 0) @ w["W_dec"] + w["b_dec"]
+    assert np.allclose(np.linalg.norm(w["W_dec"], axis=1), 1, atol=1e-5)
+    print(folder.name, np.square(x - x_hat).sum() / np.square(x - x.mean(axis=0)).sum())
+"""
+
+
+def test_fvu_is_reproduced_from_the_files_without_sparsight(run_folder: Path) -> None:
+    run = run_folder / "results" / "tiny"
+    command = [sys.executable, "-c", FVU_BY_HAND, str(run)]
+    lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    assert len(lines) == 1
+    for line in lines:
+        name, fvu = line.split()
+        metrics = json.loads((run / "saes" / name / "metrics.json").read_text())
+        assert metrics["fvu"] == pytest.approx(float(fvu), abs=1e-3)
+
+
+def test_files_agree_with_each_other(run_folder: Path) -> None:
+    run = run_folder / "results" / "tiny"
+    manifest = pq.read_table(run / "images" / "manifest.parquet").to_pydict()
+    for split, n in (("train", 3500), ("val", 500), ("test", 1000)):
+        group = zarr.open_group(run / "activations" / "vit" / f"{split}.zarr", mode="r")
+        assert group["blocks.2.input"].shape == (n, 24) == (manifest["split"].count(split), 24)
+    vectors = load_file(run / "steering" / "class-latents-s0.safetensors")
+    assert vectors["latents"].shape == (10, 3) and vectors["vectors"].shape == (10, 3, 24)
+    flat = json.loads((run / "metrics.json").read_text())
+    assert all(isinstance(value, int | float) for value in flat.values())
+    overall = pq.read_table(run / "pruning" / "heads" / "overall.parquet").to_pylist()
+    assert flat["pruning.heads.none.none.accuracy"] == next(r["accuracy"] for r in overall if r["strategy"] == "none")
+    timings = json.loads((run / "timings.json").read_text())
+    assert [row["kept"] for row in timings["heads"]["vit"]] == list(range(7))
+    page = (run / "report" / "index.html").read_text()
+    assert not re.findall(r'(?:src|href)="(?!#|data:)[^"]*"', page), "the page asks for nothing outside itself"
+
+
+def holder(folder: Path, stage: str, sign: str) -> int | None:
+    """The process of a stage that is running and has come as far as writing ``sign``."""
+    work = folder / "results" / "tiny" / ".work" / stage
+    try:
+        match = re.match(r"process (\d+) on", (work / "lock").read_text())
+        alive = match is not None and Path("/proc", match[1]).exists() and (work / sign).stat().st_size > 0
+    except OSError:
+        return None
+    return int(match[1]) if match and alive else None
+
+
+def start(folder: Path) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "snakemake", "--configfile", "tiny.yaml", "--cores", "1"]
+    with (folder / "output.txt").open("w") as output:  # not a pipe: what an orphan holds open never ends
+        return subprocess.Popen(command, cwd=folder, stdout=output, stderr=subprocess.STDOUT)
+
+
+# Stages to kill, each when a file of its working folder shows that it is in the middle of its work.
+KILLED = {
+    "images": "lock",
+    "backbone-vit": "out/training.jsonl",
+    "activations-vit-train": "state/shard-3.json",
+    "sae-topk-s0": "out/training.jsonl",
+    "pruning-heads": "out/validation.parquet",
+}
+
+
+def test_a_run_that_is_killed_again_and_again_on_one_core_gives_the_same_bytes(
+    run_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    folder, left = workspace(tmp_path_factory.mktemp("killed")), dict(KILLED)
+    while True:
+        run = start(folder)
+        while run.poll() is None:
+            for stage, sign in list(left.items()):
+                if process := holder(folder, stage, sign):
+                    os.kill(process, signal.SIGKILL)
+                    del left[stage]
+            time.sleep(0.005)
+        if run.returncode == 0:
+            break
+        assert "Killed" in (folder / "output.txt").read_text()
+        assert not list(folder.glob("results/tiny/**/*.aside"))
+    assert not left, "every stage was caught in the middle"
+    killed, undisturbed = contents(folder), contents(run_folder)
+    assert killed.keys() == undisturbed.keys()
+    assert [name for name in killed if killed[name] != undisturbed[name]] == []
+
+
+def test_a_stage_left_behind_by_a_killed_snakemake_keeps_a_second_one_out(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    folder = workspace(tmp_path_factory.mktemp("orphan"))
+    run, orphan = start(folder), None
+    while orphan is None:
+        assert run.poll() is None
+        orphan = holder(folder, "images", "lock")
+    os.kill(orphan, signal.SIGSTOP)
+    run.kill()
+    run.wait()
+    target = "results/tiny/images/manifest.parquet"
+    refused = snakemake(folder, "--cores", "1", target)
+    assert refused.returncode == 1 and "--unlock" in refused.stdout + refused.stderr
+    assert snakemake(folder, "--unlock").returncode == 0
+    second = snakemake(folder, "--cores", "1", target)
+    assert second.returncode == 1
+    assert f"in use by process {orphan} on" in second.stdout + second.stderr
+    os.kill(orphan, signal.SIGCONT)
+    while Path("/proc", str(orphan)).exists():
+        time.sleep(0.05)
+    assert snakemake(folder, "--cores", "1", target).returncode == 0
+    assert (folder / target).exists() and not list((folder / "results" / "tiny" / ".work").iterdir())
+
+
+def one_line(done: subprocess.CompletedProcess[str]) -> str:
+    """The error of a failed command: status 1, one line, no traceback."""
+    usual = ("Using workflow specific profile", "Config file params.yaml is extended", "24/24 images")
+    lines = [line for line in done.stderr.splitlines() if not line.startswith(usual)]
+    assert done.returncode == 1 and len(lines) == 1, done.stderr
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    ("overlay", "message"),
+    [
+        ("saes: {topk: {d_seo: 48}}", "saes.topk: unknown key 'd_seo'; did you mean 'd_sae'?"),
+        ("compute: {threads: two}", "compute.threads: expected int, got 'two'"),
+        ("images: {source: folder, path: no/such}", "images.path: there is no folder 'no/such'; give the folder"),
+        ("saes: {topk: {k: 49}}", "saes.topk.k: 49 active latents are more than d_sae = 48; lower k or raise d_sae"),
+        ("saes: {topk: {kind: topkk}}", "saes.topk.kind: there is no SAE 'topkk'; known: topk"),
+        ("activations: {sites: [blocks.3.input]}", "'blocks.3.input' does not exist; the blocks are numbered 0 to 2"),
+    ],
+)
+def test_mistakes_in_the_configuration_stop_snakemake_with_one_line(tmp_path: Path, overlay: str, message: str) -> None:
+    folder = workspace(tmp_path / "w")
+    (folder / "bad.yaml").write_text(overlay)
+    error = one_line(snakemake(folder, "bad.yaml", "--dry-run"))
+    assert error.startswith("error in params.yaml or its overlay: ") and message in error
+
+
+def test_results_that_cannot_be_written_stop_snakemake_with_one_line(tmp_path: Path) -> None:
+    folder = workspace(tmp_path / "w")
+    (folder / "results").write_text("a file is in the way")
+    error = one_line(snakemake(folder, "--cores", "1"))
+    assert "results: cannot write to 'results/tiny'" in error and "mend its permissions" in error
+
+
+def stage(script: str, folder: Path, **inputs: Path | str) -> subprocess.CompletedProcess[str]:
+    words = [f"--{name.replace('_', '-')}={value}" for name, value in inputs.items()]
+    command = [sys.executable, str(ROOT / "workflow" / "scripts" / script), *words]
+    command += [f"--out={folder / 'out'}", f"--work={folder / 'work'}"]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_corrupt_image_stops_the_images_stage_with_one_line(tmp_path: Path) -> None:
+    images = make_folder(tmp_path / "images")
+    (images / "dark" / "004.png").write_bytes(b"\x89PNG broken")
+    error = one_line(stage("images.py", tmp_path, source="folder", path=images))
+    assert re.fullmatch(r"error: image .*/dark/004.png: cannot be decoded \(.*\); repair or remove it", error)
+    assert not (tmp_path / "out").exists()
+
+
+def not_a_number(path: Path) -> None:
+    """A store that is sound but for its values, as another program might have written it."""
+    zarr.open_group(path, mode="a")["blocks.2.input"][17, 3] = np.nan
+    manifest = json.loads(path.with_suffix(".json").read_text())
+    manifest["files"] = {name: file_digest(path / name) for name in manifest["files"]}
+    manifest["digest"] = digest(manifest["files"])
+    path.with_suffix(".json").write_text(json.dumps(manifest))
+
+
+def truncate(path: Path) -> None:
+    shard = path / "blocks.2.input" / "c" / "0" / "0"
+    shard.write_bytes(shard.read_bytes()[:-1])
+
+
+def no_manifest(path: Path) -> None:
+    path.with_suffix(".json").write_text("{")
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (not_a_number, r"NaN or infinite activation at site 'blocks.2.input', row 17; make the store again"),
+        (truncate, r"blocks.2.input/c/0/0: \d+ bytes instead of \d+; make the store again"),
+        (no_manifest, r"train.json: not JSON .*; make the store again"),
+    ],
+)
+def test_damaged_store_stops_training_with_one_line(
+    run_folder: Path, tmp_path: Path, damage: Callable[[Path], None], message: str
+) -> None:
+    shutil.copytree(run_folder / "results" / "tiny" / "activations" / "vit", tmp_path / "store")
+    damage(tmp_path / "store" / "train.zarr")
+    store = tmp_path / "store" / "train.json"
+    error = one_line(stage("sae.py", tmp_path, from_store=store, backbone="vit", site="blocks.2.input", k="4"))
+    assert re.search(message, error)
+    assert not (tmp_path / "out").exists()
+
+
+def test_missing_input_of_a_stage_is_one_line(tmp_path: Path) -> None:
+    error = one_line(stage("sae.py", tmp_path, from_store="nowhere.json", backbone="vit", site="embedding"))
+    assert error == "error: there is no nowhere.json; run the stage that makes it first"
+
+
+def test_verify_command_names_the_damaged_file(run_folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(run_folder / "results" / "tiny" / "activations" / "vit", tmp_path / "store")
+    command = [sys.executable, "-m", "sparsight.store", "verify", str(tmp_path / "store" / "val.zarr")]
+    assert subprocess.run(command, capture_output=True, check=False).returncode == 0
+    shard = tmp_path / "store" / "val.zarr" / "blocks.1.input" / "c" / "2" / "0"
+    shard.write_bytes(bytes(len(shard.read_bytes())))
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and done.stderr == "blocks.1.input/c/2/0: content differs from the manifest\n"
+
+
+def test_linters_of_the_workflow_have_nothing_to_say() -> None:
+    files = ["Snakefile", *map(str, (ROOT / "workflow" / "rules").glob("*.smk"))]
+    assert subprocess.run([sys.executable, "-m", "snakefmt", "--check", *files], cwd=ROOT, check=False).returncode == 0
+    command = [sys.executable, "-m", "snakemake", "--lint"]
+    lint = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    complaints = re.findall(r"^    \* (.*?):?$", lint.stdout + lint.stderr, re.MULTILINE)
+    # One environment (uv.lock) serves all rules, so none names a container or conda environment of its own.
+    allowed = "Specify a conda environment or container for each rule."
+    assert [c for c in complaints if c != allowed] == []
