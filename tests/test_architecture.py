@@ -1,6 +1,7 @@
 """Promises about the code itself: what may import what, and how long things are."""
 
 import ast
+import importlib.util
 import subprocess
 import sys
 from pathlib import Path
@@ -71,3 +72,11 @@ def test_every_stage_script_is_one_rule_and_one_call() -> None:
     for path in (ROOT / "workflow" / "scripts").glob("*.py"):
         assert rules.count(f"python workflow/scripts/{path.name} ") == 1, path.name
         assert [n.name for n in ast.parse(path.read_text()).body if isinstance(n, ast.FunctionDef)] == ["main"]
+
+
+def test_configuration_page_is_up_to_date() -> None:
+    spec = importlib.util.spec_from_file_location("build", ROOT / "docs" / "build.py")
+    assert spec is not None and spec.loader is not None
+    build = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(build)
+    assert (ROOT / "docs" / "configuration.md").read_text() == build.page(), "run python docs/build.py"
