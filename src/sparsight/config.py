@@ -216,7 +216,7 @@ class Pruning:
     """Rows of the tables; ``none`` is always among them."""
     strengths: tuple[float, ...] = (1.5, 2.0, 3.0, 5.0, 10.0, 30.0, 100.0)
     """Factors on the latents of class-latents and random-latents; validation picks one."""
-    bias_strengths: tuple[float, ...] = (0.5, 1.0, 2.0, 5.0, 10.0)
+    bias_strengths: tuple[float, ...] = (0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 100.0)
     """Factors on the class's mean shift of the head logits, for logit-bias; validation picks one."""
     tolerance: float = 0.01
     """Accuracy on val that a strength may cost before it is refused; the least last-block usage then wins."""

@@ -82,7 +82,7 @@ def find(sae: SAE, x_ND: np.ndarray, labels: np.ndarray, n_classes: int, n_laten
         mean_activation=mean_CF.float(),
         class_mean=class_mean.float().to(device),
         mean=x.mean(dim=0).float().to(device),
-        vectors=push_CMD.cumsum(dim=1),
+        vectors=push_CMD.cpu().cumsum(dim=1),  # CUDA has no deterministic cumsum
     )
 
 
