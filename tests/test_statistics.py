@@ -18,12 +18,31 @@ def test_wilson_equals_scipy(n: int, data: st.DataObject) -> None:
     assert (ours["lo"], ours["hi"]) == approx((theirs.low, theirs.high), abs=1e-9)
 
 
-def test_paired_interval_equals_scipy_and_is_narrower_than_the_unpaired_one() -> None:
+def test_paired_interval_is_the_normal_one_with_half_an_image_added_to_each_outcome() -> None:
     generator = np.random.default_rng(0)
     reference = generator.random(1000) < 0.8
     hits = np.where(generator.random(1000) < 0.05, ~reference, reference)
     ours = paired(hits, reference)
-    d = hits.astype(float) - reference
-    low, high = stats.norm.interval(0.95, d.mean(), stats.sem(d))
-    assert (ours["delta"], ours["delta_lo"], ours["delta_hi"]) == approx((d.mean(), low, high))
+    assert ours["delta"] == approx(hits.mean() - reference.mean())
+    d = np.append(hits.astype(float) - reference, [0, 0, 1, -1])
+    weights = np.append(np.ones(1000), [0.5] * 4)
+    mean = np.average(d, weights=weights)
+    error = np.sqrt(np.average((d - mean) ** 2, weights=weights) / weights.sum())
+    assert (ours["delta_lo"], ours["delta_hi"]) == approx(stats.norm.interval(0.95, mean, error))
     assert ours["delta_hi"] - ours["delta_lo"] < wilson(hits)["hi"] - wilson(hits)["lo"]
+
+
+def test_methods_that_agree_on_every_image_still_get_an_interval() -> None:
+    hits = np.arange(1000) < 970
+    ours = paired(hits, hits)
+    assert ours["delta"] == 0 and ours["delta_lo"] == approx(-0.002, rel=0.05) and ours["delta_hi"] == -ours["delta_lo"]
+
+
+def test_paired_interval_holds_the_truth_about_as_often_as_it_says() -> None:
+    generator, covered = np.random.default_rng(0), 0
+    for _ in range(2000):
+        kind = generator.random(200)  # truth: 4 % gained, 1 % lost
+        hits, reference = (kind < 0.04) | (kind > 0.5), ((kind >= 0.04) & (kind < 0.05)) | (kind > 0.5)
+        interval = paired(hits, reference)
+        covered += interval["delta_lo"] <= 0.03 <= interval["delta_hi"]
+    assert 0.93 < covered / 2000 < 0.98
