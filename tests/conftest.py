@@ -68,12 +68,3 @@ def snakemake(folder: Path, *words: str, **options: Any) -> subprocess.Completed
     """Run snakemake on the small configuration."""
     command = [sys.executable, "-m", "snakemake", "--configfile", "tiny.yaml", *words]
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, **options)
-
-
-@pytest.fixture(scope="session")
-def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The workspace of one finished small run."""
-    folder = workspace(tmp_path_factory.mktemp("run"))
-    done = snakemake(folder, "--cores", "2")
-    assert done.returncode == 0, done.stderr[-5000:]
-    return folder

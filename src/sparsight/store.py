@@ -170,7 +170,7 @@ class Rows:
             block = self._array[first:last] if neighbours else self._array.oindex[images]
         except (ValueError, OSError) as error:
             problems = self._store.verify() or [str(error)]
-            raise SparsightError(f"{self._store.path}: damaged: {problems[0]}; make the store again") from error
+            raise SparsightError(f"{self._store.path}: damaged: {problems[0]}; {_again(self._store.path)}") from error
         if block.ndim == 3:
             block = np.atleast_2d(block[:, self._tokens]) if isinstance(self._tokens, int) else block[:, self._tokens]
         flat = block.reshape(-1, self.shape[1])
@@ -205,16 +205,16 @@ class ActivationStore:
         except OSError as error:
             raise SparsightError(f"{manifest_path}: no store manifest ({error.strerror}); run extraction") from None
         except json.JSONDecodeError as error:
-            raise SparsightError(f"{manifest_path}: not JSON ({error}); make the store again") from None
+            raise SparsightError(f"{manifest_path}: not JSON ({error}); {_again(group)}") from None
         if manifest.get("format_version") != FORMAT_VERSION:
             found = manifest.get("format_version")
             raise SparsightError(f"{manifest_path}: format_version {found}, this sparsight reads {FORMAT_VERSION}")
         for name, size in manifest["sizes"].items():
             file = group / name
             if not file.exists():
-                raise SparsightError(f"{file}: missing from the store; make the store again")
+                raise SparsightError(f"{file}: missing from the store; {_again(group)}")
             if file.stat().st_size != size:
-                raise SparsightError(f"{file}: {file.stat().st_size} bytes instead of {size}; make the store again")
+                raise SparsightError(f"{file}: {file.stat().st_size} bytes instead of {size}; {_again(group)}")
         return cls(group, manifest)
 
     @property
@@ -255,6 +255,10 @@ class ActivationStore:
             elif file_digest(path) != sha256:
                 problems.append(f"{name}: content differs from the manifest")
         return problems + [f"{name}: not in the manifest" for name in sorted(_files(self.path) - files.keys())]
+
+
+def _again(path: Path) -> str:
+    return f"delete {path.with_suffix('.json').name} beside the store and give the same command again"
 
 
 def _files(folder: Path) -> set[str]:

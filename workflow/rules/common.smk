@@ -5,7 +5,7 @@ from functools import cache
 from pathlib import Path
 
 # `python` in a rule is the one that runs Snakemake, also where its environment is not activated.
-os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+os.environ.update(PATH=os.pathsep.join([str(Path(sys.executable).parent), os.getenv("PATH", "")]))
 
 THREADS = RUN.compute.threads  # what a stage takes; Snakemake's {threads} shrinks with --cores
 

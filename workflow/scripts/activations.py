@@ -12,7 +12,9 @@ def main(job: stage.Stage) -> None:
     manifest = Manifest(job.inputs["images"])
     device = job.device
     backbone, _ = backbones.open_folder(job.inputs["backbone"].parent)
-    about = {"images_digest": manifest.digest, "record": job.record()}
+    record = job.record()
+    digests = {"images_digest": manifest.digest, "backbone_digest": record["inputs"]["backbone"]}
+    about = {"backbone": job.inputs["backbone"].parent.name, **digests, "record": record}
     extract(backbone.to(device), manifest.split(job.name), job.config, job.work, job.name, about, job.compute.threads)
 
 
