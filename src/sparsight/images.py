@@ -116,7 +116,8 @@ def write_manifest(section: config.Images, seed: int, record: dict[str, Any], th
     The Parquet metadata key ``sparsight`` holds source, class names and ``record``.
 
     Raises:
-        SparsightError: no images, fewer than three of a class, or an image that cannot be decoded.
+        SparsightError: no images, an empty split, a class that is not in train, or an image that cannot be
+            decoded.
     """
     source = SOURCES[section.source](section.path)
     items = source.items()
@@ -165,10 +166,12 @@ def _split(
                 split[rows[start : start + count]] = part
                 start += count
     for part in SPLITS:
-        missing = set(classes) - {classes[i] for i in label[split == part]}
-        if missing:
+        if not (split == part).any():
+            raise SparsightError(f"images: the {part} split is empty; add images or change the fractions")
+    for c, name in enumerate(classes):
+        if not ((label == c) & (split == "train")).any():
             raise SparsightError(
-                f"images: the {part} split has no image of {sorted(missing)[0]!r}; add images or change the fractions"
+                f"images: the train split has no image of {name!r}; add images or change the fractions"
             )
     return split
 

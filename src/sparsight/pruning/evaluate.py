@@ -93,13 +93,14 @@ def evaluate(
     _write_classes(on_test, test, manifest.classes, backbone, work)
     whole = runner.whole(test)
     none = on_test[NONE]
+    distinct_masks = len(np.unique(none.all.reshape(len(none.all), -1), axis=0))
     metrics = {
         "format_version": 1,
         "unpruned": wilson(whole),
         "policy": {**overall[0], "minus_unpruned": paired(none.hits, whole)},
         "distinct_masks_last": len(np.unique(none.last, axis=0)),
-        "distinct_masks_all": len(np.unique(none.all.reshape(len(none.all), -1), axis=0)),
-        "static_policy": len(np.unique(none.all.reshape(len(none.all), -1), axis=0)) == 1,
+        "distinct_masks_all": distinct_masks,
+        "static_policy": distinct_masks == 1,
         "gathered_against_masked": runner.gathered_against_masked(test),
         "chosen_on_val": [{"strategy": s, "labels": labels, "strength": v} for (s, labels), v in strengths.items()],
         "fvu_on_pruned_stream": {one.name: runner.fvu(one, test) for one in steered},
@@ -306,6 +307,8 @@ def _write_classes(
     for row, outcome in outcomes.items():
         for c, class_name in enumerate(classes):
             rows = np.flatnonzero(split.labels == c)
+            if len(rows) == 0:
+                continue  # an official split need not have every class
             line = {"class": c, "class_name": class_name, **_describe(row, outcomes, backbone, rows)}
             per_class.append(line)
             for head in range(backbone.n_heads):

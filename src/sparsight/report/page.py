@@ -104,6 +104,8 @@ def _latents(
     for turn in range(n_latents):
         c = turn % len(manifest.classes)
         inside = split.labels == c
+        if not inside.any():
+            continue
         difference = per_image[inside].mean(axis=0) - per_image[~inside].mean(axis=0)
         taken = {entry["latent"] for entry in chosen}
         latent = next(int(i) for i in np.argsort(-difference, kind="stable") if int(i) not in taken)

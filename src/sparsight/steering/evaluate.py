@@ -74,7 +74,8 @@ def steer(
     for row, hit in on_test.items():
         for c, class_name in enumerate(manifest.classes):
             about = {**row._asdict(), "split": "test", "class": c, "class_name": class_name}
-            class_rows.append({**about, **wilson(hit[test.labels == c])})
+            if (test.labels == c).any():  # an official split need not have every class
+                class_rows.append({**about, **wilson(hit[test.labels == c])})
     tables.write(work.out / f"{name}.parquet", rows)
     tables.write(work.out / f"{name}-classes.parquet", class_rows)
     summary = {
