@@ -93,7 +93,7 @@ def test_official_splits_may_lack_a_class_but_train_may_not(tmp_path: Path) -> N
     shutil.rmtree(tmp_path / "images" / "val" / "dark")
     assert set(manifest(tmp_path / "images", tmp_path / "m.parquet").split("val").labels) == {0}
     shutil.rmtree(tmp_path / "images" / "train" / "dark")
-    with pytest.raises(SparsightError, match="no image of 'dark' is in train"):
+    with pytest.raises(SparsightError, match="the train split has no image of 'dark'"):
         manifest(tmp_path / "images", tmp_path / "m.parquet")
 
 

@@ -235,8 +235,8 @@ class Pruning:
 class Report:
     """The page."""
 
-    title: str = "sparsight report"
-    """Heading of the page."""
+    title: str | None = None
+    """Heading of the page; null names the run."""
     latents: int = 10
     """Latents shown with their top images."""
     images: int = 10

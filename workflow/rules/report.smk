@@ -43,10 +43,11 @@ rule report:
     params:
         out=subpath(output[0], parent=True),
         work=f"{R}/.work/report",
+        name=RUN.run,
         flags=flags(RUN.report),
     shell:
         "python workflow/scripts/report.py --from-backbones {input.backbones} --from-saes {input.saes}"
         " --from-steerings {input.steerings} --from-policies {input.policies} --from-metrics {input.metrics}"
-        " --from-images {input.images} --from-stores {input.stores}"
+        " --from-images {input.images} --from-stores {input.stores} --name {params.name}"
         " --out {params.out} --work {params.work}"
         " {params.flags} > {log} 2>&1"

@@ -7,7 +7,7 @@ from sparsight.config import Report
 def main(job: stage.Stage) -> None:
     from sparsight.report.page import write_page
 
-    write_page(job.config, job.inputs, job.device, job.work.out)
+    write_page(job.config, job.name, job.inputs, job.device, job.work.out)
 
 
 if __name__ == "__main__":

@@ -21,10 +21,11 @@ from sparsight.summary import by_strategy
 _THUMBNAIL = 56
 
 
-def write_page(section: config.Report, inputs: dict[str, Any], device: torch.device, out: Path) -> None:
+def write_page(section: config.Report, run: str, inputs: dict[str, Any], device: torch.device, out: Path) -> None:
     """Write ``index.html`` and, for use elsewhere, ``accuracy-usage.svg`` of the first policy.
 
     Args:
+        run: name of the run.
         inputs: paths by name: metrics, images, and lists of backbones, saes, stores, steerings, policies.
     """
     manifest = Manifest(inputs["images"])
@@ -37,7 +38,7 @@ def write_page(section: config.Report, inputs: dict[str, Any], device: torch.dev
         loader=jinja2.PackageLoader("sparsight.report", "."), autoescape=True, undefined=jinja2.StrictUndefined
     )
     page = environment.get_template("page.html.j2").render(
-        title=section.title,
+        title=section.title or f"sparsight: {run} run",
         manifest=manifest,
         counts={part: len(manifest.split(part)) for part in ("train", "val", "test")},
         backbones=[_backbone(path.parent) for path in inputs["backbones"]],
