@@ -5,6 +5,7 @@ Shapes: B batch, T tokens, D width.
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,8 @@ def extract(
                 progress(len(pixels))
             values = {site: np.concatenate(blocks) for site, blocks in parts.items()}
             record = writer.write(shard, values, split.uris[writer.shards[shard]])
-            write_atomic(_record_path(work, shard), lambda path, r=record: path.write_text(json.dumps(r)))  # type: ignore[misc]
+            text = json.dumps(record)
+            write_atomic(_record_path(work, shard), partial(Path.write_text, data=text))
             records[shard] = record
     n_class, n_prefix = int(backbone.model.has_class_token), backbone.n_prefix
     patches = backbone.model.patch_embed.num_patches

@@ -6,6 +6,7 @@ checkpoint is written only where a log line ends, so a resumed run writes the sa
 
 import json
 import time
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -83,7 +84,7 @@ def train(trainable: Trainable, n_rows: int, batch_size: int, epochs: int, seed:
                         log.flush()
                         position = torch.tensor([step, log.tell()])
                         state = {**trainable.state(), "loop.position": position}
-                        write_atomic(checkpoint, lambda path, state=state: save_file(state, path))  # type: ignore[misc]
+                        write_atomic(checkpoint, partial(save_file, state))
                         saved = time.monotonic()
 
 

@@ -14,6 +14,7 @@ import os
 import shutil
 import socket
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 
@@ -90,7 +91,7 @@ class Work:
                     shutil.rmtree(target)
                 os.replace(entry, target)
             else:
-                write_atomic(target, lambda aside, entry=entry: _link(entry, aside))  # type: ignore[misc]
+                write_atomic(target, partial(_link, entry))
         for entry in self.folder.iterdir():
             if entry.name not in ("lock", "complete"):
                 remove(entry)
