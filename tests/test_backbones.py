@@ -1,5 +1,7 @@
 """Taps, head masks and preprocessing against plain timm."""
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import timm
@@ -11,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from sparsight import backbones
-from sparsight.attention import attend
+from sparsight.attention import HeadMode, attend
 from sparsight.backbones import Backbone
 from sparsight.errors import SparsightError
 
@@ -56,23 +58,23 @@ def test_gathered_equals_masked(p: float, seed: int, n: int, same: bool) -> None
 
 
 @pytest.mark.parametrize("heads", ["masked", "gathered"])
-def test_masked_head_adds_nothing_before_the_projection(backbone: Backbone, heads: str) -> None:
+def test_masked_head_adds_nothing_before_the_projection(backbone: Backbone, heads: HeadMode) -> None:
     """Against timm's own layer with the head's columns of the projection set to zero."""
     attention = backbone.model.blocks[1].attn
     x = torch.randn(4, 17, 48)
     keep = torch.tensor([True, False, True, True, False, False]).expand(4, 6)
-    got = attend(attention, x, keep, heads)  # type: ignore[arg-type]
+    got = attend(attention, x, keep, heads)
     columns = keep[0].repeat_interleave(8)
     attention.proj.weight.data[:, ~columns] = 0
     torch.testing.assert_close(got, attention(x), atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("heads", ["masked", "gathered"])
-def test_all_heads_is_the_plain_model_and_no_head_leaves_the_bias(backbone: Backbone, heads: str) -> None:
+def test_all_heads_is_the_plain_model_and_no_head_leaves_the_bias(backbone: Backbone, heads: HeadMode) -> None:
     everything = torch.ones(7, 3, 6, dtype=torch.bool)
     torch.testing.assert_close(backbone(images(), head_mask=everything, heads=heads), backbone(images()))
     attention = backbone.model.blocks[0].attn
-    nothing = attend(attention, torch.randn(2, 17, 48), torch.zeros(2, 6, dtype=torch.bool), heads)  # type: ignore[arg-type]
+    nothing = attend(attention, torch.randn(2, 17, 48), torch.zeros(2, 6, dtype=torch.bool), heads)
     assert torch.equal(nothing, attention.proj.bias.expand(2, 17, 48))
 
 
@@ -160,9 +162,9 @@ def test_normalisation_follows_the_model_s_own_config() -> None:
         (lambda b: b(images(), head_mask=masks(0.5, 0), policy=b), "not both"),
     ],
 )
-def test_mistakes_are_explained(backbone: Backbone, call: object, message: str) -> None:
+def test_mistakes_are_explained(backbone: Backbone, call: Callable[[Backbone], object], message: str) -> None:
     with pytest.raises(SparsightError, match=message):
-        call(backbone)  # type: ignore[operator]
+        call(backbone)
 
 
 def test_weights_from_a_file(tmp_path: object, backbone: Backbone) -> None:

@@ -1,5 +1,6 @@
 """Every registered SAE variant, against the dense arithmetic and against its own contract."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -183,6 +184,6 @@ def test_several_saes_in_one_trainer_equal_one_by_one() -> None:
         (lambda: sae.load("no/such/sae"), "no SAE here"),
     ],
 )
-def test_mistakes_are_explained(call: object, message: str) -> None:
+def test_mistakes_are_explained(call: Callable[[], object], message: str) -> None:
     with pytest.raises(SparsightError, match=message):
-        call()  # type: ignore[operator]
+        call()

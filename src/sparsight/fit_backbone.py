@@ -4,7 +4,6 @@ Shapes: B batch, H height, W width, C channels.
 """
 
 import dataclasses
-import json
 import math
 from typing import Any
 
@@ -21,7 +20,7 @@ from sparsight.images import Manifest, Pixels, Split
 from sparsight.progress import say
 from sparsight.seeds import derive_seed
 from sparsight.statistics import wilson
-from sparsight.work import Work
+from sparsight.work import Work, write_json
 
 
 def fit(
@@ -71,7 +70,7 @@ def fit(
     }
     state = {key: value.contiguous() for key, value in backbone.model.state_dict().items()}
     save_file(state, work.out / "model.safetensors")
-    (work.out / "config.json").write_text(json.dumps(about, indent=1, sort_keys=True) + "\n")
+    write_json(work.out / "config.json", about)
 
 
 @torch.no_grad()

@@ -16,11 +16,14 @@ import textwrap
 import types
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from sparsight.errors import SparsightError
 
-T = TypeVar("T")
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+T = TypeVar("T", bound="DataclassInstance")
 
 
 def parse(cls: type[T], section: Any, where: str) -> T:
@@ -38,7 +41,7 @@ def parse(cls: type[T], section: Any, where: str) -> T:
     section = {} if section is None else section
     if not isinstance(section, Mapping):
         raise SparsightError(f"{where}: expected keys and values, got {section!r}")
-    fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    fields = {f.name: f for f in dataclasses.fields(cls)}
     hints = get_type_hints(cls)
     check_keys(section, fields, where)
     values = {name: _convert(hints[name], value, f"{where}.{name}") for name, value in section.items()}
@@ -163,7 +166,8 @@ def _write(value: Any) -> str:
 
 def digest(value: Any) -> str:
     """sha256 of a dataclass or JSON value in canonical form."""
-    plain = dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value  # type: ignore[arg-type]
+    is_section = dataclasses.is_dataclass(value) and not isinstance(value, type)
+    plain = dataclasses.asdict(value) if is_section else value
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 
 

@@ -19,7 +19,7 @@ from zarr.codecs import Crc32cCodec
 from sparsight.batches import in_order
 from sparsight.errors import SparsightError
 from sparsight.schema import digest, file_digest
-from sparsight.work import write_atomic
+from sparsight.work import write_atomic, write_json
 
 FORMAT_VERSION = 1
 _CHUNK_BYTES = 2**21
@@ -141,7 +141,7 @@ class StoreWriter:
             "digest": digest(files),
             **about,
         }
-        write_atomic(path, lambda aside: aside.write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n"))
+        write_atomic(path, lambda aside: write_json(aside, manifest))
 
 
 class Rows:

@@ -10,6 +10,7 @@ import numpy as np
 
 from sparsight import machine, tables
 from sparsight.config import Compute
+from sparsight.work import write_json
 
 
 def write_metrics(inputs: dict[str, list[Path]], path: Path) -> None:
@@ -37,7 +38,7 @@ def write_metrics(inputs: dict[str, list[Path]], path: Path) -> None:
         for (strategy, labels), rows in by_strategy(tables.read(file.with_name("overall.parquet"))).items():
             for column in ("accuracy", "usage_last", "usage_all"):
                 flat[f"pruning.{policy}.{strategy}.{labels}.{column}"] = float(np.mean([row[column] for row in rows]))
-    path.write_text(json.dumps(flat, indent=1, sort_keys=True) + "\n")
+    write_json(path, flat)
 
 
 def by_strategy(rows: list[dict[str, Any]]) -> dict[tuple[str, str], list[dict[str, Any]]]:
@@ -57,4 +58,4 @@ def write_provenance(compute: Compute, path: Path) -> None:
         "machine": machine.describe(),
         "compute": dataclasses.asdict(compute),
     }
-    path.write_text(json.dumps(about, indent=1) + "\n")
+    write_json(path, about)

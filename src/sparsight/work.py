@@ -10,6 +10,7 @@ Snakemake deletes a job's outputs before it runs, so checkpoints and half-writte
 """
 
 import fcntl
+import json
 import os
 import shutil
 import socket
@@ -111,6 +112,11 @@ def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
     aside = path.with_name(f"{path.name}.aside")
     write(aside)
     os.replace(aside, path)
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write JSON whose bytes are equal for equal values: sorted keys, one per line."""
+    path.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n")
 
 
 def remove(path: Path) -> None:

@@ -30,7 +30,6 @@ rule summary:
 rule report:
     input:
         **RESULTS,
-        metrics=rules.summary.output.metrics,
         images=rules.images.output,
         stores=expand(f"{R}/activations/{{backbone}}/test.json", backbone=RUN.backbones),
         code=sources("report.py", "src/sparsight/report/page.html.j2", *map(sae_code, RUN.sae_names)),
@@ -47,7 +46,7 @@ rule report:
         flags=flags(RUN.report),
     shell:
         "python workflow/scripts/report.py --from-backbones {input.backbones} --from-saes {input.saes}"
-        " --from-steerings {input.steerings} --from-policies {input.policies} --from-metrics {input.metrics}"
+        " --from-steerings {input.steerings} --from-policies {input.policies}"
         " --from-images {input.images} --from-stores {input.stores} --name {params.name}"
         " --out {params.out} --work {params.work}"
         " {params.flags} > {log} 2>&1"

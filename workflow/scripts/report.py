@@ -15,7 +15,6 @@ if __name__ == "__main__":
         main,
         __doc__,
         Report,
-        metrics="metrics.json of the run",
         images="manifest.parquet of the images stage",
         backbones=["config.json of every backbone"],
         saes=["metrics.json of every SAE"],

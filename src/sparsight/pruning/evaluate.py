@@ -7,7 +7,6 @@ distinct masks are run once, whatever the number of strategies.
 Shapes: B batch, D width (d_in), L blocks, H heads, C classes, S strategies, n images.
 """
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +26,7 @@ from sparsight.sae.base import load as load_sae
 from sparsight.statistics import paired, wilson
 from sparsight.steering.evaluate import check_site, unit_edit
 from sparsight.steering.latents import ClassLatents
-from sparsight.work import Work
+from sparsight.work import Work, write_json
 
 
 class Row(NamedTuple):
@@ -106,7 +105,7 @@ def evaluate(
         "fvu_on_pruned_stream": {one.name: runner.fvu(one, test) for one in steered},
         "record": record,
     }
-    (work.out / "metrics.json").write_text(json.dumps(metrics, indent=1, sort_keys=True) + "\n")
+    write_json(work.out / "metrics.json", metrics)
     for line in overall:
         say(
             f"{line['strategy']} x{line['strength']:g} ({line['labels']} labels, {line['sae'] or 'no SAE'}): "

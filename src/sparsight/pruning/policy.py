@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from sparsight.errors import SparsightError
+from sparsight.work import write_json
 
 FORMAT_VERSION = 1
 
@@ -47,7 +48,7 @@ class HeadPolicy(nn.Module):
         save_file({k: v.contiguous() for k, v in self.state_dict().items()}, folder / "policy.safetensors")
         _, n_heads, d_in = self.weight.shape
         config = {**about, "format_version": FORMAT_VERSION, "blocks": self.blocks, "n_heads": n_heads, "d_in": d_in}
-        (folder / "config.json").write_text(json.dumps(config, indent=1, sort_keys=True) + "\n")
+        write_json(folder / "config.json", config)
 
     @classmethod
     def load(cls, folder: Path) -> "HeadPolicy":

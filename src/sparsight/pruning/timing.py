@@ -3,7 +3,6 @@
 Shapes: B batch, L blocks, H heads.
 """
 
-import json
 import statistics
 import time
 from pathlib import Path
@@ -16,6 +15,7 @@ from sparsight.backbones import Backbone
 from sparsight.machine import describe
 from sparsight.progress import say
 from sparsight.seeds import derive_seed
+from sparsight.work import write_json
 
 _BATCH = 64
 _ROUNDS = 15
@@ -29,7 +29,7 @@ def measure(models: dict[str, Backbone], seed: int, path: Path) -> None:
     """
     result = {"machine": describe(), "threads": torch.get_num_threads(), "batch_size": _BATCH, "rounds": _ROUNDS}
     heads = {name: _measure(backbone, derive_seed(seed, "timing", name)) for name, backbone in models.items()}
-    path.write_text(json.dumps({**result, "heads": heads}, indent=1) + "\n")
+    write_json(path, {**result, "heads": heads})
     for name, rows in heads.items():
         for row in rows:
             say(f"{name}, {row['kept']} heads: masked {row['masked_ms_min']} ms, gathered {row['gathered_ms_min']} ms")

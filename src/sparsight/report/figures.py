@@ -80,8 +80,9 @@ def sae_training(saes: dict[str, Path], metrics: dict[str, dict[str, Any]]) -> s
             [line["epoch"] for line in lines], [line["fvu"] for line in lines], color=colour, label=f"{name}, train"
         )
         axis.axhline(metrics[name]["fvu"], color=colour, linestyle="--", linewidth=1)
-    pca = next(iter(metrics.values()))["fvu_pca_k"]
-    axis.axhline(pca, color="#666666", linestyle=":", label="PCA with k components, test")
+    for pca in {one["fvu_pca_k"]: None for one in metrics.values()}:  # one per section; seeds share it
+        axis.axhline(pca, color="#666666", linestyle=":")
+    axis.plot([], [], color="#666666", linestyle=":", label="PCA with k components, test")
     axis.plot([], [], color="#000000", linestyle="--", label="SAE, test")
     axis.set(yscale="log", xlabel="epoch", ylabel="FVU")
     axis.legend(frameon=False, fontsize=8)

@@ -26,7 +26,7 @@ def write_page(section: config.Report, run: str, inputs: dict[str, Any], device:
 
     Args:
         run: name of the run.
-        inputs: paths by name: metrics, images, and lists of backbones, saes, stores, steerings, policies.
+        inputs: paths by name: images, and lists of backbones, saes, stores, steerings, policies.
     """
     manifest = Manifest(inputs["images"])
     saes = {path.parent.name: path.parent for path in inputs["saes"]}
@@ -48,7 +48,6 @@ def write_page(section: config.Report, run: str, inputs: dict[str, Any], device:
         policies=policies,
         latent_sae=first,
         latents=_latents(sae.load(saes[first]).to(device), stores, manifest, section.latents, section.images),
-        metrics=json.loads(inputs["metrics"].read_text()),
     )
     (out / "index.html").write_text(page)
     (out / "accuracy-usage.svg").write_text(policies[0]["usage_figure"])

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from sparsight.errors import SparsightError
 from sparsight.sae import names
+from sparsight.work import write_json
 
 FORMAT_VERSION = 1
 _REGISTRY: dict[str, type["SAE"]] = {}
@@ -166,7 +167,7 @@ class SAE(nn.Module, ABC):
         sizes = {"kind": self.kind, "d_in": self.d_in, "d_sae": self.d_sae, "k": self.k}
         training = {"aux_k": self.aux_k, "aux_coefficient": self.aux_coefficient}
         config = {**about, "format_version": FORMAT_VERSION, **sizes, **training}
-        (folder / "config.json").write_text(json.dumps(config, indent=1, sort_keys=True) + "\n")
+        write_json(folder / "config.json", config)
 
 
 def variant(cls: type[SAE]) -> type[SAE]:

@@ -3,7 +3,6 @@
 Shapes: B batch, N rows, T tokens, D width (d_in), F latents (d_sae).
 """
 
-import json
 from typing import Any
 
 import numpy as np
@@ -18,7 +17,7 @@ from sparsight.sae.base import SAE
 from sparsight.sae.train import load_rows
 from sparsight.statistics import paired, wilson
 from sparsight.store import ActivationStore
-from sparsight.work import Work
+from sparsight.work import Work, write_json
 
 _ROWS = 4096
 _IMAGES = 125
@@ -39,7 +38,7 @@ def evaluate(
     metrics = reconstruction_metrics(sae, site, train, test)
     mean = np.array(train.manifest["sites"][site]["mean"])
     metrics |= spliced_accuracy(sae, site, sae.about["tokens"], backbone, split, mean)
-    (work.out / "metrics.json").write_text(json.dumps({**metrics, "record": record}, indent=1, sort_keys=True) + "\n")
+    write_json(work.out / "metrics.json", {**metrics, "record": record})
     say(", ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
 
 

@@ -5,7 +5,6 @@ No head is pruned here. Validation picks a strength per method; test sees that s
 Shapes: B batch, D width (d_in), n images.
 """
 
-import json
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,7 +22,7 @@ from sparsight.seeds import derive_seed
 from sparsight.statistics import paired, wilson
 from sparsight.steering import controls, latents
 from sparsight.store import ActivationStore
-from sparsight.work import Work
+from sparsight.work import Work, write_json
 
 _IMAGES = 125
 METHODS = ("class-latents", "random-latents", "mean-difference")
@@ -85,7 +84,7 @@ def steer(
         "chosen_on_val": [row._asdict() for row in chosen],
         "record": record,
     }
-    (work.out / f"{name}.json").write_text(json.dumps(summary, indent=1, sort_keys=True) + "\n")
+    write_json(work.out / f"{name}.json", summary)
     for line in rows:
         if line["split"] == "test":
             say(f"{line['method']} x{line['strength']:g} ({line['labels']} labels): accuracy {line['accuracy']:.4f}")
