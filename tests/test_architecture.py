@@ -10,7 +10,7 @@ from conftest import ROOT
 
 SRC = ROOT / "src" / "sparsight"
 # Data flows one way; a room may use the ones before it.
-ROOMS = ("images", "backbones", "store", "extract", "sae", "steering", "pruning", "summary", "report")
+ROOMS = ("sources", "images", "backbones", "store", "extract", "sae", "steering", "pruning", "summary", "report")
 
 
 def imports(path: Path) -> set[str]:

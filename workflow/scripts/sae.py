@@ -5,7 +5,7 @@ from sparsight.config import Sae
 
 
 def main(job: stage.Stage) -> None:
-    from sparsight.sae.train import fit
+    from sparsight.sae.fit import fit
     from sparsight.store import ActivationStore
 
     device = job.device

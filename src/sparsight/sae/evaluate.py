@@ -14,7 +14,7 @@ from sparsight.backbones import Backbone
 from sparsight.images import Split
 from sparsight.progress import say
 from sparsight.sae.base import SAE
-from sparsight.sae.train import load_rows
+from sparsight.sae.fit import load_rows
 from sparsight.statistics import paired, wilson
 from sparsight.store import ActivationStore
 from sparsight.work import Work, write_json

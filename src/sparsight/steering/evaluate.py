@@ -17,7 +17,7 @@ from sparsight.errors import SparsightError
 from sparsight.images import Manifest, Split
 from sparsight.progress import say
 from sparsight.sae.base import SAE
-from sparsight.sae.train import load_rows
+from sparsight.sae.fit import load_rows
 from sparsight.seeds import derive_seed
 from sparsight.statistics import paired, wilson
 from sparsight.steering import controls, latents
