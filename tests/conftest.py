@@ -1,9 +1,12 @@
 """Fixtures: small models, small image folders, and one small run of the whole pipeline."""
 
+import dataclasses
+import json
 import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,7 @@ from sparsight import backbones
 from sparsight.backbones import Backbone
 from sparsight.config import Compute
 from sparsight.stage import prepare_torch
+from sparsight.store_writer import Plan, StoreWriter, finish_store, shard_size
 
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "tests" / "tiny.yaml"
@@ -68,3 +72,25 @@ def snakemake(folder: Path, *words: str, **options: Any) -> subprocess.Completed
     """Run snakemake on the small configuration."""
     command = [sys.executable, "-m", "snakemake", "--configfile", "tiny.yaml", *words]
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, **options)
+
+
+def write_store(
+    folder: Path, n: int, shapes: Mapping[str, tuple[int, ...]], tokens: str = "cls", seed: int = 0, **plan: Any
+) -> Path:
+    """A store of random numbers, ``folder/train.zarr``; its second token, where there are several, is a register."""
+    folder.mkdir(parents=True, exist_ok=True)
+    made = Plan(n, shapes, plan.get("dtype", "float16"), plan.get("shard_images", shard_size(n, 4)))
+    writer, generator = StoreWriter(folder / "train.zarr", made, folder), np.random.default_rng(seed)
+    records = {}
+    for shard, images in enumerate(made.shards):
+        size = images.stop - images.start
+        values = {site: generator.standard_normal((size, *shape)).astype(made.dtype) for site, shape in shapes.items()}
+        records[shard] = writer.write(shard, values, [])
+    n_tokens = max(shape[0] for shape in shapes.values()) if tokens == "all" else 2
+    positions = {"class": [0], "register": [1], "patches": [2, n_tokens]}
+    about = {"split": "train", "tokens": tokens, "token_positions": positions, "backbone": "vit"}
+    part = folder / "train.part-0.json"
+    part.write_text(json.dumps({"plan": dataclasses.asdict(made), "about": about, "shards": records}))
+    finish_store(folder / "train.zarr", [part], folder / "train.json")
+    part.unlink()
+    return folder / "train.zarr"

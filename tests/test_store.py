@@ -1,44 +1,43 @@
-"""The activation store: plain zarr reads it, damage is named, extraction resumes to the same bytes."""
+"""The activation store: readers that are not ours read it, ours reads theirs, and any damage is named."""
 
 import json
+import multiprocessing
+import re
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import zarr
-from conftest import make_backbone, make_folder
+from conftest import ROOT, write_store
 from hypothesis import given
 from hypothesis import strategies as st
+from zarr.codecs import Crc32cCodec
 
-from sparsight import config
 from sparsight.errors import SparsightError
-from sparsight.extract import extract
-from sparsight.images import Manifest, Split, write_manifest
-from sparsight.store import ActivationStore, StoreWriter, shard_size
-from sparsight.work import Work
+from sparsight.shards import RawArray, ZarrArray, open_array
+from sparsight.store import ActivationStore, Rows, verify
+from sparsight.store_writer import Plan, StoreWriter, shard_size
 
-SITES = ("blocks.1.input", "blocks.2.attn", "embedding")
-
-
-def split_of(tmp_path: Path) -> Split:
-    if not (tmp_path / "m.parquet").exists():
-        folder = make_folder(tmp_path / "images", per_class=30)
-        write_manifest(config.Images(source="folder", path=str(folder)), 0, {}, 2, tmp_path / "m.parquet")
-    return Manifest(tmp_path / "m.parquet").split("train")
+SHAPES = {"blocks.1.input": (5, 8), "embedding": (8,)}
 
 
-def make_store(tmp_path: Path, name: str = "a", **options: Any) -> Path:
-    section = config.Activations(sites=SITES, **{"batch_size": 3, **options})
-    split = split_of(tmp_path)
-    with Work(tmp_path / "work" / name, "key") as work:
-        extract(make_backbone(classes=2), split, section, work, "train", {}, threads=2)
-        work.finish(tmp_path / name)
-    return tmp_path / name / "train.zarr"
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_store(tmp_path_factory.mktemp("store"), 50, SHAPES, tokens="all")
 
 
-def contents(folder: Path) -> dict[str, bytes]:
-    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+@pytest.fixture
+def path(original: Path, tmp_path: Path) -> Path:
+    """A copy that a test may damage."""
+    shutil.copytree(original.parent, tmp_path / "copy")
+    return tmp_path / "copy" / "train.zarr"
+
+
+def files(path: Path) -> list[str]:
+    return sorted(p.relative_to(path).as_posix() for p in path.rglob("*") if p.is_file())
 
 
 @given(n=st.integers(1, 10**7), most=st.integers(1, 10**6))
@@ -48,62 +47,122 @@ def test_shards_are_powers_of_two_and_never_fewer_than_eight(n: int, most: int) 
     assert -(-n // size) >= min(n, 8)
 
 
-@pytest.mark.parametrize("tokens", ["cls", "patches", "all", "mean"])
-def test_every_value_read_with_plain_zarr_is_the_model_s_own(tmp_path: Path, tokens: str) -> None:
-    group = zarr.open_group(make_store(tmp_path, tokens=tokens, dtype="float32"), mode="r")
-    backbone, split = make_backbone(classes=2), split_of(tmp_path)
-    images = backbone.normalize(split.batch(slice(None), backbone.preprocess))
-    for site, x in backbone.taps(images, SITES).items():
-        pick = {"cls": lambda v: v[:, 0], "patches": lambda v: v[:, 1:], "all": lambda v: v,
-                "mean": lambda v: v[:, 1:].mean(dim=1)}[tokens]  # fmt: skip
-        expected = x if site == "embedding" else pick(x)
-        np.testing.assert_allclose(group[site][:], expected.numpy(), atol=1e-5)
-
-
-def test_layout_on_disk_follows_the_contract(tmp_path: Path) -> None:
-    path = make_store(tmp_path)
+def test_layout_on_disk_follows_the_contract(path: Path) -> None:
     manifest = json.loads(path.with_suffix(".json").read_text())
-    for site in SITES:
+    assert manifest["files"].keys() == manifest["sizes"].keys() == set(files(path))
+    for site in SHAPES:
         array = zarr.open_group(path, mode="r")[site]
         assert array.metadata.zarr_format == 3 and array.dtype == np.float16
         assert array.shards is not None and array.shape[0] // array.shards[0] >= 8
         codecs = array.metadata.to_dict()["codecs"]
         assert [c["name"] for c in codecs] == ["sharding_indexed"]
         assert [c["name"] for c in codecs[0]["configuration"]["codecs"]] == ["bytes", "crc32c"]
-        values = array[:].astype(np.float64)
+        values = array[:].astype(np.float64).reshape(-1, 8)
         about = manifest["sites"][site]
         assert about["shape"] == list(array.shape) and about["dtype"] == "float16"
         np.testing.assert_allclose(about["mean"], values.mean(axis=0), atol=1e-12)
         np.testing.assert_allclose(about["rms"], np.sqrt(np.square(values).mean()))
-    assert manifest["files"].keys() == contents(path).keys()
 
 
-def test_all_zero_chunks_are_written(tmp_path: Path) -> None:
-    writer = StoreWriter(tmp_path / "z.zarr", 16, {"embedding": (4,)}, "float16", 2)
-    for shard in range(8):
-        writer.write(shard, {"embedding": np.zeros((2, 4), np.float32)}, ["uri"] * 2)
-    whole = 2 * 4 * 2 + 4 + 16 + 4  # values, their checksum, the index, its checksum
-    assert all((tmp_path / "z.zarr" / name).stat().st_size == whole for s in range(8) for name in writer.files(s))
+@pytest.mark.parametrize(("n", "shard", "chunk"), [(16, 4, 2), (17, 8, 4), (5, 4, 4), (1, 1, 1)])
+def test_shards_are_what_zarr_itself_would_read_and_write(tmp_path: Path, n: int, shard: int, chunk: int) -> None:
+    plan = Plan(n, {"embedding": (3,), "blocks.0.mlp": (2, 3)}, "float32", shard)
+    for layout in plan.layouts.values():
+        object.__setattr__(layout, "chunk_images", chunk)
+    values = {site: np.random.default_rng(n).random(lay.shape, np.float32) for site, lay in plan.layouts.items()}
+    values["embedding"][: n // 2] = 0  # zarr leaves such chunks out unless told otherwise
+    ours, theirs = tmp_path / "ours.zarr", zarr.create_group(tmp_path / "theirs.zarr", zarr_format=3)
+    writer = StoreWriter(ours, plan, tmp_path)
+    for number, images in enumerate(plan.shards):
+        writer.write(number, {site: x[images] for site, x in values.items()}, [])
+    for site, layout in plan.layouts.items():
+        (ours / site / "zarr.json").write_text(json.dumps(layout.metadata()))
+        theirs.create_array(
+            site, data=values[site], chunks=layout.chunk_shape, shards=(shard, *layout.shape[1:]),
+            compressors=[Crc32cCodec()], fill_value=0, config={"write_empty_chunks": True},
+        )  # fmt: skip
+        assert np.array_equal(zarr.open_array(ours / site, mode="r")[:], values[site])
+        metadata = json.loads((tmp_path / "theirs.zarr" / site / "zarr.json").read_text())
+        assert {key: metadata[key] for key in layout.metadata()} == layout.metadata()
+        whole = plan.files(0)[site]
+        if n >= shard:
+            assert (ours / whole).read_bytes() == (tmp_path / "theirs.zarr" / whole).read_bytes()
 
 
-def test_rows_give_slices_and_numbers_of_any_order(tmp_path: Path) -> None:
-    path = make_store(tmp_path, tokens="all")
-    store = ActivationStore.open(path)
-    whole = zarr.open_group(path, mode="r")["blocks.1.input"][:]
-    n, T, D = whole.shape
-    everything = store.rows("blocks.1.input")
-    assert everything.shape == (n * T, D) and np.array_equal(everything[:], whole.reshape(-1, D))
-    numbers = np.random.default_rng(0).integers(0, n * T, 50)
-    assert np.array_equal(everything[numbers], whole.reshape(-1, D)[numbers])
-    assert np.array_equal(store.rows("blocks.1.input", tokens="cls")[5:9], whole[5:9, 0])
-    assert np.array_equal(store.rows("blocks.1.input", tokens="patches")[:], whole[:, 1:].reshape(-1, D))
-    assert np.array_equal(np.asarray(store.rows("embedding")), zarr.open_group(path, mode="r")["embedding"][:])
-    assert everything[3:3].shape == (0, D)
+def test_store_that_the_documented_script_writes_is_read(tmp_path: Path) -> None:
+    page = (ROOT / "docs" / "store-format.md").read_text()
+    script = re.findall(r"```python\n(.*?)```", page, re.DOTALL)[-1]
+    assert "import sparsight" not in script and len(script.splitlines()) <= 32
+    names: dict[str, Any] = {}
+    exec(script, names)
+    x = np.random.default_rng(0).standard_normal((100, 6)).astype(np.float16)
+    names["write_store"](tmp_path, "val", {"embedding": x, "blocks.0.input": x + 1}, 8, 4)
+    assert verify(tmp_path / "val.zarr") == []
+    store = ActivationStore.open(tmp_path / "val.zarr")
+    assert np.array_equal(store.rows("embedding")[:], x) and np.array_equal(
+        store.rows("blocks.0.input")[3:50], x[3:50] + 1
+    )
+
+
+@pytest.mark.parametrize(
+    "compressors", [[zarr.codecs.ZstdCodec(), zarr.codecs.Crc32cCodec()], [zarr.codecs.Crc32cCodec()]]
+)
+def test_compressed_stores_are_read_through_zarr_with_equal_values(
+    original: Path, tmp_path: Path, compressors: list[Any]
+) -> None:
+    x = zarr.open_group(original, mode="r")["blocks.1.input"]
+    folder = tmp_path / "x.zarr"
+    zarr.create_array(
+        folder, data=x[:], chunks=x.chunks, shards=x.shards, compressors=compressors, fill_value=0,
+        config={"write_empty_chunks": True},
+    )  # fmt: skip
+    array = open_array(folder)
+    assert type(array) is (RawArray if len(compressors) == 1 else ZarrArray)
+    ours = ActivationStore.open(original).rows("blocks.1.input")
+    theirs = Rows(array, slice(None))
+    numbers = np.random.default_rng(0).integers(0, len(ours), 40)
+    for key in (slice(None), slice(3, 77), slice(9, 9), numbers):
+        assert np.array_equal(theirs[key], ours[key])
+    if len(compressors) == 2:
+        shard = next((folder / "c").rglob("0/0/0"))
+        data = bytearray(shard.read_bytes())
+        data[20] ^= 4
+        shard.write_bytes(bytes(data))
+        with pytest.raises(SparsightError, match=r"x.zarr: damaged \(images"):
+            open_array(folder).read(0, 2)
+
+
+@given(data=st.data())
+def test_rows_index_like_the_array_they_stand_for(original: Path, data: st.DataObject) -> None:
+    store = ActivationStore.open(original)
+    whole = zarr.open_group(original, mode="r")["blocks.1.input"][:]
+    tokens, expected = data.draw(
+        st.sampled_from([(None, whole.reshape(-1, 8)), ("cls", whole[:, 0]), ("patches", whole[:, 2:].reshape(-1, 8))])
+    )
+    rows = store.rows("blocks.1.input", tokens)
+    assert rows.shape == expected.shape and rows.dtype == np.float16
+    n = len(expected)
+    key = data.draw(
+        st.one_of(
+            st.slices(n),
+            st.lists(st.integers(-n, n - 1), max_size=30).map(lambda numbers: np.array(numbers, dtype=np.int64)),
+        )
+    )
+    assert np.array_equal(rows[key], expected[key])
+
+
+def test_image_and_token_pairs_are_found(original: Path) -> None:
+    store = ActivationStore.open(original)
+    whole = zarr.open_group(original, mode="r")["blocks.1.input"][:]
+    images, tokens = np.array([49, 3, 3, 20]), np.array([4, 0, 1, 2])
+    assert np.array_equal(store.at("blocks.1.input", images, tokens), whole[images, tokens])
+    with pytest.raises(SparsightError, match=r"'blocks.1.input' holds tokens 0 to 4 of an image"):
+        store.at("blocks.1.input", [0], [5])
 
 
 def test_what_is_not_stored_is_refused(tmp_path: Path) -> None:
-    store = ActivationStore.open(make_store(tmp_path))
-    with pytest.raises(SparsightError, match=r"no site 'blocks.0.input'; stored: blocks.1.input, blocks.2.attn"):
+    store = ActivationStore.open(write_store(tmp_path, 10, {"blocks.1.input": (4,)}))
+    with pytest.raises(SparsightError, match=r"no site 'blocks.0.input'; stored: blocks.1.input"):
         store.rows("blocks.0.input")
     with pytest.raises(SparsightError, match="holds tokens 'cls', not 'patches'"):
         store.rows("blocks.1.input", tokens="patches")
@@ -111,92 +170,108 @@ def test_what_is_not_stored_is_refused(tmp_path: Path) -> None:
         ActivationStore.open(tmp_path / "nothing.zarr")
 
 
-def shard_file(path: Path) -> Path:
-    return path / "blocks.1.input" / "c" / "3" / "0"
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork")
+def test_workers_read_a_store_that_is_open_and_in_use(original: Path, method: str) -> None:
+    images, tokens = np.divmod(np.arange(250), 5)
+    with ActivationStore.open(original) as store:
+        whole = store.at("blocks.1.input", images, tokens)
+        with multiprocessing.get_context(method).Pool(2) as pool:
+            results = [pool.apply_async(store.at, ("blocks.1.input", images, tokens)) for _ in range(4)]
+            assert all(np.array_equal(result.get(), whole) for result in results)
+    assert np.array_equal(store.rows("blocks.1.input")[:], whole), "a closed store opens its files again"
 
 
-def test_truncated_and_missing_shards_stop_the_reader_by_name(tmp_path: Path) -> None:
-    path = make_store(tmp_path)
-    data = shard_file(path).read_bytes()
-    for damaged in (data[:-5], b""):
-        shard_file(path).write_bytes(damaged)
-        with pytest.raises(SparsightError, match=r"blocks.1.input/c/3/0: \d+ bytes instead of"):
-            ActivationStore.open(path)
-    shard_file(path).unlink()
-    with pytest.raises(SparsightError, match=r"blocks.1.input/c/3/0: missing from the store"):
-        ActivationStore.open(path)
+def flip(file: Path, position: int, bit: int = 0) -> None:
+    data = bytearray(file.read_bytes())
+    data[position] ^= 1 << bit
+    file.write_bytes(bytes(data))
 
 
-def test_flipped_byte_is_found_on_reading_and_by_verify(tmp_path: Path) -> None:
-    path = make_store(tmp_path)
-    assert ActivationStore.open(path).verify() == []
-    data = bytearray(shard_file(path).read_bytes())
-    data[7] ^= 1
-    shard_file(path).write_bytes(bytes(data))
-    store = ActivationStore.open(path)
-    assert store.verify() == ["blocks.1.input/c/3/0: content differs from the manifest"]
-    with pytest.raises(SparsightError, match=r"train.zarr: damaged: blocks.1.input/c/3/0"):
-        store.rows("blocks.1.input")[:]
-    (path / "extra").touch()
-    assert "extra: not in the manifest" in store.verify()
+def test_any_flipped_byte_in_any_file_is_named_by_verify(path: Path) -> None:
+    generator = np.random.default_rng(0)
+    assert verify(path) == []
+    for name in files(path):
+        size = (path / name).stat().st_size
+        for position in {0, size - 1, *generator.integers(0, size, 3).tolist()}:
+            flip(path / name, position, bit := int(generator.integers(8)))
+            assert verify(path) == [f"{name}: content differs from the manifest"]
+            flip(path / name, position, bit)
+    assert verify(path) == []
 
 
-def test_not_finite_and_overflowing_activations_are_refused_by_site_and_image(tmp_path: Path) -> None:
-    writer = StoreWriter(tmp_path / "z.zarr", 4, {"embedding": (4,)}, "float16", 2)
-    x = np.zeros((2, 4), np.float32)
-    for value, message in ((np.nan, "NaN or infinite activation"), (1e6, "float16 overflow")):
-        x[1, 2] = value
-        with pytest.raises(SparsightError, match=f"{message} at site 'embedding', image b.png"):
-            writer.write(0, {"embedding": x}, ["a.png", "b.png"])
-    assert not (tmp_path / "z.zarr" / "embedding" / "c").exists()
-
-
-def test_extraction_stopped_at_any_shard_continues_to_the_same_bytes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    undisturbed = contents(make_store(tmp_path, "a").parent)
-    write = StoreWriter.write
-
-    class Killed(BaseException):
-        pass
-
-    calls = 0
-
-    def killing(self: StoreWriter, shard: int, *rest: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        if calls % 3 == 0:
-            (self.path / "blocks.1.input" / "half-written.partial").write_bytes(b"x")
-            raise Killed
-        return write(self, shard, *rest)
-
-    monkeypatch.setattr(StoreWriter, "write", killing)
-    killed = 0
-    while not (tmp_path / "b").exists():
+def test_any_flipped_byte_of_the_manifest_is_noticed(path: Path) -> None:
+    manifest = path.with_suffix(".json")
+    generator = np.random.default_rng(0)
+    for position in generator.choice(manifest.stat().st_size, 300, replace=False).tolist():
+        flip(manifest, position, bit := int(generator.integers(8)))
         try:
-            make_store(tmp_path, "b")
-        except Killed:
-            killed += 1
-    n_shards = len(list((tmp_path / "a" / "train.zarr" / "embedding" / "c").iterdir()))
-    assert calls == n_shards + killed, "finished shards were kept"
-    assert killed > 2 and contents(tmp_path / "b") == undisturbed
+            problems = verify(path)
+        except SparsightError as error:
+            problems = [str(error)]
+        assert problems and "train.json" in problems[0], position
+        flip(manifest, position, bit)
+    assert verify(path) == []
 
 
-def test_shard_changed_while_stopped_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    undisturbed = contents(make_store(tmp_path, "a").parent)
-
-    def stop(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(StoreWriter, "write_manifest", stop)
-        make_store(tmp_path, "b")
-    shard_file(tmp_path / "work" / "b" / "out" / "train.zarr").write_bytes(b"torn")
-    make_store(tmp_path, "b")
-    assert contents(tmp_path / "b") == undisturbed
+def truncate(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-5])
 
 
-def test_too_little_disk_space_is_found_before_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 10})())
-    with pytest.raises(SparsightError, match=r"need 0.0 GB, .* has 0.0 GB free"):
-        make_store(tmp_path)
+def empty(file: Path) -> None:
+    file.write_bytes(b"")
+
+
+@pytest.mark.parametrize("damage", [truncate, empty, Path.unlink])
+def test_truncated_empty_and_missing_files_are_named_on_opening_and_by_verify(
+    path: Path, damage: Callable[[Path], None]
+) -> None:
+    for name in ("zarr.json", "embedding/zarr.json", "blocks.1.input/c/3/0/0"):
+        whole = (path / name).read_bytes()
+        damage(path / name)
+        with pytest.raises(SparsightError, match=rf"{name}: (\d+ bytes instead of|missing from the store)"):
+            ActivationStore.open(path)
+        assert len(problems := verify(path)) == 1 and problems[0].startswith(f"{name}: ")
+        (path / name).write_bytes(whole)
+    (path / "extra").touch()
+    assert verify(path) == ["extra: not in the manifest"]
+
+
+def test_manifest_and_shards_of_another_store_are_named(path: Path, tmp_path: Path) -> None:
+    other = write_store(tmp_path / "other", 50, SHAPES, tokens="all", seed=1)
+    name = "blocks.1.input/c/2/0/0"
+    shutil.copy(other / name, path / name)
+    ActivationStore.open(path)
+    assert verify(path) == [f"{name}: content differs from the manifest"]
+    shutil.copy(other.with_suffix(".json"), path.with_suffix(".json"))
+    assert set(files(path)) - {name, "zarr.json", *(f"{site}/zarr.json" for site in SHAPES)} == {
+        problem.removesuffix(": content differs from the manifest") for problem in verify(path)
+    }
+
+
+@pytest.mark.parametrize("shard", range(9))
+def test_reading_stops_at_a_flipped_byte_and_names_the_shard(path: Path, shard: int) -> None:
+    name = f"blocks.1.input/c/{shard}/0/0"
+    size = (path / name).stat().st_size
+    for position in (0, size // 2, size - 10):  # a value, a value, the index
+        flip(path / name, position)
+        rows = ActivationStore.open(path).rows("blocks.1.input")
+        with pytest.raises(SparsightError, match=rf"{name}: damaged \(.* its checksum\); delete the store's manifest"):
+            rows[:]
+        flip(path / name, position)
+    assert len(ActivationStore.open(path).rows("blocks.1.input")[:]) == 250
+
+
+def test_values_that_are_not_finite_are_refused_by_site_and_image(tmp_path: Path) -> None:
+    where, nan = "at site 'embedding', image b.png", "NaN or infinite activation"
+    for dtype, value, message in (
+        ("float16", np.nan, f"{nan} {where}; check the weights"),
+        ("float32", np.inf, f"{nan} {where}; check the weights"),
+        ("float16", 1e6, f"float16 overflow {where}: more than 65504; set activations.dtype: float32"),
+    ):
+        writer = StoreWriter(tmp_path / "z.zarr", Plan(4, {"embedding": (4,)}, dtype, 2), tmp_path)
+        x = np.zeros((2, 4), np.float32)
+        x[1, 2] = value
+        with np.errstate(over="ignore"), pytest.raises(SparsightError, match=message):
+            writer.write(0, {"embedding": x.astype(dtype)}, ["a.png", "b.png"])
+    assert not (tmp_path / "z.zarr" / "embedding").exists()

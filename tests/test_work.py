@@ -86,6 +86,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from sparsight import training
+from sparsight.batches import RowNumbers
 from sparsight.work import Work
 
 training._CHECKPOINT_SECONDS = 0.0
@@ -111,7 +112,7 @@ class Loop:
 
 with Work(Path(sys.argv[1]) / "work", "key") as work:
     loop = Loop()
-    training.train(loop, 103, 10, 30, seed=0, work=work)
+    training.train(loop, RowNumbers(103, 10, seed=0), 30, seed=0, work=work)
     save_file(loop.state(), work.out / "weights.safetensors")
     work.finish(Path(sys.argv[1]) / "out")
 """

@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 
 from sparsight import sae, sites
 from sparsight.errors import SparsightError
+from sparsight.schema import FREE
 
 Strategy = Literal["none", "reconstruct", "class-latents", "random-latents", "logit-bias"]
 
@@ -34,9 +35,17 @@ class Compute:
     """Where tensors live. Results are byte-equal on the same kind of device only."""
     threads: int = 2
     """CPU threads of every stage. Part of the result: sums depend on how they are split."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Of the forward passes that fill the activation store: full, or bfloat16 autocast, which is faster
+    where the processor has it and differs in the third digit."""
+    workers: int = field(default=0, metadata=FREE)
+    """Processes that decode images beside each stage; 0 decodes in threads of the stage itself, which is
+    faster for small images. Never changes a result."""
 
     def __post_init__(self) -> None:
         _positive(self, "threads")
+        if self.workers < 0:
+            raise SparsightError(f"workers: must be 0 or more, got {self.workers}")
 
 
 @dataclass(frozen=True)
@@ -116,13 +125,15 @@ class Activations:
     """Most images in a shard; a small split is cut further so that it has 8 shards or more."""
     batch_size: int = 128
     """Images a forward pass."""
+    parts: int = field(default=1, metadata=FREE)
+    """Jobs that share each split, over cores, GPUs or cluster nodes. Never changes a result."""
 
     def __post_init__(self) -> None:
         for site in self.sites:
             sites.parse(site)
         if len(set(self.sites)) != len(self.sites) or not self.sites:
             raise SparsightError("sites: name at least one site, each once")
-        _positive(self, "shard_images", "batch_size")
+        _positive(self, "shard_images", "batch_size", "parts")
 
 
 @dataclass(frozen=True)
@@ -145,6 +156,9 @@ class Sae:
     """Passes over the stored train split."""
     batch_size: int = 256
     """Activations a step."""
+    memory_mb: int = 1024
+    """Memory for activations while training, in MB. A store that fits is shuffled as a whole in every epoch,
+    a larger one in pools of half this size."""
     lr: float = 1e-3
     """Peak learning rate of Adam on activations scaled to unit variance; linear decay over the last fifth."""
     aux_k: int = 64
@@ -157,7 +171,7 @@ class Sae:
     def __post_init__(self) -> None:
         if self.kind not in sae.names():
             raise SparsightError(f"kind: there is no SAE {self.kind!r}; known: {', '.join(sae.names())}")
-        _positive(self, "d_sae", "k", "epochs", "batch_size", "lr")
+        _positive(self, "d_sae", "k", "epochs", "batch_size", "memory_mb", "lr")
         if self.k > self.d_sae:
             raise SparsightError(
                 f"k: {self.k} active latents are more than d_sae = {self.d_sae}; lower k or raise d_sae"

@@ -1,102 +1,161 @@
-"""Images x backbone -> activation store, shard by shard.
+"""Images x backbone -> the shards of an activation store.
 
 Shapes: B batch, T tokens, D width.
 """
 
+import dataclasses
 import json
 import shutil
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import torch
 from torch import Tensor
 
 from sparsight import sites
 from sparsight.backbones import Backbone
-from sparsight.batches import in_order
-from sparsight.config import Activations
+from sparsight.config import Activations, Compute
 from sparsight.errors import SparsightError
 from sparsight.images import Split
 from sparsight.progress import Progress
-from sparsight.store import StoreWriter, shard_size
-from sparsight.work import Work, write_atomic
+from sparsight.store_writer import Plan, StoreWriter, shard_size
+from sparsight.windows import in_order
+from sparsight.work import Work, write_atomic, write_json
+
+_DTYPES = {"float16": torch.float16, "float32": torch.float32}
 
 
 def extract(
-    backbone: Backbone, split: Split, section: Activations, work: Work, name: str, about: dict[str, Any], threads: int
-) -> None:
-    """Write ``<name>.zarr`` and its manifest ``<name>.json`` to ``work.out``.
+    backbone: Backbone, split: Split, section: Activations, compute: Compute, work: Work, store: Path, part: int,
+    about: Mapping[str, Any],
+) -> None:  # fmt: skip
+    """Write one part's shards of ``store`` and, to ``work.out``, ``<split>.part-<part>.json``: their records.
 
-    Batches do not cross shards, so a run that was stopped and continued writes the same bytes; shards
+    Batches do not cross shards, so neither the number of parts nor an interruption changes a byte; shards
     that are complete and verify are kept.
+
+    Args:
+        store: ``<split>.zarr``. A manifest that still vouches for it is removed first.
+        part: this part's number, below ``section.parts``.
+        about: what the manifest is to say of images and backbone.
 
     Raises:
         SparsightError: a site that the model does not have, no class token where one is asked for, too
             little disk space, an image that cannot be read, or a value that cannot be stored.
     """
+    plan = _plan(backbone, section, len(split))
+    store.with_suffix(".json").unlink(missing_ok=True)
+    writer = StoreWriter(store, plan, work.state)
+    records = _records(writer, work, part, section.parts)
+    todo = [shard for shard, record in records.items() if record is None]
+    _check_space(plan, todo, store)
+    windows = {shard: _inside(plan.shards[shard], section.batch_size) for shard in todo}
+    pixels = split.stream(
+        [rows for shard in todo for rows in windows[shard]], backbone.preprocess, compute.threads, compute.workers
+    )
+    free = [_buffers(plan, backbone.device) for _ in todo[:2]]  # one is filled while the other is written
+    writing: Future[None] | None = None
+
+    def write(shard: int, values: dict[str, Tensor]) -> None:
+        arrays = {site: x.numpy() for site, x in values.items()}
+        records[shard] = writer.write(shard, arrays, split.uris(plan.shards[shard]))
+        write_atomic(_record_path(work, shard), partial(write_json, value=records[shard]))
+        free.append(values)
+
+    n_images = sum(plan.shards[shard].stop - plan.shards[shard].start for shard in records)
+    n_todo = sum(plan.shards[shard].stop - plan.shards[shard].start for shard in todo)
+    with ThreadPoolExecutor(1) as thread, Progress(n_images, "images", start=n_images - n_todo) as progress:
+        for shard in todo:
+            buffers, start = free.pop(), plan.shards[shard].start
+            for rows in windows[shard]:
+                with precision(compute, backbone.device):
+                    taps = backbone.taps(backbone.normalize(next(pixels)), section.sites)
+                for site, x in taps.items():
+                    stored = _pick(x, section.tokens, backbone.n_prefix).to(_DTYPES[section.dtype])
+                    buffers[site][rows.start - start : rows.stop - start].copy_(stored, non_blocking=True)
+                progress(rows.stop - rows.start)
+            if backbone.device.type == "cuda":
+                torch.cuda.synchronize(backbone.device)
+            if writing is not None:
+                writing.result()
+            size = plan.shards[shard].stop - start
+            writing = thread.submit(write, shard, {site: x[:size] for site, x in buffers.items()})
+        if writing is not None:
+            writing.result()
+    result = {
+        "plan": dataclasses.asdict(plan),
+        "about": {"tokens": section.tokens, "token_positions": _positions(backbone), **about},
+        "shards": records,
+    }
+    write_json(work.out / f"{store.stem}.part-{part}.json", result)
+
+
+def precision(compute: Compute, device: torch.device) -> AbstractContextManager[object]:
+    """Autocast to bfloat16 where ``compute.precision`` asks for it."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=compute.precision == "bf16")
+
+
+def _plan(backbone: Backbone, section: Activations, n_images: int) -> Plan:
     for site in section.sites:
         sites.check(site, backbone.n_blocks, "activations.sites")
     if section.tokens == "cls" and not backbone.model.has_class_token:
         raise SparsightError("activations.tokens: the backbone has no class token; use patches, all or mean")
-    shapes = _shapes(backbone, section)
-    needed = len(split) * sum(int(np.prod(shape)) for shape in shapes.values()) * np.dtype(section.dtype).itemsize
-    free = shutil.disk_usage(work.folder).free
-    if needed > free:
-        raise SparsightError(
-            f"activations of {name}: need {needed / 1e9:.1f} GB, {work.folder} has {free / 1e9:.1f} GB free"
-        )
-    size = shard_size(len(split), section.shard_images)
-    writer = StoreWriter(work.out / f"{name}.zarr", len(split), shapes, section.dtype, size)
-    records: dict[int, Any] = {}
-    for shard in range(len(writer.shards)):
-        path = _record_path(work, shard)
-        if path.exists() and writer.verified(record := json.loads(path.read_text())):
-            records[shard] = record
-    todo = [shard for shard in range(len(writer.shards)) if shard not in records]
-    windows = [_inside(writer.shards[shard], section.batch_size) for shard in todo]
-    batches = split.stream([rows for shard in windows for rows in shard], backbone.preprocess, threads)
-    done = sum(writer.shards[shard].stop - writer.shards[shard].start for shard in records)
-    with Progress(len(split), "images", start=done) as progress:
-        for shard, shard_windows in zip(todo, windows, strict=True):
-            parts: dict[str, list[np.ndarray]] = {site: [] for site in section.sites}
-            for _ in shard_windows:
-                pixels = next(batches)
-                for site, x in backbone.taps(backbone.normalize(pixels), section.sites).items():
-                    parts[site].append(_pick(x, section.tokens, backbone.n_prefix).float().cpu().numpy())
-                progress(len(pixels))
-            values = {site: np.concatenate(blocks) for site, blocks in parts.items()}
-            record = writer.write(shard, values, split.uris[writer.shards[shard]])
-            text = json.dumps(record)
-            write_atomic(_record_path(work, shard), partial(Path.write_text, data=text))
-            records[shard] = record
-    n_class, n_prefix = int(backbone.model.has_class_token), backbone.n_prefix
     patches = backbone.model.patch_embed.num_patches
-    positions = {
-        "class": [0][:n_class],
-        "register": list(range(n_class, n_prefix)),
-        "patches": [n_prefix, n_prefix + patches],
-    }
-    writer.write_manifest(
-        work.out / f"{name}.json",
-        [records[shard] for shard in sorted(records)],
-        {"split": name, "tokens": section.tokens, "token_positions": positions, **about},
-    )
+    n_tokens = {"patches": patches, "all": patches + backbone.n_prefix}.get(section.tokens)
+    d = backbone.d_in
+    shapes = {site: (d,) if n_tokens is None or site == "embedding" else (n_tokens, d) for site in section.sites}
+    return Plan(n_images, shapes, section.dtype, shard_size(n_images, section.shard_images))
+
+
+def _records(writer: StoreWriter, work: Work, part: int, parts: int) -> dict[int, dict[str, Any] | None]:
+    """Per shard of the part its record, None where it is still to be made."""
+    n = len(writer.plan.shards)
+    records: dict[int, dict[str, Any] | None] = {}
+    for shard in range(n * part // parts, n * (part + 1) // parts):
+        path = _record_path(work, shard)
+        record = json.loads(path.read_text()) if path.exists() else None
+        records[shard] = record if record is not None and writer.verified(record) else None
+    return records
 
 
 def _record_path(work: Work, shard: int) -> Path:
     return work.state / f"shard-{shard}.json"
 
 
+def _check_space(plan: Plan, todo: list[int], store: Path) -> None:
+    store.mkdir(parents=True, exist_ok=True)
+    needed = len(todo) * plan.shard_images * plan.image_bytes
+    free = shutil.disk_usage(store).free
+    if needed > free:
+        raise SparsightError(f"{store}: needs {needed / 1e9:.1f} GB, there are {free / 1e9:.1f} GB free; make room")
+
+
 def _inside(shard: slice, batch_size: int) -> list[slice]:
     return [slice(shard.start + w.start, shard.start + w.stop) for w in in_order(shard.stop - shard.start, batch_size)]
 
 
-def _shapes(backbone: Backbone, section: Activations) -> dict[str, tuple[int, ...]]:
+def _buffers(plan: Plan, device: torch.device) -> dict[str, Tensor]:
+    """Room for one shard of every site, page-locked where a GPU copies to it."""
+    pinned = device.type == "cuda"
+    return {
+        site: torch.empty((plan.shard_images, *shape), dtype=_DTYPES[plan.dtype], pin_memory=pinned)
+        for site, shape in plan.shapes.items()
+    }
+
+
+def _positions(backbone: Backbone) -> dict[str, list[int]]:
+    """Where the kinds of tokens stand in the model's sequence."""
+    n_class, n_prefix = int(backbone.model.has_class_token), backbone.n_prefix
     patches = backbone.model.patch_embed.num_patches
-    n_tokens = {"patches": patches, "all": patches + backbone.n_prefix}.get(section.tokens)
-    d = backbone.d_in
-    return {site: (d,) if n_tokens is None or site == "embedding" else (n_tokens, d) for site in section.sites}
+    return {
+        "class": [0][:n_class],
+        "register": list(range(n_class, n_prefix)),
+        "patches": [n_prefix, n_prefix + patches],
+    }
 
 
 def _pick(x: Tensor, tokens: str, n_prefix: int) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from sparsight import backbones, config, training
 from sparsight.backbones import Backbone
+from sparsight.batches import RowNumbers
 from sparsight.errors import SparsightError
 from sparsight.images import Manifest, Pixels, Split
 from sparsight.progress import say
@@ -49,7 +50,8 @@ def fit(
     threads = torch.get_num_threads()
     train, val, test = (manifest.split(part) for part in ("train", "val", "test"))
     loop = _Training(section, backbone, Pixels(train, backbone.preprocess, threads), val)
-    training.train(loop, len(train), section.batch_size, section.epochs, derive_seed(seed, "backbone", name), work)
+    seed = derive_seed(seed, "backbone", name)
+    training.train(loop, RowNumbers(len(train), section.batch_size, seed), section.epochs, seed, work)
     splits = {"val": val, "test": test}
     accuracy = {part: wilson(correct(backbone, split, section.batch_size)) for part, split in splits.items()}
     say(f"{name}: accuracy val {accuracy['val']['accuracy']:.4f}, test {accuracy['test']['accuracy']:.4f}")

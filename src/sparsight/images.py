@@ -5,11 +5,12 @@ Shapes: B batch, H height, W width, C channels.
 
 import hashlib
 import json
+import multiprocessing
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
@@ -17,11 +18,11 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from sparsight import config, schema
-from sparsight.batches import in_order
 from sparsight.errors import SparsightError
 from sparsight.progress import Progress
 from sparsight.seeds import derive_seed
 from sparsight.sources import SOURCES, SPLITS, Item, Source
+from sparsight.windows import in_order
 
 
 def write_manifest(section: config.Images, seed: int, record: dict[str, Any], threads: int, path: Path) -> None:
@@ -114,8 +115,8 @@ class Manifest:
         table = self.table.take(rows)
         return Split(
             self._source,
-            table["uri"].to_pylist(),
-            table["sha256"].to_pylist(),
+            table["uri"],
+            table["sha256"],
             table["label"].to_numpy().copy(),
             self.classes,
         )
@@ -153,17 +154,21 @@ class Preprocess:
 
 @dataclass(frozen=True)
 class Split:
-    """The images of one split."""
+    """The images of one split; picklable, so that worker processes can read them."""
 
     source: Source
-    uris: list[str]
-    sha256: list[str]
+    _uris: pa.ChunkedArray
+    _sha256: pa.ChunkedArray
     labels: np.ndarray
     """int32 (n,)."""
     classes: list[str]
 
     def __len__(self) -> int:
-        return len(self.uris)
+        return len(self.labels)
+
+    def uris(self, rows: slice) -> list[str]:
+        """Where the images of ``rows`` come from."""
+        return self._uris[rows].to_pylist()
 
     def picture(self, row: int) -> Image.Image:
         """Decode one image, checked against its sha256.
@@ -171,12 +176,12 @@ class Split:
         Raises:
             SparsightError: the image is gone, changed, or cannot be decoded.
         """
-        uri = self.uris[row]
+        uri = self._uris[row].as_py()
         try:
             data = self.source.read(uri)
         except OSError as error:
             raise SparsightError(f"image {uri}: {error.strerror}; put it back or run the images stage again") from None
-        if hashlib.sha256(data).hexdigest() != self.sha256[row]:
+        if hashlib.sha256(data).hexdigest() != self._sha256[row].as_py():
             raise SparsightError(f"image {uri}: changed since the manifest was made; run the images stage again")
         return _decode(self.source, uri, data)
 
@@ -186,8 +191,20 @@ class Split:
         with ThreadPoolExecutor(threads) as pool:
             return np.stack(list(pool.map(lambda row: preprocess.pixels(self.picture(int(row))), numbers)))
 
-    def stream(self, windows: list[slice], preprocess: Preprocess, threads: int = 1) -> Iterator[np.ndarray]:
-        """The images of each window, uint8 (B, H, W, C); the next one is decoded meanwhile."""
+    def stream(
+        self, windows: list[slice], preprocess: Preprocess, threads: int = 1, workers: int = 0
+    ) -> Iterator[np.ndarray]:
+        """The images of each window, uint8 (B, H, W, C); the next ones are decoded meanwhile.
+
+        Args:
+            windows: rows of each batch.
+            preprocess: how pictures become pixels.
+            threads: that decode one batch, where there are no workers.
+            workers: processes that decode a batch each.
+        """
+        if workers:
+            yield from self._from_workers(windows, preprocess, workers)
+            return
         with ThreadPoolExecutor(1) as pool:
             waiting = None
             for rows in windows:
@@ -197,9 +214,43 @@ class Split:
             if waiting is not None:
                 yield waiting.result()
 
+    def _from_workers(self, windows: list[slice], preprocess: Preprocess, workers: int) -> Iterator[np.ndarray]:
+        import torch.utils.data as data  # not needed, and slow, where images are only listed
+
+        context = multiprocessing.get_context("forkserver")  # a plain fork would copy the locks of torch's threads
+        context.set_forkserver_preload(["sparsight.images", "torch.utils.data"])
+        loader: data.DataLoader[Any] = data.DataLoader(
+            cast("data.Dataset[Any]", _Windows(self, windows, preprocess)),
+            batch_size=None,
+            num_workers=workers,
+            multiprocessing_context=context,
+        )
+        for pixels in loader:
+            if isinstance(pixels, str):
+                raise SparsightError(pixels)
+            yield pixels.numpy()
+
     def batches(self, preprocess: Preprocess, batch_size: int, threads: int = 1) -> Iterator[np.ndarray]:
         """All images in order, uint8 (B, H, W, C) at a time."""
         return self.stream(list(in_order(len(self), batch_size)), preprocess, threads)
+
+
+class _Windows:
+    """The batches of :meth:`Split.stream`, by number, as torch's DataLoader wants them."""
+
+    def __init__(self, split: Split, windows: list[slice], preprocess: Preprocess) -> None:
+        self.split, self.windows, self.preprocess = split, windows, preprocess
+
+    def __len__(self) -> int:
+        return len(self.windows)
+
+    def __getitem__(self, number: int) -> Any:
+        import torch
+
+        try:
+            return torch.from_numpy(self.split.batch(self.windows[number], self.preprocess))
+        except SparsightError as error:  # raised here, it would arrive wrapped in a traceback
+            return str(error)
 
 
 class Pixels:

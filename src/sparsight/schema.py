@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 
 T = TypeVar("T", bound="DataclassInstance")
 
+FREE = {"free": True}
+"""Metadata of a field that changes how fast a result comes, never the result: no digest contains it."""
+
 
 def parse(cls: type[T], section: Any, where: str) -> T:
     """Build ``cls`` from a mapping, checking keys, types and the class's own ``__post_init__``.
@@ -146,10 +149,16 @@ def _read(hint: Any, text: str) -> Any:
     return text
 
 
-def to_flags(section: Any) -> str:
-    """The shell words that make a stage script read ``section`` again; unset (None) fields are left out."""
+def to_flags(section: Any, free: bool = False) -> str:
+    """The shell words that make a stage script read ``section`` again; unset (None) fields are left out.
+
+    ``free`` picks the fields that cannot change a result, otherwise all others: Snakemake reruns a rule
+    when the latter change.
+    """
     words: list[str] = []
     for field in dataclasses.fields(section):
+        if _is_free(field) != free:
+            continue
         value, flag = getattr(section, field.name), f"--{field.name.replace('_', '-')}"
         if isinstance(value, dict):
             words += [flag, *(f"{key}={_write(item)}" for key, item in value.items())]
@@ -160,14 +169,19 @@ def to_flags(section: Any) -> str:
     return shlex.join(words)
 
 
+def _is_free(field: "dataclasses.Field[Any]") -> bool:
+    return bool(field.metadata.get("free"))
+
+
 def _write(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def digest(value: Any) -> str:
-    """sha256 of a dataclass or JSON value in canonical form."""
-    is_section = dataclasses.is_dataclass(value) and not isinstance(value, type)
-    plain = dataclasses.asdict(value) if is_section else value
+    """sha256 of a dataclass (without its free fields) or JSON value in canonical form."""
+    plain = value
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        plain = {f.name: getattr(value, f.name) for f in dataclasses.fields(value) if not _is_free(f)}
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 
 

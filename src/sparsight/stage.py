@@ -31,6 +31,8 @@ class Stage:
     seed: int
     """The run's seed."""
     work: Work
+    out: Path
+    """The folder that receives the results; only what is finished piece by piece is put there directly."""
     compute: Compute = field(default_factory=Compute)
 
     @cached_property
@@ -95,11 +97,11 @@ def _run(
             raise SparsightError(f"there is no {path}; run the stage that makes it first")
     digests = {name: _input_digests(value) for name, value in inputs.items()}
     key = schema.digest(
-        [vars(compute), section and vars(section), arguments.name, arguments.seed, digests, _code_digest()]
+        [schema.digest(compute), schema.digest(section), arguments.name, arguments.seed, digests, _code_digest()]
     )
     with Work(arguments.work, key) as work:
         if not work.complete:
-            main(Stage(section, inputs, arguments.name, arguments.seed, work, compute))
+            main(Stage(section, inputs, arguments.name, arguments.seed, work, arguments.out, compute))
         work.finish(arguments.out)
 
 

@@ -6,178 +6,75 @@ Shapes: N images, T tokens, D width.
 """
 
 import argparse
+import hashlib
 import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import zarr
-from zarr.codecs import Crc32cCodec
 
-from sparsight.batches import in_order
 from sparsight.errors import SparsightError
 from sparsight.schema import digest, file_digest
-from sparsight.work import write_atomic, write_json
+from sparsight.shards import Array, open_array
+from sparsight.windows import in_order
 
 FORMAT_VERSION = 1
-_CHUNK_BYTES = 2**21
-_MIN_SHARDS = 8
-
-
-def shard_size(n_images: int, most: int) -> int:
-    """Images in a shard: a power of two, at most ``most``, and small enough for 8 shards."""
-    return _power_of_two(min(most, n_images // _MIN_SHARDS))
-
-
-def _power_of_two(limit: int) -> int:
-    return 1 << (max(1, limit).bit_length() - 1)
-
-
-class StoreWriter:
-    """Creates the arrays of a store and writes it shard by shard, whole shards only.
-
-    Args:
-        path: the group, e.g. ``train.zarr``; arrays that are there already are kept.
-        n_images: N.
-        shapes: per site the shape of one image's activations, (T, D) or (D,).
-        dtype: ``float16`` or ``float32``.
-        shard_images: images in a shard, a power of two.
-    """
-
-    def __init__(
-        self, path: Path, n_images: int, shapes: Mapping[str, tuple[int, ...]], dtype: str, shard_images: int
-    ) -> None:
-        self.path, self.n_images, self.shard_images = path, n_images, shard_images
-        group = zarr.open_group(path, mode="a", zarr_format=3)
-        self._arrays = {}
-        for site, shape in shapes.items():
-            image_bytes = int(np.prod(shape)) * np.dtype(dtype).itemsize
-            chunk = min(shard_images, _power_of_two(_CHUNK_BYTES // image_bytes))
-            self._arrays[site] = group.require_array(
-                site,
-                shape=(n_images, *shape),
-                dtype=dtype,
-                chunks=(chunk, *shape),
-                shards=(shard_images, *shape),
-                compressors=[Crc32cCodec()],  # without it a flipped byte reads back as a number
-                fill_value=0,
-                config={"write_empty_chunks": True},  # otherwise all-zero chunks are silently absent
-            )
-
-    @property
-    def shards(self) -> list[slice]:
-        """The images of each shard."""
-        return list(in_order(self.n_images, self.shard_images))
-
-    def files(self, shard: int) -> list[str]:
-        """The files of one shard, relative to the group."""
-        return [
-            f"{site}/c/{'/'.join(map(str, [shard] + [0] * (array.ndim - 1)))}" for site, array in self._arrays.items()
-        ]
-
-    def write(self, shard: int, values: Mapping[str, np.ndarray], uris: Sequence[str]) -> dict[str, Any]:
-        """Write one shard of every site; returns its record for :func:`write_manifest`.
-
-        Raises:
-            SparsightError: a value that is not finite, or that the store's dtype cannot hold.
-        """
-        record: dict[str, Any] = {"sum": {}, "square": {}}
-        for name in self.files(shard):
-            (self.path / name).unlink(missing_ok=True)  # zarr would read a torn shard to merge with it
-        for site, array in self._arrays.items():
-            x = values[site]
-            with np.errstate(over="ignore"):
-                stored = x.astype(array.dtype)
-            for name, bad in (
-                ("NaN or infinite activation", ~np.isfinite(x)),
-                (f"{array.dtype} overflow", ~np.isfinite(stored)),
-            ):
-                if bad.any():
-                    row = int(np.flatnonzero(bad.reshape(len(x), -1).any(axis=1))[0])
-                    advice = "check the weights" if name.startswith("NaN") else "set activations.dtype: float32"
-                    raise SparsightError(f"{name} at site {site!r}, image {uris[row]}; {advice}")
-            array[self.shards[shard]] = stored
-            wide = stored.astype(np.float64).reshape(-1, x.shape[-1])
-            record["sum"][site] = wide.sum(axis=0).tolist()
-            record["square"][site] = float(np.square(wide).sum())
-        record["files"] = {name: file_digest(self.path / name) for name in self.files(shard)}
-        return record
-
-    def verified(self, record: Mapping[str, Any]) -> bool:
-        """Whether the shard that ``record`` describes is there, whole and unchanged."""
-        files = {name: self.path / name for name in record["files"]}
-        return all(path.exists() and file_digest(path) == record["files"][name] for name, path in files.items())
-
-    def write_manifest(self, path: Path, records: Sequence[Mapping[str, Any]], about: Mapping[str, Any]) -> None:
-        """Write the manifest of a finished store.
-
-        Args:
-            path: ``<split>.json``.
-            records: of every shard, in order.
-            about: further keys: split, tokens, token positions, digests of backbone and images.
-        """
-        sites = {}
-        for site, array in self._arrays.items():
-            rows = array.size // array.shape[-1]
-            sites[site] = {
-                "dtype": str(array.dtype),
-                "shape": list(array.shape),
-                "mean": (np.sum([r["sum"][site] for r in records], axis=0) / rows).tolist(),
-                "rms": float(np.sqrt(np.sum([r["square"][site] for r in records]) / array.size)),
-            }
-        shards = [name for shard in range(len(self.shards)) for name in self.files(shard)]
-        names = sorted(["zarr.json", *(f"{site}/zarr.json" for site in self._arrays), *shards])
-        for name in _files(self.path) - set(names):
-            (self.path / name).unlink()  # what a killed writer was still writing beside its target
-        files = {name: file_digest(self.path / name) for name in names}
-        manifest = {
-            "format_version": FORMAT_VERSION,
-            "sites": sites,
-            "shard_images": self.shard_images,
-            "files": files,
-            "sizes": {name: (self.path / name).stat().st_size for name in names},
-            "digest": digest(files),
-            **about,
-        }
-        write_atomic(path, lambda aside: write_json(aside, manifest))
+NO_CHECKSUM = "0" * 64
+"""What stands for the manifest's checksum while it is computed."""
 
 
 class Rows:
-    """Activations of one site as a lazily read array of shape (rows, D), float as stored.
+    """Activations of one site as a lazily read array of shape (rows, D), in the stored dtype.
 
-    Index with a slice or an array of row numbers. A row is one image, or one (image, token) pair.
+    Index with a slice or an array of row numbers. A row is one (image, token) pair: row r is token
+    r % tokens_per_image of image r // tokens_per_image.
     """
 
-    def __init__(self, store: "ActivationStore", site: str, tokens: slice | int) -> None:
-        self._store, self._array, self._tokens = store, store.group[site], tokens
-        n_tokens = 1 if self._array.ndim == 2 else len(np.atleast_1d(np.arange(self._array.shape[1])[tokens]))
-        self.tokens_per_image = n_tokens
-        self.shape = (self._array.shape[0] * n_tokens, self._array.shape[-1])
+    def __init__(self, array: Array, tokens: slice) -> None:
+        self._array, self._tokens = array, tokens
+        self.dtype, self.chunk_images = array.dtype, array.chunk_images
+        self.tokens_per_image = 1 if len(array.shape) == 2 else len(range(*tokens.indices(array.shape[1])))
+        self._every_token = len(array.shape) == 2 or self.tokens_per_image == array.shape[1]
+        self.shape = (array.shape[0] * self.tokens_per_image, array.shape[-1])
 
     def __len__(self) -> int:
-        return int(self.shape[0])
+        return self.shape[0]
+
+    def images(self, first: int, last: int, out: np.ndarray | None = None) -> np.ndarray:
+        """The rows of images ``first`` to ``last`` - 1, (rows, D), put into ``out`` if that is given."""
+        if self._every_token:
+            return self._array.read(first, last, out).reshape(-1, self.shape[1])
+        picked = self._array.read(first, last)[:, self._tokens].reshape(-1, self.shape[1])
+        if out is None:
+            return picked
+        out[:] = picked
+        return out
 
     def __getitem__(self, key: slice | np.ndarray | Sequence[int]) -> np.ndarray:
+        if isinstance(key, slice):
+            start, stop, step = key.indices(len(self))
+            if step == 1:
+                first, last = start // self.tokens_per_image, -(-max(stop, start) // self.tokens_per_image)
+                skip = first * self.tokens_per_image
+                return self.images(first, last)[start - skip : max(stop, start) - skip]
         rows = np.arange(len(self))[key]
-        if len(rows) == 0:
-            return np.empty((0, self.shape[1]), self._array.dtype)
-        images, inverse = np.unique(rows // self.tokens_per_image, return_inverse=True)
-        try:
-            first, last = int(images[0]), int(images[-1]) + 1
-            neighbours = last - first == len(images)
-            block = self._array[first:last] if neighbours else self._array.oindex[images]
-        except (ValueError, OSError) as error:
-            problems = self._store.verify() or [str(error)]
-            raise SparsightError(f"{self._store.path}: damaged: {problems[0]}; {_again(self._store.path)}") from error
-        if block.ndim == 3:
-            block = np.atleast_2d(block[:, self._tokens]) if isinstance(self._tokens, int) else block[:, self._tokens]
-        flat = block.reshape(-1, self.shape[1])
-        return flat[inverse * self.tokens_per_image + rows % self.tokens_per_image]
+        out = np.empty((len(rows), self.shape[1]), self.dtype)
+        images, tokens = np.divmod(rows, self.tokens_per_image)
+        order = np.argsort(images, kind="stable")
+        # Neighbouring images are read together, each chunk once where every image is wanted.
+        for run in np.split(order, np.flatnonzero(np.diff(images[order]) > 1) + 1):
+            for part in np.split(run, np.flatnonzero(np.diff(images[run] // self.chunk_images)) + 1):
+                if len(part):
+                    first = int(images[part[0]])
+                    block = self.images(first, int(images[part[-1]]) + 1)
+                    out[part] = block[(images[part] - first) * self.tokens_per_image + tokens[part]]
+        return out
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        return self[:].astype(dtype or self._array.dtype, copy=False)
+        return self[:].astype(dtype or self.dtype, copy=False)
 
     def windows(self, size: int) -> Iterator[np.ndarray]:
         """All rows in order, ``size`` at a time."""
@@ -186,11 +83,11 @@ class Rows:
 
 
 class ActivationStore:
-    """A store opened for reading; see :meth:`open`."""
+    """A store opened for reading; see :meth:`open`. Safe to use from threads, forked and spawned workers."""
 
     def __init__(self, path: Path, manifest: dict[str, Any]) -> None:
         self.path, self.manifest = path, manifest
-        self.group = zarr.open_group(path, mode="r")
+        self._arrays: dict[str, Array] = {site: open_array(path / site) for site in manifest["sites"]}
 
     @classmethod
     def open(cls, path: str | Path) -> "ActivationStore":
@@ -200,15 +97,9 @@ class ActivationStore:
             SparsightError: no manifest, another format, or a missing or truncated file (named).
         """
         group, manifest_path = Path(path).with_suffix(".zarr"), Path(path).with_suffix(".json")
-        try:
-            manifest = json.loads(manifest_path.read_text())
-        except OSError as error:
-            raise SparsightError(f"{manifest_path}: no store manifest ({error.strerror}); run extraction") from None
-        except json.JSONDecodeError as error:
-            raise SparsightError(f"{manifest_path}: not JSON ({error}); {_again(group)}") from None
-        if manifest.get("format_version") != FORMAT_VERSION:
-            found = manifest.get("format_version")
-            raise SparsightError(f"{manifest_path}: format_version {found}, this sparsight reads {FORMAT_VERSION}")
+        text, manifest = _read_manifest(manifest_path)
+        if "checksum" in manifest and checksum(text, manifest["checksum"]) != manifest["checksum"]:
+            raise SparsightError(f"{manifest_path}: does not match its own checksum; {_again(group)}")
         for name, size in manifest["sizes"].items():
             file = group / name
             if not file.exists():
@@ -216,6 +107,17 @@ class ActivationStore:
             if file.stat().st_size != size:
                 raise SparsightError(f"{file}: {file.stat().st_size} bytes instead of {size}; {_again(group)}")
         return cls(group, manifest)
+
+    def close(self) -> None:
+        """Close the files that are open; reading opens them again."""
+        for array in self._arrays.values():
+            array.close()
+
+    def __enter__(self) -> "ActivationStore":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     @property
     def sites(self) -> list[str]:
@@ -233,36 +135,86 @@ class ActivationStore:
         Raises:
             SparsightError: a site or tokens that the store does not hold.
         """
-        if site not in self.manifest["sites"]:
+        if site not in self._arrays:
             raise SparsightError(f"{self.path}: no site {site!r}; stored: {', '.join(self.sites)}")
         tokens = tokens or self.tokens
         if tokens == self.tokens or site == "embedding":
-            return Rows(self, site, slice(None))
+            return Rows(self._arrays[site], slice(None))
         positions = self.manifest["token_positions"]
         if self.tokens != "all" or tokens not in ("cls", "patches") or (tokens == "cls" and not positions["class"]):
             raise SparsightError(f"{self.path}: holds tokens {self.tokens!r}, not {tokens!r}; extract them first")
-        return Rows(self, site, 0 if tokens == "cls" else slice(positions["patches"][0], positions["patches"][1]))
+        first, last = (positions["class"][0], positions["class"][0] + 1) if tokens == "cls" else positions["patches"]
+        return Rows(self._arrays[site], slice(first, last))
+
+    def at(self, site: str, images: Sequence[int] | np.ndarray, tokens: Sequence[int] | np.ndarray) -> np.ndarray:
+        """Activations of (image, token) pairs, (n, D); ``tokens`` count along the stored token axis."""
+        rows = self.rows(site)
+        tokens = np.asarray(tokens)
+        if len(tokens) and not 0 <= tokens.min() <= tokens.max() < rows.tokens_per_image:
+            raise SparsightError(f"{self.path}: {site!r} holds tokens 0 to {rows.tokens_per_image - 1} of an image")
+        return rows[np.asarray(images) * rows.tokens_per_image + tokens]
 
     def verify(self) -> list[str]:
         """Hash every file; returns one line per problem, naming the file relative to the store."""
-        files, problems = self.manifest["files"], []
-        if digest(files) != self.manifest["digest"]:
-            problems.append(f"{self.path.with_suffix('.json').name}: its digest does not match its list of files")
-        for name, sha256 in files.items():
-            path = self.path / name
-            if not path.exists():
-                problems.append(f"{name}: missing")
-            elif file_digest(path) != sha256:
-                problems.append(f"{name}: content differs from the manifest")
-        return problems + [f"{name}: not in the manifest" for name in sorted(_files(self.path) - files.keys())]
+        return verify(self.path)
+
+
+def verify(path: str | Path) -> list[str]:
+    """Hash every file of a store, also of one too damaged to be opened; returns one line per problem.
+
+    Raises:
+        SparsightError: there is no manifest that could be read.
+    """
+    group, manifest_path = Path(path).with_suffix(".zarr"), Path(path).with_suffix(".json")
+    text, manifest = _read_manifest(manifest_path)
+    files, problems = manifest["files"], []
+    if checksum(text, str(manifest.get("checksum"))) != manifest.get("checksum"):
+        problems.append(f"{manifest_path.name}: does not match its own checksum")
+    if digest(files) != manifest["digest"]:
+        problems.append(f"{manifest_path.name}: its digest does not match its list of files")
+    problems += problems_of(group, files)
+    return problems + [f"{name}: not in the manifest" for name in sorted(files_of(group) - files.keys())]
+
+
+def checksum(text: bytes, found: str) -> str:
+    """sha256 of a manifest whose own checksum ``found`` is replaced by zeros."""
+    return hashlib.sha256(text.replace(found.encode(), NO_CHECKSUM.encode(), 1)).hexdigest()
+
+
+def problems_of(path: Path, files: Mapping[str, str]) -> list[str]:
+    """What is wrong with ``files`` (sha256 by name relative to ``path``), one line each."""
+    with ThreadPoolExecutor() as pool:  # hashing leaves the interpreter's lock
+        return [p for p in pool.map(lambda item: _problem(path, *item), files.items()) if p is not None]
+
+
+def _problem(path: Path, name: str, sha256: str) -> str | None:
+    file = path / name
+    if not file.is_file():
+        return f"{name}: missing"
+    return None if file_digest(file) == sha256 else f"{name}: content differs from the manifest"
+
+
+def files_of(folder: Path) -> set[str]:
+    """Every file in a folder, relative to it."""
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+
+
+def _read_manifest(path: Path) -> tuple[bytes, dict[str, Any]]:
+    try:
+        text = path.read_bytes()
+        manifest = json.loads(text)
+    except OSError as error:
+        raise SparsightError(f"{path}: no store manifest ({error.strerror}); run extraction") from None
+    except ValueError as error:
+        raise SparsightError(f"{path}: not JSON ({error}); {_again(path)}") from None
+    found = manifest.get("format_version") if isinstance(manifest, dict) else None
+    if found != FORMAT_VERSION:
+        raise SparsightError(f"{path}: format_version {found}, this sparsight reads {FORMAT_VERSION}")
+    return text, manifest
 
 
 def _again(path: Path) -> str:
     return f"delete {path.with_suffix('.json').name} beside the store and give the same command again"
-
-
-def _files(folder: Path) -> set[str]:
-    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
 
 
 def main() -> None:
@@ -272,18 +224,25 @@ def main() -> None:
     parser.add_argument("path", type=Path, help="a store, <split>.zarr")
     arguments = parser.parse_args()
     try:
-        store = ActivationStore.open(arguments.path)
+        if arguments.command == "verify":
+            _verify(arguments.path)
+        else:
+            _info(ActivationStore.open(arguments.path))
     except SparsightError as error:
         sys.exit(f"error: {error}")
-    if arguments.command == "info":
-        for site, about in store.manifest["sites"].items():
-            print(f"{site}  {about['dtype']}  {about['shape']}  rms {about['rms']:.4g}")
-        print(f"tokens {store.tokens}, {len(store.manifest['files'])} files, digest {store.manifest['digest']}")
-        return
-    problems = store.verify()
-    if problems:
+
+
+def _verify(path: Path) -> None:
+    if problems := verify(path):
         sys.exit("\n".join(problems))
-    print(f"{len(store.manifest['files'])} files verified")
+    print("every file is as the manifest says")
+
+
+def _info(store: ActivationStore) -> None:
+    for site, about in store.manifest["sites"].items():
+        print(f"{site}  {about['dtype']}  {about['shape']}  rms {about['rms']:.4g}")
+    files, size = store.manifest["files"], sum(store.manifest["sizes"].values())
+    print(f"tokens {store.tokens}, {len(files)} files, {size / 1e6:.1f} MB, digest {store.manifest['digest']}")
 
 
 if __name__ == "__main__":

@@ -7,13 +7,13 @@ checkpoint is written only where a log line ends, so a resumed run writes the sa
 import json
 import time
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
-from sparsight.batches import n_batches, shuffled
+from sparsight.batches import Batches
 from sparsight.errors import SparsightError
 from sparsight.progress import Progress
 from sparsight.seeds import derive_seed
@@ -23,11 +23,15 @@ _CHECKPOINT_SECONDS = 15.0
 _LOG_LINES = 200
 
 
-class Trainable(Protocol):
+B_contra = TypeVar("B_contra", contravariant=True)
+B = TypeVar("B")
+
+
+class Trainable(Protocol[B_contra]):
     """What the loop needs of the thing it trains."""
 
-    def step(self, rows: np.ndarray, progress: float, generator: torch.Generator) -> dict[str, torch.Tensor]:
-        """One optimiser step on ``rows``; ``progress`` in [0, 1) is the share of training done.
+    def step(self, batch: B_contra, progress: float, generator: torch.Generator) -> dict[str, torch.Tensor]:
+        """One optimiser step on ``batch``; ``progress`` in [0, 1) is the share of training done.
 
         ``generator`` is a CPU generator seeded for this step. Returns scalars to log.
         """
@@ -42,13 +46,13 @@ class Trainable(Protocol):
         """Take over what :meth:`state` returned."""
 
 
-def train(trainable: Trainable, n_rows: int, batch_size: int, epochs: int, seed: int, work: Work) -> None:
+def train(trainable: Trainable[B], batches: Batches[B], epochs: int, seed: int, work: Work) -> None:
     """Run all epochs, continuing from ``work`` if it holds a checkpoint.
 
     Writes ``training.jsonl`` to ``work.out``: one line per logging step with the means since the last
     one, and one per epoch. Raises SparsightError if a logged value is not finite.
     """
-    per_epoch = n_batches(n_rows, batch_size)
+    per_epoch = batches.per_epoch
     total = per_epoch * epochs
     log_every = max(1, total // _LOG_LINES)
     checkpoint, log_path = work.state / "checkpoint.safetensors", work.out / "training.jsonl"
@@ -63,9 +67,9 @@ def train(trainable: Trainable, n_rows: int, batch_size: int, epochs: int, seed:
         count, saved = 0, time.monotonic()
         while step < total:
             epoch = step // per_epoch
-            for rows in shuffled(n_rows, batch_size, seed, epoch, skip=step % per_epoch):
+            for batch in batches.epoch(epoch, skip=step % per_epoch):
                 generator = torch.Generator().manual_seed(derive_seed(seed, "noise", step))
-                scalars = trainable.step(rows, step / total, generator)
+                scalars = trainable.step(batch, step / total, generator)
                 step, count = step + 1, count + 1
                 for name, value in scalars.items():
                     sums[name] = sums[name] + value.detach() if name in sums else value.detach().clone()

@@ -1,20 +1,39 @@
+# Several jobs may share a split: each fills shards of its own, and the last one vouches for all of them.
 # The store itself is a folder, <split>.zarr; its manifest, written last, stands for it here.
-rule activations:
+rule extract:
     input:
         images=rules.images.output,
         backbone=rules.backbone.output.weights,
         config=rules.backbone.output.config,
+        code=sources("extract.py"),
+    output:
+        temp(f"{R}/activations/{{backbone}}/{{split}}.part-{{part}}.json"),
+    log:
+        f"{R}/logs/extract-{{backbone}}-{{split}}-{{part}}.log",
+    threads: THREADS
+    params:
+        out=subpath(output[0], parent=True),
+        work=f"{R}/.work/extract-{{backbone}}-{{split}}-{{part}}",
+        flags=flags(RUN.activations),
+    shell:
+        "python workflow/scripts/extract.py --from-images {input.images} --from-backbone {input.backbone}"
+        " --name {wildcards.split}.part-{wildcards.part} --out {params.out} --work {params.work}"
+        " {params.flags} {FREE_FLAGS} > {log} 2>&1"
+
+
+rule activations:
+    input:
+        parts=expand(rules.extract.output, part=range(RUN.activations.parts), allow_missing=True),
         code=sources("activations.py"),
     output:
         f"{R}/activations/{{backbone}}/{{split}}.json",
     log:
         f"{R}/logs/activations-{{backbone}}-{{split}}.log",
-    threads: THREADS
     params:
         out=subpath(output[0], parent=True),
         work=f"{R}/.work/activations-{{backbone}}-{{split}}",
-        flags=flags(RUN.activations),
+        flags=flags(),
     shell:
-        "python workflow/scripts/activations.py --from-images {input.images} --from-backbone {input.backbone}"
-        " --name {wildcards.split} --out {params.out} --work {params.work}"
+        "python workflow/scripts/activations.py --from-parts {input.parts} --name {wildcards.split}"
+        " --out {params.out} --work {params.work}"
         " {params.flags} > {log} 2>&1"

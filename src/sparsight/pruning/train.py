@@ -17,6 +17,7 @@ from torch import Tensor
 
 from sparsight import config, training
 from sparsight.backbones import Backbone
+from sparsight.batches import RowNumbers
 from sparsight.errors import SparsightError
 from sparsight.images import Manifest, Pixels, Split
 from sparsight.pruning.policy import HeadPolicy
@@ -42,7 +43,8 @@ def fit(
     mean_PD, std_PD = _cls_statistics(backbone, train, blocks, section.batch_size)
     policy = HeadPolicy(backbone.d_in, backbone.n_heads, blocks).to(backbone.device)
     loop = _Training(section, policy, backbone, Pixels(train, backbone.preprocess, threads), val, mean_PD, std_PD)
-    training.train(loop, len(train), section.batch_size, section.epochs, derive_seed(seed, "policy", name), work)
+    seed = derive_seed(seed, "policy", name)
+    training.train(loop, RowNumbers(len(train), section.batch_size, seed), section.epochs, seed, work)
     folded = loop.folded()
     about = {"name": name, "backbone": section.backbone, "training": dataclasses.asdict(section), "record": record}
     folded.save(work.out, **about)

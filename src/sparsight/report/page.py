@@ -17,8 +17,10 @@ from sparsight.report import figures
 from sparsight.sae.base import SAE
 from sparsight.store import ActivationStore
 from sparsight.summary import by_strategy
+from sparsight.windows import in_order
 
 _THUMBNAIL = 56
+_IMAGES = 256  # whose tokens are encoded at a time
 
 
 def write_page(section: config.Report, run: str, inputs: dict[str, Any], device: torch.device, out: Path) -> None:
@@ -98,8 +100,11 @@ def _latents(
     """
     split = manifest.split("test")
     rows = ActivationStore.open(stores[one.about["backbone"]]).rows(one.about["site"])
-    codes = one.encode(rows[:].astype(np.float32)).dense().cpu().numpy()
-    per_image = codes.reshape(len(split), -1, one.d_sae).max(axis=1)
+    blocks = []
+    for window in in_order(len(split), _IMAGES):
+        codes = one.encode(rows.images(window.start, window.stop)).dense()
+        blocks.append(codes.unflatten(0, (-1, rows.tokens_per_image)).amax(dim=1).cpu().numpy())
+    per_image = np.concatenate(blocks)
     chosen: list[dict[str, Any]] = []
     for turn in range(n_latents):
         c = turn % len(manifest.classes)

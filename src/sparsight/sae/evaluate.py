@@ -14,7 +14,6 @@ from sparsight.backbones import Backbone
 from sparsight.images import Split
 from sparsight.progress import say
 from sparsight.sae.base import SAE
-from sparsight.sae.fit import load_rows
 from sparsight.statistics import paired, wilson
 from sparsight.store import ActivationStore
 from sparsight.work import Work, write_json
@@ -49,28 +48,34 @@ def reconstruction_metrics(sae: SAE, site: str, train: ActivationStore, test: Ac
     fvu = sum ||x - x_hat||^2 / sum ||x - mean of the split||^2; a latent is dead on a split on which it
     never fires.
     """
-    x_test, x_train = load_rows(test, site), load_rows(train, site)
-    total = float(np.square(x_test - x_test.mean(axis=0, dtype=np.float64)).sum(dtype=np.float64))
-    error, active = 0.0, 0
-    fires = {"test": np.zeros(sae.d_sae, bool), "train": np.zeros(sae.d_sae, bool)}
-    for name, x in (("test", x_test), ("train", x_train)):
-        for start in range(0, len(x), _ROWS):
-            block = x[start : start + _ROWS]
-            codes = sae.encode(block)
+    rows = {"test": test.rows(site), "train": train.rows(site)}
+    centre = {
+        name: np.array(store.manifest["sites"][site]["mean"]) for name, store in (("test", test), ("train", train))
+    }
+    total, error, active = 0.0, 0.0, 0
+    fires = {name: np.zeros(sae.d_sae, bool) for name in rows}
+    scatter = np.zeros((sae.d_in, sae.d_in))
+    for name, windows in ((name, one.windows(_ROWS)) for name, one in rows.items()):
+        for x in (window.astype(np.float32) for window in windows):
+            codes = sae.encode(x)
             fires[name] |= (codes.dense() > 0).any(dim=0).cpu().numpy()
-            if name == "test":
-                error += float(np.square(block - sae.decode(codes).cpu().numpy()).sum(dtype=np.float64))
+            centred = x - centre[name]
+            if name == "train":
+                scatter += centred.T @ centred
+            else:
+                total += float(np.square(centred).sum())
+                error += float(np.square(x - sae.decode(codes).cpu().numpy()).sum(dtype=np.float64))
                 active += int(codes.l0().sum())
-    mean = x_train.mean(axis=0, dtype=np.float64)
-    centred = x_train - mean
-    components = np.linalg.eigh(centred.T @ centred)[1][:, -sae.k :]
-    centred = x_test - mean
-    pca_error = float(np.square(centred - centred @ components @ components.T).sum())
+    components = np.linalg.eigh(scatter)[1][:, -sae.k :]
+    pca_error = 0.0
+    for x in rows["test"].windows(_ROWS):
+        centred = x - centre["train"]
+        pca_error += float(np.square(centred - centred @ components @ components.T).sum())
     return {
-        "n": len(x_test),
+        "n": len(rows["test"]),
         "fvu": error / total,
         "fvu_pca_k": pca_error / total,
-        "l0": active / len(x_test),
+        "l0": active / len(rows["test"]),
         "dead_test": int((~fires["test"]).sum()),
         "dead_train": int((~fires["train"]).sum()),
     }

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from sparsight import config, sae, training
+from sparsight.batches import Batch, StoreBatches
 from sparsight.errors import SparsightError
 from sparsight.sae.base import SAE
 from sparsight.sae.train import Trainer
@@ -33,20 +34,21 @@ def fit(
     Raises:
         SparsightError: a site the store does not hold, or activations that are not finite.
     """
-    x = load_rows(store, section.site)
-    mean = x.mean(axis=0, dtype=np.float64)
-    scale = float(np.sqrt(np.square(x - mean).mean(dtype=np.float64)))
-    if scale == 0:
-        raise SparsightError(f"{store.path}: site {section.site!r} is constant; there is nothing to learn")
+    rows = store.rows(section.site)
+    mean, scale = _moments(store, section.site)
+    batches = StoreBatches(
+        {section.site: rows}, section.batch_size, derive_seed(seed, "sae", name), section.memory_mb * 2**20,
+        device=device,
+    )  # fmt: skip
     one = sae.create(
-        section.kind, x.shape[1], section.d_sae, section.k, derive_seed(seed, "sae", name, "init"),
+        section.kind, rows.shape[1], section.d_sae, section.k, derive_seed(seed, "sae", name, "init"),
         aux_k=section.aux_k, aux_coefficient=section.aux_coefficient,
     ).to(device)  # fmt: skip
     one.loss_scale = 1 / one.d_in  # 1 / E||x - mean||^2 of the scaled activations
     with torch.no_grad():
         one.b_dec.copy_(torch.from_numpy(mean / scale))
-    loop = _Training(section, one, torch.from_numpy(x / np.float32(scale)).to(device))
-    training.train(loop, len(x), section.batch_size, section.epochs, derive_seed(seed, "sae", name), work)
+    loop = _Training(section, one, scale)
+    training.train(loop, batches, section.epochs, derive_seed(seed, "sae", name), work)
     one.fold_scale(scale)
     about = {
         "name": name,
@@ -60,34 +62,31 @@ def fit(
     one.save(work.out, **about)
 
 
-def load_rows(store: ActivationStore, site: str) -> np.ndarray:
-    """All rows of a site, float32 (N, D).
+def _moments(store: ActivationStore, site: str) -> tuple[np.ndarray, float]:
+    """Mean per dimension, (D,), and standard deviation over all dimensions around it, from the manifest.
 
     Raises:
-        SparsightError: a row that is not finite, named by its number.
+        SparsightError: activations that are constant or not finite.
     """
-    x = store.rows(site)[:].astype(np.float32)
-    bad = ~np.isfinite(x).all(axis=1)
-    if bad.any():
-        raise SparsightError(
-            f"{store.path}: NaN or infinite activation at site {site!r}, row {int(np.flatnonzero(bad)[0])}; "
-            "make the store again from sound weights"
-        )
-    return x
+    about = store.manifest["sites"][site]
+    mean = np.array(about["mean"])
+    variance = about["rms"] ** 2 - float(np.square(mean).mean())
+    if not np.isfinite(variance) or variance <= 0:
+        raise SparsightError(f"{store.path}: site {site!r} is constant or not finite; there is nothing to learn")
+    return mean, float(np.sqrt(variance))
 
 
 class _Training:
     """See :class:`sparsight.training.Trainable`."""
 
-    def __init__(self, section: config.Sae, one: SAE, x_ND: Tensor) -> None:
-        self.section, self.sae, self.x_ND = section, one, x_ND
+    def __init__(self, section: config.Sae, one: SAE, scale: float) -> None:
+        self.section, self.sae, self.scale = section, one, scale
         self.trainer = Trainer([one], section.lr, section.dead_after)
 
-    def step(self, rows: np.ndarray, progress: float, generator: torch.Generator) -> dict[str, Tensor]:
+    def step(self, batch: Batch, progress: float, generator: torch.Generator) -> dict[str, Tensor]:
         for group in self.trainer.optimizer.param_groups:
             group["lr"] = self.section.lr * min(1.0, (1 - progress) / (1 - _DECAY_FROM))
-        x = self.x_ND[torch.from_numpy(rows).to(self.x_ND.device)]
-        (loss,) = self.trainer.step(x)
+        (loss,) = self.trainer.step(batch.x[self.section.site].float() / self.scale)
         return {
             "fvu": loss.reconstruction,
             "aux": loss.aux,

@@ -17,7 +17,6 @@ from sparsight.errors import SparsightError
 from sparsight.images import Manifest, Split
 from sparsight.progress import say
 from sparsight.sae.base import SAE
-from sparsight.sae.fit import load_rows
 from sparsight.seeds import derive_seed
 from sparsight.statistics import paired, wilson
 from sparsight.steering import controls, latents
@@ -51,7 +50,7 @@ def steer(
     check_site(sae, backbone)
     train = manifest.split("train")
     found = latents.find(
-        sae, load_rows(store, sae.about["site"]), train.labels, len(manifest.classes), section.latents,
+        sae, store.rows(sae.about["site"]), train.labels, len(manifest.classes), section.latents,
         derive_seed(seed, "steering", name, "random"),
     )  # fmt: skip
     found.save(work.out / f"{name}.safetensors")

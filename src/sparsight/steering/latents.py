@@ -14,6 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sparsight.sae.base import SAE
+from sparsight.store import Rows
+from sparsight.windows import in_order
 
 _ROWS = 4096
 
@@ -46,21 +48,25 @@ class ClassLatents:
 
 
 @torch.no_grad()
-def find(sae: SAE, x_ND: np.ndarray, labels: np.ndarray, n_classes: int, n_latents: int, seed: int) -> ClassLatents:
+def find(
+    sae: SAE, rows: Rows | np.ndarray, labels: np.ndarray, n_classes: int, n_latents: int, seed: int
+) -> ClassLatents:
     """Rank the latents of every class on training activations.
 
     Args:
-        x_ND: activations of the train split.
+        rows: activations of the train split, one row an image.
         labels: (N,) int.
         n_latents: M, at most half of F.
         seed: of the random latents.
     """
     device = sae.W_dec.device
     total_CF = torch.zeros(n_classes, sae.d_sae, dtype=torch.float64, device=device)
-    for start in range(0, len(x_ND), _ROWS):
-        codes_BF = sae.encode(x_ND[start : start + _ROWS]).dense().double()
-        onehot_CB = torch.from_numpy(labels[start : start + _ROWS] == np.arange(n_classes)[:, None]).to(device)
-        total_CF += onehot_CB.double() @ codes_BF
+    sum_CD = torch.zeros(n_classes, sae.d_in, dtype=torch.float64, device=device)
+    for window in in_order(len(rows), _ROWS):
+        x_BD = torch.from_numpy(rows[window]).to(device)
+        onehot_CB = torch.from_numpy(labels[window] == np.arange(n_classes)[:, None]).to(device).double()
+        total_CF += onehot_CB @ sae.encode(x_BD).dense().double()
+        sum_CD += onehot_CB @ x_BD.double()
     count_C1 = torch.from_numpy(np.bincount(labels, minlength=n_classes)).to(device)[:, None]
     mean_CF = total_CF / count_C1
     elsewhere_CF = (total_CF.sum(dim=0) - total_CF) / (len(labels) - count_C1)
@@ -73,15 +79,13 @@ def find(sae: SAE, x_ND: np.ndarray, labels: np.ndarray, n_classes: int, n_laten
         others = np.setdiff1d(alive, own)
         pool = others if len(others) >= n_latents else np.setdiff1d(every, own)
         random.append(generator.choice(pool, n_latents, replace=False))
-    x = torch.from_numpy(x_ND).double()
-    class_mean = torch.stack([x[torch.from_numpy(labels == c)].mean(dim=0) for c in range(n_classes)])
     push_CMD = mean_CF.gather(1, latents).float()[:, :, None] * sae.W_dec[latents]
     return ClassLatents(
         latents=latents,
         random_latents=torch.from_numpy(np.stack(random)).to(device),
         mean_activation=mean_CF.float(),
-        class_mean=class_mean.float().to(device),
-        mean=x.mean(dim=0).float().to(device),
+        class_mean=(sum_CD / count_C1).float(),
+        mean=(sum_CD.sum(dim=0) / len(labels)).float(),
         vectors=push_CMD.cpu().cumsum(dim=1),  # CUDA has no deterministic cumsum
     )
 
