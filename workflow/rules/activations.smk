@@ -1,3 +1,8 @@
+wildcard_constraints:
+    split="train|val|test",
+    part="[0-9]+",
+
+
 # Several jobs may share a split: each fills shards of its own, and the last one vouches for all of them.
 # The store itself is a folder, <split>.zarr; its manifest, written last, stands for it here.
 rule extract:
