@@ -149,15 +149,14 @@ def _read(hint: Any, text: str) -> Any:
     return text
 
 
-def to_flags(section: Any, free: bool = False) -> str:
+def to_flags(section: Any) -> str:
     """The shell words that make a stage script read ``section`` again; unset (None) fields are left out.
 
-    ``free`` picks the fields that cannot change a result, otherwise all others: Snakemake reruns a rule
-    when the latter change.
+    So are free fields: Snakemake reruns a rule when its flags change.
     """
     words: list[str] = []
     for field in dataclasses.fields(section):
-        if _is_free(field) != free:
+        if _is_free(field):
             continue
         value, flag = getattr(section, field.name), f"--{field.name.replace('_', '-')}"
         if isinstance(value, dict):

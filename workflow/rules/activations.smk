@@ -16,14 +16,17 @@ rule extract:
     log:
         f"{R}/logs/extract-{{backbone}}-{{split}}-{{part}}.log",
     threads: THREADS
+    resources:
+        workers=RUN.compute.workers,  # not a parameter: another number makes no store stale
     params:
+        parts=RUN.activations.parts,
         out=subpath(output[0], parent=True),
         work=f"{R}/.work/extract-{{backbone}}-{{split}}-{{part}}",
         flags=flags(RUN.activations),
     shell:
         "python workflow/scripts/extract.py --from-images {input.images} --from-backbone {input.backbone}"
         " --name {wildcards.split}.part-{wildcards.part} --out {params.out} --work {params.work}"
-        " {params.flags} {FREE_FLAGS} > {log} 2>&1"
+        " {params.flags} --parts {params.parts} --workers {resources.workers} > {log} 2>&1"
 
 
 rule activations:

@@ -9,9 +9,6 @@ os.environ.update(PATH=os.pathsep.join([str(Path(sys.executable).parent), os.get
 
 THREADS = RUN.compute.threads  # what a stage takes; Snakemake's {threads} shrinks with --cores
 
-# Not among a rule's params: they change how fast the store is filled and nothing in it, so no job is stale by them.
-FREE_FLAGS = f"{to_flags(RUN.compute, free=True)} {to_flags(RUN.activations, free=True)}"
-
 # What pruning steers with: steering result -> SAE.
 STEERED = {name: sae for name, sae in RUN.steering_names.items() if name.rpartition("-s")[0] == RUN.pruning.steering}
 
