@@ -10,6 +10,7 @@ Warm reads come from the page cache; before a cold read the files are dropped fr
 
 import argparse
 import dataclasses
+import multiprocessing
 import os
 import resource
 import shutil
@@ -24,6 +25,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 import zarr
 from safetensors.numpy import load_file, save_file
 
@@ -38,25 +40,34 @@ SITE, BATCH, SHARD = "blocks.5.input", 4096, 32768
 
 
 class Reservoir:
-    """A shuffle buffer in the manner of saev: rows go in and come out one at a time, at random places."""
+    """A shuffle buffer in the manner of saev: rows go in and come out one at a time, at random places.
+
+    As there, the rows are a tensor that processes share, guarded by a lock and counted by a semaphore.
+    """
 
     def __init__(self, capacity: int, width: int) -> None:
-        self.rows, self.size, self.random = np.empty((capacity, width), np.float16), 0, np.random.default_rng(0)
+        self.rows = torch.empty(capacity, width, dtype=torch.float16).share_memory_()
+        self.size, self.random = 0, np.random.default_rng(0)
+        self.lock, self.filled = multiprocessing.Lock(), multiprocessing.Semaphore(0)
 
-    def put(self, rows: np.ndarray) -> None:
+    def put(self, rows: torch.Tensor) -> None:
         """Add rows at the end."""
         for row in rows:
-            self.rows[self.size] = row
-            self.size += 1
+            with self.lock:
+                self.rows[self.size] = row
+                self.size += 1
+            self.filled.release()
 
-    def get(self, count: int) -> np.ndarray:
+    def get(self, count: int) -> torch.Tensor:
         """Take rows from random places; the last one fills each gap."""
-        out = np.empty((count, self.rows.shape[1]), np.float16)
+        out = torch.empty(count, self.rows.shape[1], dtype=torch.float16)
         for i, draw in enumerate(self.random.random(count)):
-            place = int(draw * self.size)
-            out[i] = self.rows[place]
-            self.size -= 1
-            self.rows[place] = self.rows[self.size]
+            self.filled.acquire()
+            with self.lock:
+                place = int(draw * self.size)
+                out[i] = self.rows[place]
+                self.size -= 1
+                self.rows[place] = self.rows[self.size]
         return out
 
 
@@ -170,12 +181,12 @@ class Bench:
         for s in in_order(self.n, BATCH):
             yield m[order[s]]
 
-    def reservoir(self) -> Iterator[np.ndarray]:
+    def reservoir(self) -> Iterator[torch.Tensor]:
         """16 batches long, fed in order from the array in memory."""
         buffer = Reservoir(16 * BATCH, self.width)
         windows = in_order(self.n, BATCH)
         for s in windows:
-            buffer.put(self.x[s])
+            buffer.put(torch.from_numpy(self.x[s]))
             if buffer.size == len(buffer.rows):
                 yield buffer.get(BATCH)
         while buffer.size:
@@ -239,35 +250,43 @@ def speed(arguments: argparse.Namespace, folder: Path) -> None:
         "Parquet": bench.read_parquet,
     }
     bench.race(f"Reading in order, {BATCH} rows at a time, warm", read, arguments.rounds)
-    kept, pooled = bench.batches(2 * bench.bytes), bench.batches(bench.bytes // 4)
+    memories = {"fits": 2 * bench.bytes, "pools": bench.bytes // 16}
+    batches = {name: bench.batches(amount) for name, amount in memories.items()}
     shuffled: dict[str, Callable[[], object]] = {
         "np.take from an array in memory": bench.take,
-        "sparsight, store fits in memory": lambda: kept.epoch(0),
-        "sparsight, memory for a quarter": lambda: pooled.epoch(0),
+        "sparsight, store fits in memory": lambda: batches["fits"].epoch(0),
+        "sparsight, memory for a sixteenth": lambda: batches["pools"].epoch(0),
         "memmap, random rows": bench.memmap_rows,
         "reservoir, in the manner of saev": bench.reservoir,
     }
     bench.race(f"Shuffled batches of {BATCH}, warm", shuffled, arguments.rounds)
+    batches.clear()  # what is mapped into memory cannot be dropped from the page cache
     cold: dict[str, Callable[[], object]] = {
         "sparsight, in order": bench.read_store,
-        "sparsight, shuffled, a quarter": lambda: bench.batches(bench.bytes // 4).epoch(0),
+        "sparsight, shuffled, a sixteenth": lambda: bench.batches(bench.bytes // 16).epoch(0),
         "np.memmap, in order": bench.read_memmap,
     }
     bench.race("Cold", cold, arguments.rounds, cold=True)
 
 
 MEMORY = """
-import resource, sys
+import sys
+from pathlib import Path
 from sparsight.batches import StoreBatches
 from sparsight.store import ActivationStore
 
 rows = ActivationStore.open(sys.argv[1]).rows("{site}")
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+def peak():  # ru_maxrss would count the parent process too
+    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
+
+for batch in StoreBatches({{"x": rows}}, {batch}, 0, 2 * rows.chunk_images * 2 * rows.shape[1]).epoch(0):
+    break  # what torch takes for itself when it first gathers
+before = peak()
 batches = StoreBatches({{"x": rows}}, {batch}, 0, {budget} * 2**20)
 for epoch in range(2):
     for batch in batches.epoch(epoch):
         pass
-print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+print((peak() - before) / 1024)
 """
 
 
