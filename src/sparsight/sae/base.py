@@ -141,7 +141,8 @@ class SAE(nn.Module, ABC):
         values, indices = self._dead_codes(x, min(self.aux_k, n_dead))
         error = (kernels.decode(values, indices, self.W_dec) - residual).square().sum()
         variance = (residual - residual.mean(dim=0)).square().sum()
-        return torch.nan_to_num(error / variance, posinf=0.0)
+        known = variance > 0  # it is not for a batch of one row
+        return error / torch.where(known, variance, 1.0) * known
 
     def _dead_codes(self, x: Tensor, aux_k: int) -> tuple[Tensor, Tensor]:
         """ReLU of the ``aux_k`` largest pre-activations among the dead latents, and which they are."""
