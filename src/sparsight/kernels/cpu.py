@@ -1,5 +1,78 @@
-"""Placeholder until the sparse kernels land: the reference backend."""
+"""The CPU backend: sums over active latents as weighted embedding bags, products at them as a sampled product.
 
-from sparsight.kernels.reference import accumulate, combine, dots, select
+Nothing of size (B, F) is made but the encoder product, which is taken in blocks of rows that stay in the cache.
 
-__all__ = ["accumulate", "combine", "dots", "select"]
+Shapes: B batch, D width (d_in), F latents (d_sae), K active latents (k), N active entries.
+"""
+
+import warnings
+
+import torch
+from torch import Tensor
+from torch.nn.functional import embedding_bag
+
+from sparsight.kernels import screening
+
+_ROWS = 256
+
+with warnings.catch_warnings(action="ignore", category=UserWarning):
+    torch.sparse_csr_tensor([0], [], [], (0, 0))  # PyTorch says once that CSR tensors are in beta
+
+
+def select(x_BD: Tensor, W_enc_DF: Tensor, b_enc_F: Tensor | None, k: int) -> tuple[Tensor, Tensor]:
+    """See :class:`sparsight.kernels.functions.Backend`."""
+    if _fast_bf16() and screening.worthwhile(x_BD, W_enc_DF, k):
+        return screening.select(x_BD, W_enc_DF, b_enc_F, k, dots, _dense_select)
+    return _dense_select(x_BD, W_enc_DF, b_enc_F, k)
+
+
+def combine(values_BK: Tensor, indices_BK: Tensor, W_FD: Tensor) -> Tensor:
+    """See :class:`sparsight.kernels.functions.Backend`."""
+    active_BK = values_BK != 0
+    return _bags(_starts(active_BK.sum(dim=1)), indices_BK[active_BK], values_BK[active_BK], W_FD)
+
+
+def dots(g_BD: Tensor, W_FD: Tensor, indices_BK: Tensor, active_BK: Tensor) -> Tensor:
+    """See :class:`sparsight.kernels.functions.Backend`."""
+    columns_N = indices_BK[active_BK]
+    pattern = torch.sparse_csr_tensor(
+        _starts(active_BK.sum(dim=1)), columns_N, g_BD.new_zeros(len(columns_N)), (len(g_BD), len(W_FD)),
+        check_invariants=False,
+    )  # fmt: skip
+    products = torch.sparse.sampled_addmm(pattern, g_BD.contiguous(), W_FD.T, beta=0.0)
+    return g_BD.new_zeros(indices_BK.shape).masked_scatter_(active_BK, products.values())
+
+
+def accumulate(values_BK: Tensor, indices_BK: Tensor, g_BD: Tensor, n_rows: int) -> tuple[Tensor, Tensor]:
+    """See :class:`sparsight.kernels.functions.Backend`."""
+    active_BK = values_BK != 0
+    rows_N, _ = active_BK.nonzero(as_tuple=True)
+    latents_N, order_N = indices_BK[active_BK].sort(stable=True)
+    values_N = values_BK[active_BK][order_N]
+    starts = _starts(torch.bincount(latents_N, minlength=n_rows))
+    sums_F = values_N.new_zeros(n_rows).index_add_(0, latents_N, values_N)
+    return _bags(starts, rows_N[order_N], values_N, g_BD), sums_F
+
+
+def _dense_select(x_BD: Tensor, W_enc_DF: Tensor, b_enc_F: Tensor | None, k: int) -> tuple[Tensor, Tensor]:
+    pre_BK = x_BD.new_empty(len(x_BD), k)
+    indices_BK = torch.empty(len(x_BD), k, dtype=torch.int64)
+    for x, pre, indices in zip(x_BD.split(_ROWS), pre_BK.split(_ROWS), indices_BK.split(_ROWS), strict=True):
+        product = x @ W_enc_DF if b_enc_F is None else torch.addmm(b_enc_F, x, W_enc_DF)
+        torch.topk(product, k, dim=1, sorted=False, out=(pre, indices))
+    return pre_BK, indices_BK
+
+
+def _bags(starts: Tensor, rows_N: Tensor, weights_N: Tensor, table: Tensor) -> Tensor:
+    """Per bag, the weighted sum of the table's rows."""
+    return embedding_bag(rows_N, table, starts, per_sample_weights=weights_N, mode="sum", include_last_offset=True)
+
+
+def _starts(counts: Tensor) -> Tensor:
+    """Where each bag begins, and where the last one ends."""
+    return torch.nn.functional.pad(counts.cumsum(dim=0), (1, 0))
+
+
+def _fast_bf16() -> bool:
+    """Whether a bf16 product is several times faster than an fp32 one here."""
+    return torch.cpu._is_avx512_bf16_supported()
