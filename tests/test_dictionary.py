@@ -15,7 +15,7 @@ from sparsight import sae
 from sparsight.sae import Trainer
 
 ATOMS, ACTIVE, D, F, K = 256, 5, 64, 512, 5
-STEPS, ROWS, LR, DEAD_AFTER = 600, 512, 3e-3, 10_000
+STEPS, ROWS, LR, DEAD_AFTER = 300, 512, 3e-3, 10_000
 
 
 @pytest.fixture(scope="module")
