@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
-from sparsight.kernels import screening
+from sparsight.kernels import dense, screening
 
-_ROWS = 256
+_ROWS = 256  # fresh memory costs page faults; a block of pre-activations this small is reused
 
 with warnings.catch_warnings(action="ignore", category=UserWarning):
     torch.sparse_csr_tensor([0], [], [], (0, 0))  # PyTorch says once that CSR tensors are in beta
@@ -55,12 +55,7 @@ def accumulate(values_BK: Tensor, indices_BK: Tensor, g_BD: Tensor, n_rows: int)
 
 
 def _dense_select(x_BD: Tensor, W_enc_DF: Tensor, b_enc_F: Tensor | None, k: int) -> tuple[Tensor, Tensor]:
-    pre_BK = x_BD.new_empty(len(x_BD), k)
-    indices_BK = torch.empty(len(x_BD), k, dtype=torch.int64)
-    for x, pre, indices in zip(x_BD.split(_ROWS), pre_BK.split(_ROWS), indices_BK.split(_ROWS), strict=True):
-        product = x @ W_enc_DF if b_enc_F is None else torch.addmm(b_enc_F, x, W_enc_DF)
-        torch.topk(product, k, dim=1, sorted=False, out=(pre, indices))
-    return pre_BK, indices_BK
+    return dense.select(x_BD, W_enc_DF, b_enc_F, k, _ROWS)
 
 
 def _bags(starts: Tensor, rows_N: Tensor, weights_N: Tensor, table: Tensor) -> Tensor:
