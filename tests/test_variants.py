@@ -8,9 +8,10 @@ import importlib.util
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
+import plain
 import pytest
 import torch
 from safetensors.numpy import load_file
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from sparsight import kernels, sae
 from sparsight.errors import SparsightError
-from sparsight.sae import SAE, Codes, DenseCodes, SparseCodes, Trainer
+from sparsight.sae import SAE, DenseCodes, SparseCodes, Trainer
 
 B, D, F, K = 64, 12, 40, 5
 FIXED_K = ("topk", "switch")
@@ -76,94 +77,12 @@ def trained(kind: str, steps: int = 30) -> SAE:
     return one
 
 
-# What each variant computes, plainly: from float64 parameters p, activations and the (B, F) mask of chosen latents
-# to codes and the variant's own weighted loss term. A new variant adds its own here.
-
-Parameters = dict[str, Tensor]
-Reference = Callable[[SAE, Parameters, Tensor, Tensor], tuple[Tensor, Tensor]]
+def setting(one: SAE) -> plain.Setting:
+    return plain.Setting(one.kind, one.d_sae, one.k, one.aux_k, one.loss_scale, one.dead)
 
 
-def _pre(p: Parameters, x: Tensor) -> Tensor:
-    return (x - p["b_dec"]) @ p["W_enc"] + p["b_enc"]
-
-
-def _selected(one: SAE, p: Parameters, x: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
-    return _pre(p, x).relu() * chosen, x.new_zeros(())
-
-
-def _matryoshka(one: SAE, p: Parameters, x: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
-    z, penalty = _selected(one, p, x, chosen)
-    for end in {math.ceil(share * one.d_sae) for share in (1 / 32, 3 / 32, 7 / 32, 15 / 32)}:
-        error = x - z[:, :end] @ p["W_dec"][:end] - p["b_dec"]
-        penalty = penalty + error.square().sum(dim=1).mean() * one.loss_scale
-    return z, penalty
-
-
-def _relu(one: SAE, p: Parameters, x: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
-    z = _pre(p, x).relu()
-    return z, 0.01 * math.sqrt(one.loss_scale) * z.sum(dim=1).mean()
-
-
-def _gated(one: SAE, p: Parameters, x: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
-    h = (x - p["b_dec"]) @ p["W_enc"]
-    gate = (h + p["b_gate"]).relu()
-    z = (p["r_mag"].exp() * h + p["b_mag"]).relu() * (gate > 0)
-    error = x - gate @ p["W_dec"].detach() - p["b_dec"].detach()
-    l1 = 0.01 * math.sqrt(one.loss_scale) * gate.sum(dim=1).mean()
-    return z, l1 + error.square().sum(dim=1).mean() * one.loss_scale
-
-
-def _jumprelu(one: SAE, p: Parameters, x: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
-    """The published pseudo-gradients, as the slopes of functions that are linear in theta near its value."""
-    h, theta, width = _pre(p, x), p["theta"], 0.05 / math.sqrt(one.loss_scale)
-    now = theta.detach()
-    active, near = (h > now).double(), ((h - now).abs() < width / 2).double()
-    step = active - (near * (theta - now) / width).detach().expand_as(near) - near.detach() / width * (theta - now)
-    jump = h * active.detach() - now / width * near.detach() * (theta - now)
-    return jump, (step.sum() / (len(x) * one.k) - 1).square()
-
-
-def _switch(one: SAE, p: Parameters, x: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
-    n = p["W_router"].shape[1]
-    probability = ((x - p["b_router"]) @ p["W_router"]).softmax(dim=1)
-    expert = probability.argmax(dim=1)
-    inside = torch.arange(one.d_sae) // (one.d_sae // n) == expert.unsqueeze(1)
-    z = ((x - p["b_dec"]) @ p["W_enc"]).relu() * chosen * inside * probability.max(dim=1, keepdim=True).values
-    share = torch.nn.functional.one_hot(expert, n).double().mean(dim=0)
-    return z, 0.025 * n * (share * probability.mean(dim=0)).sum()
-
-
-REFERENCES: dict[str, Reference] = {
-    "topk": _selected, "batchtopk": _selected, "matryoshka": _matryoshka, "relu": _relu, "gated": _gated,
-    "jumprelu": _jumprelu, "switch": _switch,
-}  # fmt: skip
-
-
-def _dead_pre(one: SAE, p: Parameters, x: Tensor) -> Tensor:
-    """Codes of the dead latents that AuxK may use, all of them (aux_k is as large), (B, F)."""
-    if one.kind != "switch":
-        return _pre(p, x).relu() * one.dead
-    everything = torch.ones(len(x), one.d_sae, dtype=torch.float64)
-    return _switch(one, p, x, everything)[0] * one.dead
-
-
-def dense_loss(one: SAE, p: Parameters, x: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes and total loss of the variant, dense, float64."""
-    z, penalty = REFERENCES[one.kind](one, p, x, chosen)
-    error = x - (z @ p["W_dec"] + p["b_dec"])
-    total = error.square().sum(dim=1).mean() * one.loss_scale + penalty
-    residual = error.detach()
-    variance = (residual - residual.mean(dim=0)).square().sum()
-    if one.has_auxk and variance > 1e-9:
-        total = total + (_dead_pre(one, p, x) @ p["W_dec"] - residual).square().sum() / variance / 32
-    return z, total
-
-
-def chosen_mask(codes: Codes) -> Tensor:
-    if isinstance(codes, DenseCodes):
-        return codes.z_BF.detach() > 0
-    assert isinstance(codes, SparseCodes)
-    return codes.dense().detach() > 0
+def parameters(one: SAE, dtype: torch.dtype = torch.float32) -> plain.Parameters:
+    return {name: value.detach().to(dtype).requires_grad_() for name, value in one.named_parameters()}
 
 
 @pytest.fixture(params=kernels.BACKENDS)
@@ -175,20 +94,20 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_every_variant_has_a_reference() -> None:
-    assert sorted(REFERENCES) == sae.names(), "write the new variant's plain arithmetic above"
+    assert sorted(plain.FORMULAS) == sae.names(), "write the new variant's plain arithmetic in tests/plain.py"
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 @every_variant
 def test_values_and_gradients_equal_the_dense_float64_reference(kind: str, case: Case, backend: str) -> None:
     one, x = perturbed(kind, case), activations(case.rows, case.d_in)
-    one.aux_k = case.d_sae if kind != "switch" else case.d_sae // one.W_router.shape[1]  # type: ignore[union-attr]
+    one.aux_k = case.d_sae
     out = one.loss(x)
     out.total.backward()
-    p = {name: value.detach().double().requires_grad_() for name, value in one.named_parameters()}
-    z, total = dense_loss(one, p, x.double(), chosen_mask(out.codes))
+    p = parameters(one, torch.float64)
+    z, x_hat, total = plain.loss(setting(one), p, x.double(), out.codes.dense().detach() > 0)
     total.backward()
-    for value, exact in ((out.codes.dense(), z), (out.x_hat, z @ p["W_dec"] + p["b_dec"]), (out.total, total)):
+    for value, exact in ((out.codes.dense(), z), (out.x_hat, x_hat), (out.total, total)):
         assert (value - exact).norm() <= 1e-5 * exact.norm()
     for name, parameter in one.named_parameters():
         expected = p[name].grad
@@ -206,13 +125,9 @@ def test_the_right_latents_are_chosen(kind: str, backend: str) -> None:
     """The reference above reuses the chosen latents; here nothing left out may exceed what was kept."""
     one, x = perturbed(kind), activations()
     codes, _ = one.training_codes(x)
-    p = {name: value.detach() for name, value in one.named_parameters()}
-    if kind == "switch":
-        everything, _ = _switch(one, p, x, torch.ones(B, F))
-    else:
-        everything = _pre(p, x).relu()
-    left = everything.masked_fill(chosen_mask(codes), 0)
-    kept = torch.where(chosen_mask(codes), everything, torch.inf)
+    everything, chosen = plain.everything(setting(one), parameters(one), x), codes.dense() > 0
+    left = everything.masked_fill(chosen, 0)
+    kept = torch.where(chosen, everything, torch.inf)
     if kind in FIXED_K:
         assert (left.amax(dim=1) <= kept.amin(dim=1) + 1e-6).all()
         assert torch.equal(codes.l0(), (everything > 0).sum(dim=1).clamp(max=K))
@@ -341,8 +256,7 @@ def test_auxk_takes_the_largest_dead_latents(kind: str) -> None:
     one, x = perturbed(kind), activations()
     one.aux_k = 2
     out = one.loss(x)
-    p = {name: value.detach() for name, value in one.named_parameters()}
-    pre = _pre(p, x) if kind == "topk" else _switch(one, p, x, torch.ones(B, F))[0]
+    pre = plain.everything(setting(one), parameters(one), x)
     top = pre.masked_fill(~one.dead, -torch.inf).topk(2, dim=1)
     e = (x - out.x_hat).detach()
     e_hat = torch.einsum("bk,bkd->bd", top.values.relu(), one.W_dec[top.indices])
@@ -381,9 +295,10 @@ def test_variants_without_fixed_k_are_steered_to_it(kind: str) -> None:
 @every_variant
 def test_a_step_in_bf16_is_close_to_fp32(kind: str) -> None:
     losses = {}
-    for precision in ("fp32", "bf16"):
+    precisions: tuple[Literal["fp32", "bf16"], ...] = ("fp32", "bf16")
+    for precision in precisions:
         one = sae.create(kind, D, F, K, seed=1)
-        trainer = Trainer([one], lr=3e-3, precision=precision)  # type: ignore[arg-type]
+        trainer = Trainer([one], lr=3e-3, precision=precision)
         for step in range(30):
             (loss,) = trainer.step(activations(seed=step))
         assert all(p.dtype == torch.float32 for p in one.parameters())
@@ -404,12 +319,12 @@ def test_a_step_in_bf16_is_close_to_fp32(kind: str) -> None:
 def test_bad_activations_are_refused_and_change_nothing(
     kind: str, spoil: Callable[[Tensor], Tensor], message: str
 ) -> None:
-    one = trained(kind, steps=2)
+    one = sae.create(kind, D, F, K)
     before = {name: value.clone() for name, value in one.state_dict().items()}
     for call in (one.encode, one.loss, Trainer([one], lr=1e-3).step):
         with pytest.raises(SparsightError, match=message):
-            call(spoil(activations()))  # type: ignore[operator]
-    assert all(torch.equal(value, before[name]) for name, value in one.state_dict().items())
+            call(spoil(activations()))
+    assert all(torch.equal(value, before[name]) for name, value in one.state_dict().items()) and not one.started
 
 
 @every_variant

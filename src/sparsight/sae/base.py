@@ -22,6 +22,7 @@ from sparsight.sae.codes import Codes
 from sparsight.work import write_json
 
 FORMAT_VERSION = 1
+_ROWS = 256  # of the decoder at a time: what is worked on stays in the cache
 _REGISTRY: dict[str, type["SAE"]] = {}
 
 
@@ -122,7 +123,7 @@ class SAE(nn.Module, ABC):
         Raises:
             SparsightError: another width, NaN or infinity.
         """
-        x = self._input(x)
+        x = self.validate(x)
         codes, penalty = self.training_codes(x)
         x_hat = self.decode(codes)
         error = x - x_hat
@@ -135,24 +136,26 @@ class SAE(nn.Module, ABC):
 
     def _auxk(self, x: Tensor, residual: Tensor) -> Tensor:
         """AuxK (Gao et al. 2024, section A.2): dead latents model the detached residual, relative to its variance."""
-        n_dead = int(self.dead.sum()) if self.has_auxk and self.aux_k else 0
-        if not n_dead:
+        dead = self.dead.nonzero().squeeze(1)
+        if not (self.has_auxk and self.aux_k and len(dead)):
             return x.new_zeros(())
-        values, indices = self._dead_codes(x, min(self.aux_k, n_dead))
-        error = (kernels.decode(values, indices, self.W_dec) - residual).square().sum()
+        error = (self._from_dead(x, dead) - residual).square().sum()
         variance = (residual - residual.mean(dim=0)).square().sum()
         known = variance > 0  # it is not for a batch of one row
         return error / torch.where(known, variance, 1.0) * known
 
-    def _dead_codes(self, x: Tensor, aux_k: int) -> tuple[Tensor, Tensor]:
-        """ReLU of the ``aux_k`` largest pre-activations among the dead latents, and which they are."""
-        with torch.no_grad():
-            dead = self.dead.nonzero().squeeze(1)
-            pre = torch.addmm(self.b_enc[dead], x - self.b_dec, self.W_enc.T[dead].T)
-            indices = dead[pre.topk(aux_k, dim=1).indices]
-        return kernels.encode_at(x - self.b_dec, self.W_enc, self.b_enc, indices).relu(), indices
+    def _from_dead(self, x: Tensor, dead: Tensor) -> Tensor:
+        """What the ``aux_k`` largest pre-activations among the dead latents, ReLU'd, decode to, (B, D), no bias."""
+        W_enc, W_dec = self.W_enc.T.index_select(0, dead).T, self.W_dec.index_select(0, dead)
+        codes = kernels.topk(x - self.b_dec, W_enc, self.b_enc[dead], min(self.aux_k, len(dead)))
+        return kernels.decode(*codes, W_dec)
 
-    def _input(self, x: Tensor | np.ndarray) -> Tensor:
+    def validate(self, x: Tensor | np.ndarray) -> Tensor:
+        """The activations (B, D) as a tensor of this SAE's type, on its device.
+
+        Raises:
+            SparsightError: another width, NaN or infinity.
+        """
         tensor = torch.as_tensor(x, dtype=self.W_dec.dtype, device=self.W_dec.device)
         if tensor.ndim != 2 or tensor.shape[1] != self.d_in:
             raise SparsightError(f"SAE: expected activations of shape (batch, {self.d_in}), got {tuple(tensor.shape)}")
@@ -182,14 +185,15 @@ class SAE(nn.Module, ABC):
     @torch.no_grad()
     def normalize_decoder(self) -> None:
         """Give every decoder row unit norm."""
-        self.W_dec.div_(torch.linalg.vector_norm(self.W_dec, dim=1, keepdim=True))
+        for rows in self.W_dec.split(_ROWS):
+            rows.div_(torch.linalg.vector_norm(rows, dim=1, keepdim=True))
 
     @torch.no_grad()
     def remove_parallel_gradient(self) -> None:
         """Remove from W_dec's gradient what would only change the length of its unit rows."""
         assert self.W_dec.grad is not None
-        dots_F1 = torch.linalg.vecdot(self.W_dec.grad, self.W_dec).unsqueeze(1)
-        self.W_dec.grad.addcmul_(dots_F1, self.W_dec, value=-1)
+        for gradient, rows in zip(self.W_dec.grad.split(_ROWS), self.W_dec.split(_ROWS), strict=True):
+            gradient.addcmul_(torch.linalg.vecdot(gradient, rows).unsqueeze(1), rows, value=-1)
 
     @torch.no_grad()
     def fold_scale(self, scale: float) -> None:

@@ -32,7 +32,7 @@ class BatchTopK(SAE):
         self.threshold: Tensor
 
     def encode(self, x: Tensor | np.ndarray) -> Codes:
-        x = self._input(x)
+        x = self.validate(x)
         if self.threshold < 0:
             return self._largest(x)
         pre = (x - self.b_dec) @ self.W_enc + self.b_enc

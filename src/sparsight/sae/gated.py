@@ -33,7 +33,7 @@ class Gated(Penalised):
         self.b_mag: Tensor
 
     def encode(self, x: Tensor | np.ndarray) -> DenseCodes:
-        return self._codes((self._input(x) - self.b_dec) @ self.W_enc)
+        return self._codes((self.validate(x) - self.b_dec) @ self.W_enc)
 
     def _codes(self, h_BF: Tensor) -> DenseCodes:
         magnitude = (self.r_mag.exp() * h_BF + self.b_mag).relu()

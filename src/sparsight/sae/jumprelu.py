@@ -51,7 +51,7 @@ class JumpReLU(SAE):
         self.theta = nn.Parameter(torch.full((self.d_sae,), _THETA))
 
     def encode(self, x: Tensor | np.ndarray) -> DenseCodes:
-        return self._codes(self._input(x))[0]
+        return self._codes(self.validate(x))[0]
 
     def training_codes(self, x: Tensor) -> tuple[DenseCodes, Tensor]:
         codes, active = self._codes(x)

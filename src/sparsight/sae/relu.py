@@ -18,7 +18,7 @@ class ReLU(Penalised):
     """Any number of active latents; the L1 penalty holds it near K."""
 
     def encode(self, x: Tensor | np.ndarray) -> DenseCodes:
-        return DenseCodes(((self._input(x) - self.b_dec) @ self.W_enc + self.b_enc).relu())
+        return DenseCodes(((self.validate(x) - self.b_dec) @ self.W_enc + self.b_enc).relu())
 
     def training_codes(self, x: Tensor) -> tuple[DenseCodes, Tensor]:
         codes = self.encode(x)

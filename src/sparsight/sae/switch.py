@@ -55,13 +55,12 @@ class Switch(SAE):
                 f"experts: {experts} must divide d_sae = {d_sae} and leave each at least k = {k} latents"
             )
         self.experts, self.balance = experts, balance
-        self.aux_k = min(self.aux_k, d_sae // experts)
         router = torch.rand(d_in, experts, generator=torch.Generator().manual_seed(seed))
         self.W_router = nn.Parameter((2 * router - 1) / math.sqrt(d_in))
         self.b_router = nn.Parameter(torch.zeros(d_in))
 
     def encode(self, x: Tensor | np.ndarray) -> SparseCodes:
-        x = self._input(x)
+        x = self.validate(x)
         return self._codes(x, self._route(x))
 
     def training_codes(self, x: Tensor) -> tuple[SparseCodes, Tensor]:
@@ -77,12 +76,13 @@ class Switch(SAE):
         values, indices = kernels.routed_topk(x - self.b_dec, self.W_enc, None, expert_B, self.experts, self.k)
         return SparseCodes(values * p_B.unsqueeze(1), indices, self.d_sae)
 
-    def _dead_codes(self, x: Tensor, aux_k: int) -> tuple[Tensor, Tensor]:
+    def _from_dead(self, x: Tensor, dead: Tensor) -> Tensor:
         """Dead latents of the routed expert: no other is computed."""
         p_B, expert_B = self._route(x).max(dim=1)
-        only_dead = torch.zeros_like(self.dead, dtype=x.dtype).masked_fill(~self.dead, -torch.inf)
-        values, indices = kernels.routed_topk(x - self.b_dec, self.W_enc, only_dead, expert_B, self.experts, aux_k)
-        return values * p_B.unsqueeze(1), indices
+        only_dead = x.new_full((self.d_sae,), -torch.inf).index_fill_(0, dead, 0.0)
+        k = min(self.aux_k, self.d_sae // self.experts)
+        values, indices = kernels.routed_topk(x - self.b_dec, self.W_enc, only_dead, expert_B, self.experts, k)
+        return kernels.decode(values * p_B.unsqueeze(1), indices, self.W_dec)
 
     @torch.no_grad()
     def set_center(self, center_D: Tensor | np.ndarray) -> None:

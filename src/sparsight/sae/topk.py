@@ -16,5 +16,5 @@ class TopK(SAE):
     """Keeps the K largest pre-activations of each activation, those above zero."""
 
     def encode(self, x: Tensor | np.ndarray) -> SparseCodes:
-        values, indices = kernels.topk(self._input(x) - self.b_dec, self.W_enc, self.b_enc, self.k)
+        values, indices = kernels.topk(self.validate(x) - self.b_dec, self.W_enc, self.b_enc, self.k)
         return SparseCodes(values, indices, self.d_sae)

@@ -22,7 +22,7 @@ class Trainer:
     """Optimises one or many SAEs on the same rows; each gets the bytes it would get alone.
 
     Args:
-        saes: the SAEs; their decoder rows have unit norm and keep it.
+        saes: the SAEs, on their device; their decoder rows have unit norm and keep it.
         lr: learning rate of Adam (betas 0.9 and 0.999, eps 6.25e-10, as Gao et al.); None takes
             2e-4 / sqrt(d_sae / 2^14) for each SAE (arXiv 2406.04093, section 3, in its common form).
         dead_after: activations without firing after which a latent counts as dead (AuxK revives it).
@@ -81,10 +81,8 @@ class Trainer:
     def _step(self, i: int, x: Tensor | np.ndarray, labels: Tensor | np.ndarray | None) -> Loss:
         one, optimizer = self.saes[i], self.optimizers[i]
         if not one.started:
-            rows = torch.as_tensor(x).double()
-            variance = float((rows - rows.mean(dim=0)).square().sum() / len(rows))
-            if math.isfinite(variance):
-                one.start(variance)
+            rows = one.validate(x).double()
+            one.start(float((rows - rows.mean(dim=0)).square().sum() / len(rows)))
         device = one.W_dec.device.type
         with torch.autocast(device, torch.bfloat16, enabled=self.precision == "bf16"):
             loss = one.loss(x)
@@ -94,18 +92,19 @@ class Trainer:
             if y.shape != (len(loss.x_hat),) or y.min() < 0:
                 raise SparsightError(f"labels: expected {len(loss.x_hat)} class numbers from 0, got {tuple(y.shape)}")
             total = total + self.prototype_weight * one.loss_scale * self.prototypes[i].term(loss.codes, y)
-        optimizer.zero_grad()
+        one.zero_grad()
         total.backward()
         one.remove_parallel_gradient()
-        gradients = [p.grad for p in one.parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
+        for view, p in zip(optimizer.param_groups[0]["params"], one.parameters(), strict=True):
+            view.grad = None if p.grad is None else _rows(p.grad)
+        norm = torch.nn.utils.get_total_norm([p.grad for p in one.parameters() if p.grad is not None])
         value, length = torch.stack([total.detach(), norm]).tolist()  # the one wait for the device
         if not math.isfinite(value + length):
             raise SparsightError(
                 f"{self._name(i)}: loss {value}, gradient norm {length}; lower lr, or look for extreme activations"
             )
-        if length > _MAX_NORM:
-            torch._foreach_mul_(gradients, _MAX_NORM / length)
+        # Fused Adam divides by this while it reads the gradients, so clipping costs no pass of its own.
+        optimizer.grad_scale = (norm / _MAX_NORM).clamp(min=1)  # type: ignore[attr-defined]
         optimizer.step()
         one.constrain()
         self._count(i, loss)
@@ -135,7 +134,7 @@ class Trainer:
     def restore(self, state: Mapping[str, Tensor]) -> None:
         """Take over what :meth:`state` returned; the steps that follow give the same bytes."""
         for name, tensor in self._tensors().items():
-            tensor.copy_(state[name])  # in place: the moments keep the memory layout of their weights
+            tensor.copy_(state[name])
         for i, (one, prototypes) in enumerate(zip(self.saes, self.prototypes, strict=True)):
             one.loss_scale, one.started = float(state[f"{i}.loss_scale"][0]), bool(state[f"{i}.loss_scale"][1])
             prototypes.means_CF = state[f"{i}.prototypes.means"].to(one.W_dec.device)
@@ -146,16 +145,23 @@ class Trainer:
         for i, (one, optimizer) in enumerate(zip(self.saes, self.optimizers, strict=True)):
             tensors |= {f"{i}.{name}": buffer for name, buffer in one.named_buffers()}
             tensors[f"{i}.since_fired"] = self.since_fired[i]
-            for name, parameter in one.named_parameters():
-                tensors[f"{i}.{name}"] = parameter.detach()
-                tensors |= {f"{i}.{name}.{slot}": value for slot, value in optimizer.state[parameter].items()}
+            views = optimizer.param_groups[0]["params"]
+            for (name, _), view in zip(one.named_parameters(), views, strict=True):
+                tensors[f"{i}.{name}"] = view.detach()
+                tensors |= {f"{i}.{name}.{slot}": value for slot, value in optimizer.state[view].items()}
         return tensors
 
 
+def _rows(p: Tensor) -> Tensor:
+    """The same memory as contiguous rows: of a transposed weight fused Adam makes copies, at ten times its cost."""
+    return p.T if p.ndim == 2 and p.T.is_contiguous() else p
+
+
 def _adam(one: SAE, lr: float) -> torch.optim.Adam:
-    """Fused Adam with its moments already there, in the layout of the weights, so that a state can be copied in."""
-    optimizer = torch.optim.Adam(one.parameters(), lr=lr, betas=(0.9, 0.999), eps=6.25e-10, fused=True)
-    for p in one.parameters():
-        zeros = {slot: torch.zeros_like(p, requires_grad=False) for slot in ("exp_avg", "exp_avg_sq")}
-        optimizer.state[p] = {"step": torch.zeros((), device=p.device), **zeros}
+    """Fused Adam on the SAE's memory, its moments already there so that a state can be copied in."""
+    views = [_rows(p.detach()).requires_grad_() for p in one.parameters()]
+    optimizer = torch.optim.Adam(views, lr=lr, betas=(0.9, 0.999), eps=6.25e-10, fused=True)
+    for p in views:
+        moments = {slot: torch.zeros_like(p, requires_grad=False) for slot in ("exp_avg", "exp_avg_sq")}
+        optimizer.state[p] = {"step": torch.zeros((), device=p.device), **moments}
     return optimizer
