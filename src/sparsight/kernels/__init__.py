@@ -7,8 +7,9 @@ gradients up to rounding, and each gives the same bits on every run.
 Shapes: B batch, D width (d_in), F latents (d_sae), K active latents (k), E experts.
 """
 
-import importlib
 import os
+from importlib import import_module
+from typing import cast
 
 from torch import Tensor
 
@@ -83,4 +84,4 @@ def _backend(tensor: Tensor) -> functions.Backend:
     name = os.environ.get("SPARSIGHT_KERNELS") or default
     if name not in BACKENDS:
         raise SparsightError(f"SPARSIGHT_KERNELS={name}: no such backend; use one of {', '.join(BACKENDS)}")
-    return importlib.import_module(f"sparsight.kernels.{name}")
+    return cast(functions.Backend, import_module(f"sparsight.kernels.{name}"))

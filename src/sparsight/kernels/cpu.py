@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
-from sparsight.kernels import screening
+from sparsight.kernels import dense, screening
 
-_ROWS = 256
+_ROWS = 256  # fresh memory costs page faults; a block of pre-activations this small is reused
 
 with warnings.catch_warnings(action="ignore", category=UserWarning):
     torch.sparse_csr_tensor([0], [], [], (0, 0))  # PyTorch says once that CSR tensors are in beta
@@ -34,33 +34,33 @@ def combine(values_BK: Tensor, indices_BK: Tensor, W_FD: Tensor) -> Tensor:
 
 def dots(g_BD: Tensor, W_FD: Tensor, indices_BK: Tensor, active_BK: Tensor) -> Tensor:
     """See :class:`sparsight.kernels.functions.Backend`."""
-    columns_N = indices_BK[active_BK]
-    pattern = torch.sparse_csr_tensor(
-        _starts(active_BK.sum(dim=1)), columns_N, g_BD.new_zeros(len(columns_N)), (len(g_BD), len(W_FD)),
-        check_invariants=False,
-    )  # fmt: skip
-    products = torch.sparse.sampled_addmm(pattern, g_BD.contiguous(), W_FD.T, beta=0.0)
-    return g_BD.new_zeros(indices_BK.shape).masked_scatter_(active_BK, products.values())
+    starts, rows_N, order_N = _by_latent(indices_BK, active_BK, len(W_FD))
+    # Latent by latent: W streams through once, and what is looked up is g, which is small.
+    shape = (len(W_FD), len(g_BD))
+    pattern = torch.sparse_csr_tensor(starts, rows_N, g_BD.new_zeros(len(rows_N)), shape, check_invariants=False)
+    products = torch.sparse.sampled_addmm(pattern, W_FD.contiguous(), g_BD.T, beta=0.0).values()
+    in_place = torch.empty_like(products).index_copy_(0, order_N, products)
+    return g_BD.new_zeros(indices_BK.shape).masked_scatter_(active_BK, in_place)
 
 
 def accumulate(values_BK: Tensor, indices_BK: Tensor, g_BD: Tensor, n_rows: int) -> tuple[Tensor, Tensor]:
     """See :class:`sparsight.kernels.functions.Backend`."""
     active_BK = values_BK != 0
+    starts, rows_N, order_N = _by_latent(indices_BK, active_BK, n_rows)
+    sums_F = values_BK.new_zeros(n_rows).index_add_(0, indices_BK[active_BK], values_BK[active_BK])
+    return _bags(starts, rows_N, values_BK[active_BK][order_N], g_BD), sums_F
+
+
+def _by_latent(indices_BK: Tensor, active_BK: Tensor, n_latents: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The active entries sorted by latent: where each latent begins, the entries' rows, their places before."""
     rows_N, _ = active_BK.nonzero(as_tuple=True)
-    latents_N, order_N = indices_BK[active_BK].sort(stable=True)
-    values_N = values_BK[active_BK][order_N]
-    starts = _starts(torch.bincount(latents_N, minlength=n_rows))
-    sums_F = values_N.new_zeros(n_rows).index_add_(0, latents_N, values_N)
-    return _bags(starts, rows_N[order_N], values_N, g_BD), sums_F
+    latents_N = indices_BK[active_BK]
+    order_N = latents_N.int().argsort(stable=True)
+    return _starts(torch.bincount(latents_N, minlength=n_latents)), rows_N[order_N], order_N
 
 
 def _dense_select(x_BD: Tensor, W_enc_DF: Tensor, b_enc_F: Tensor | None, k: int) -> tuple[Tensor, Tensor]:
-    pre_BK = x_BD.new_empty(len(x_BD), k)
-    indices_BK = torch.empty(len(x_BD), k, dtype=torch.int64)
-    for x, pre, indices in zip(x_BD.split(_ROWS), pre_BK.split(_ROWS), indices_BK.split(_ROWS), strict=True):
-        product = x @ W_enc_DF if b_enc_F is None else torch.addmm(b_enc_F, x, W_enc_DF)
-        torch.topk(product, k, dim=1, sorted=False, out=(pre, indices))
-    return pre_BK, indices_BK
+    return dense.select(x_BD, W_enc_DF, b_enc_F, k, _ROWS)
 
 
 def _bags(starts: Tensor, rows_N: Tensor, weights_N: Tensor, table: Tensor) -> Tensor:
