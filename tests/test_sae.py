@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from sparsight import sae
 from sparsight.errors import SparsightError
@@ -119,6 +120,19 @@ def test_no_dense_codes_are_made_behind_the_encoder(kind: str, monkeypatch: pyte
     assert (64, D) in backward.seen and (F, D) in backward.seen
     if kind == "switch":
         assert (64, F) not in forward.seen, "no product over all experts"
+
+
+def test_switch_computes_the_routed_expert_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Multiply-adds of all matrix products of a step: one expert's encoder, the router, the active latents."""
+    monkeypatch.setenv("SPARSIGHT_KERNELS", "cpu")
+    rows, d_sae, experts = 256, 1024, 16
+    one = sae.create("switch", D, d_sae, 2, experts=experts)
+    with FlopCounterMode(display=False) as counter:
+        one.loss(activations(rows)).total.backward()
+    everything, active = 2 * rows * D * d_sae, 2 * rows * D * 2
+    encoder, router = everything // experts, 2 * rows * D * experts
+    counted = counter.get_total_flops()
+    assert encoder + router <= counted <= encoder + 3 * router + 8 * active < everything / 4
 
 
 def test_dead_counters_count_activations_since_a_latent_fired() -> None:

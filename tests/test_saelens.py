@@ -62,15 +62,22 @@ def test_sae_lens_reads_ours(kind: str, tmp_path: Path, package: Any) -> None:
     agree(one, theirs.encode(x), theirs.decode(theirs.encode(x)), x)
 
 
+@pytest.mark.parametrize("changed", [{}, {"apply_b_dec_to_input": False}], ids=str)
 @pytest.mark.parametrize(
-    "changed", [{}, {"apply_b_dec_to_input": False}, {"rescale_acts_by_decoder_norm": True}], ids=str
+    ("name", "options"),
+    [
+        ("StandardSAE", {}),
+        ("GatedSAE", {}),
+        ("JumpReLUSAE", {}),
+        ("TopKSAE", {"k": K, "rescale_acts_by_decoder_norm": False}),
+        ("TopKSAE", {"k": K, "rescale_acts_by_decoder_norm": True}),
+    ],
+    ids=str,
 )
-@pytest.mark.parametrize("name", ["StandardSAE", "GatedSAE", "JumpReLUSAE", "TopKSAE"])
-def test_we_read_theirs(name: str, changed: dict[str, bool], tmp_path: Path, package: Any) -> None:
-    if "rescale_acts_by_decoder_norm" in changed and name != "TopKSAE":
-        pytest.skip("only TopKSAE has it")
-    options = {"k": K, "rescale_acts_by_decoder_norm": False, **changed} if name == "TopKSAE" else changed
-    theirs = getattr(package, name)(getattr(package, f"{name}Config")(d_in=D, d_sae=F, **options))
+def test_we_read_theirs(
+    name: str, options: dict[str, object], changed: dict[str, bool], tmp_path: Path, package: Any
+) -> None:
+    theirs = getattr(package, name)(getattr(package, f"{name}Config")(d_in=D, d_sae=F, **options, **changed))
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in theirs.parameters():
