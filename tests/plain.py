@@ -24,7 +24,7 @@ class Setting:
     aux_k: int
     loss_scale: float
     dead: Tensor
-    sparsity: float = 0.01
+    sparsity: float = 0.1
 
 
 def pre(p: Parameters, x: Tensor) -> Tensor:
@@ -149,4 +149,4 @@ def train(setting: Setting, p: Parameters, batches: Iterator[tuple[float, Tensor
             since_fired = torch.where((z > 0).any(dim=0), 0, since_fired + len(x))
             setting.dead = since_fired >= dead_after
             too_many = math.log(max(float((z > 0).sum(dim=1).float().mean()) / setting.k, 1e-3))
-            setting.sparsity *= math.exp(0.01 * min(max(too_many, -1), 1))
+            setting.sparsity *= math.exp(0.02 * min(max(too_many, -1), 1))

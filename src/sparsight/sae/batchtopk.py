@@ -17,7 +17,7 @@ from sparsight import kernels
 from sparsight.sae.base import SAE, variant
 from sparsight.sae.codes import Codes, DenseCodes, SparseCodes
 
-_MEMORY = 0.99  # of the threshold's exponential mean, per batch
+_MEMORY = 0.95  # of the threshold's exponential mean, per batch
 
 
 @variant

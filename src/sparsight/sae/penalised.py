@@ -12,13 +12,13 @@ from torch import Tensor
 from sparsight.sae.base import SAE
 from sparsight.sae.codes import Codes
 
-_SPEED = 0.01  # largest relative change of the weight in a step
+_SPEED = 0.02  # largest relative change of the weight in a step
 
 
 class Penalised(SAE):
     """The papers set the weight of the L1 term by hand; here it follows from K, as in every other variant.
 
-    After each training batch the weight grows by up to one percent where more than K latents were active
+    After each training batch the weight grows by up to two percent where more than K latents were active
     on average, and shrinks where fewer were.
     """
 
@@ -26,7 +26,7 @@ class Penalised(SAE):
 
     def __init__(self, *sizes: int, **options: Any) -> None:
         super().__init__(*sizes, **options)
-        self.register_buffer("sparsity", torch.tensor(0.01), persistent=False)
+        self.register_buffer("sparsity", torch.tensor(0.1), persistent=False)
         self.sparsity: Tensor
 
     def l1(self, z_BF: Tensor) -> Tensor:
