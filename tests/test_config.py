@@ -46,7 +46,7 @@ def test_default_configuration_is_valid_and_names_three_saes() -> None:
         ("compute/device", "tpu", "compute.device: 'tpu' is not one of cpu, cuda"),
         ("images/source", "folder", "images.path: source 'folder' needs path"),
         ("saes/topk/k", 1000, "saes.topk.k: 1000 active latents are more than d_sae = 384"),
-        ("saes/topk/kind", "tpok", "saes.topk.kind: there is no SAE 'tpok'; known: topk"),
+        ("saes/topk/kind", "tpok", "saes.topk.kind: there is no SAE 'tpok'; known: batchtopk"),
         ("saes/topk/site", "blocks.2.input", "saes.topk.site: there is no 'blocks.2.input'"),
         ("saes/topk/backbone", "vti", "saes.topk.backbone: there is no 'vti'; known: vit"),
         ("activations/sites", ["blocks.five.input"], "'blocks.five.input' is no site"),

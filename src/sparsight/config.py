@@ -159,19 +159,33 @@ class Sae:
     memory_mb: int = 1024
     """Memory for activations while training, in MB. A store that fits is shuffled as a whole in every epoch,
     a larger one in pools of half this size."""
-    lr: float = 1e-3
-    """Peak learning rate of Adam on activations scaled to unit variance; linear decay over the last fifth."""
+    lr: float | None = None
+    """Peak learning rate of Adam on activations scaled to unit variance, linear decay over the last fifth;
+    null takes 2e-4 / sqrt(d_sae / 2^14)."""
     aux_k: int = 64
     """Dead latents that the AuxK loss revives at a time; 0 turns it off."""
     aux_coefficient: float = 1 / 32
     """Weight of the AuxK loss."""
     dead_after: int = 20_000
     """Activations without firing after which a latent counts as dead in training."""
+    experts: int | None = None
+    """Only for kind ``switch``: number of experts. Width-matched with a TopK SAE at the same d_sae; compute-matched
+    at d_sae times experts."""
+    prefixes: tuple[float, ...] | None = None
+    """Only for kind ``matryoshka``: shares of d_sae that must reconstruct alone, rising to 1."""
+
+    def options(self) -> dict[str, Any]:
+        """What ``sae.create`` takes beside sizes and seed."""
+        names = ("aux_k", "aux_coefficient", "experts", "prefixes")
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
     def __post_init__(self) -> None:
         if self.kind not in sae.names():
             raise SparsightError(f"kind: there is no SAE {self.kind!r}; known: {', '.join(sae.names())}")
-        _positive(self, "d_sae", "k", "epochs", "batch_size", "memory_mb", "lr")
+        _positive(self, "d_sae", "k", "epochs", "batch_size", "memory_mb", *(["lr"] if self.lr is not None else []))
+        for option, kind in (("experts", "switch"), ("prefixes", "matryoshka")):
+            if getattr(self, option) is not None and self.kind != kind:
+                raise SparsightError(f"{option}: only kind {kind} has it, not {self.kind}; leave it out")
         if self.k > self.d_sae:
             raise SparsightError(
                 f"k: {self.k} active latents are more than d_sae = {self.d_sae}; lower k or raise d_sae"

@@ -123,6 +123,7 @@ def prepare_torch(compute: Compute) -> "torch.device":
 
     torch.set_num_threads(compute.threads)
     torch.set_deterministic_debug_mode("error")  # use_deterministic_algorithms, without 3 s of imports
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # a pass over every array
     torch.set_float32_matmul_precision("highest")
     if compute.device == "cuda" and not torch.cuda.is_available():
         raise SparsightError("compute.device: torch finds no CUDA device; set compute.device to cpu or mend the driver")

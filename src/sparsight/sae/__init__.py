@@ -8,13 +8,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from sparsight.sae.base import SAE, Codes, Loss, create, load
+    from sparsight.sae.base import SAE, Loss, create, geometric_median, load
+    from sparsight.sae.codes import Codes, DenseCodes, SparseCodes
     from sparsight.sae.train import Trainer
 
-__all__ = ["SAE", "Codes", "Loss", "Trainer", "create", "load", "names"]
+__all__ = [
+    "SAE", "Codes", "DenseCodes", "Loss", "SparseCodes", "Trainer", "create", "geometric_median", "load", "names",
+]  # fmt: skip
 
-_HOME = dict.fromkeys(("SAE", "Codes", "Loss", "create", "load"), "sparsight.sae.base")
-_HOME["Trainer"] = "sparsight.sae.train"
+_HOME = {
+    **dict.fromkeys(("SAE", "Loss", "create", "geometric_median", "load"), "sparsight.sae.base"),
+    **dict.fromkeys(("Codes", "DenseCodes", "SparseCodes"), "sparsight.sae.codes"),
+    "Trainer": "sparsight.sae.train",
+}
 
 
 def names() -> list[str]:

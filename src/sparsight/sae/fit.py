@@ -42,11 +42,10 @@ def fit(
     )  # fmt: skip
     one = sae.create(
         section.kind, rows.shape[1], section.d_sae, section.k, derive_seed(seed, "sae", name, "init"),
-        aux_k=section.aux_k, aux_coefficient=section.aux_coefficient,
+        **section.options(),
     ).to(device)  # fmt: skip
-    one.loss_scale = 1 / one.d_in  # 1 / E||x - mean||^2 of the scaled activations
-    with torch.no_grad():
-        one.b_dec.copy_(torch.from_numpy(mean / scale))
+    one.start(one.d_in)  # E||x - mean||^2 of the scaled activations
+    one.set_center(mean / scale)
     loop = _Training(section, one, scale)
     training.train(loop, batches, section.epochs, derive_seed(seed, "sae", name), work)
     one.fold_scale(scale)
@@ -84,8 +83,7 @@ class _Training:
         self.trainer = Trainer([one], section.lr, section.dead_after)
 
     def step(self, batch: Batch, progress: float, generator: torch.Generator) -> dict[str, Tensor]:
-        for group in self.trainer.optimizer.param_groups:
-            group["lr"] = self.section.lr * min(1.0, (1 - progress) / (1 - _DECAY_FROM))
+        self.trainer.schedule(min(1.0, (1 - progress) / (1 - _DECAY_FROM)))
         (loss,) = self.trainer.step(batch.x[self.section.site].float() / self.scale)
         return {
             "fvu": loss.reconstruction,
@@ -98,11 +96,7 @@ class _Training:
         return {}
 
     def state(self) -> dict[str, Tensor]:
-        counters = {"trainer.since_fired": self.trainer.since_fired[0]}
-        return training.module_state(self.sae) | training.optimizer_state(self.trainer.optimizer) | counters
+        return self.trainer.state()
 
     def restore(self, state: dict[str, Tensor]) -> None:
-        training.restore_module(self.sae, state)
-        training.restore_optimizer(self.trainer.optimizer, state)
-        self.trainer.since_fired[0].copy_(state["trainer.since_fired"])
-        self.sae.dead = self.trainer.since_fired[0] >= self.section.dead_after
+        self.trainer.restore(state)

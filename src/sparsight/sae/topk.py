@@ -3,18 +3,18 @@
 z = TopK(ReLU((x - b_dec) W_enc + b_enc)),  x_hat = z W_dec + b_dec
 """
 
+import numpy as np
 from torch import Tensor
 
-from sparsight.sae.base import SAE, Codes, variant
+from sparsight import kernels
+from sparsight.sae.base import SAE, variant
+from sparsight.sae.codes import SparseCodes
 
 
 @variant
 class TopK(SAE):
     """Keeps the K largest pre-activations of each activation, those above zero."""
 
-    def preactivations(self, x: Tensor) -> Tensor:
-        return (x - self.b_dec) @ self.W_enc + self.b_enc
-
-    def activate(self, pre: Tensor) -> Codes:
-        values, indices = pre.topk(self.k, dim=1)
-        return Codes(values.relu(), indices, self.d_sae)
+    def encode(self, x: Tensor | np.ndarray) -> SparseCodes:
+        values, indices = kernels.topk(self.validate(x) - self.b_dec, self.W_enc, self.b_enc, self.k)
+        return SparseCodes(values, indices, self.d_sae)

@@ -1,0 +1,87 @@
+"""Arithmetic of sparse codes: only the encoder product is dense, all else touches the active latents alone.
+
+This is the one dispatch point. A CPU tensor takes the ``cpu`` backend, a CUDA tensor ``triton``, any other
+``reference``; the environment variable ``SPARSIGHT_KERNELS`` forces one. All backends give the same values and
+gradients up to rounding, and each gives the same bits on every run.
+
+Shapes: B batch, D width (d_in), F latents (d_sae), K active latents (k), E experts.
+"""
+
+import os
+from importlib import import_module
+from typing import cast
+
+from torch import Tensor
+
+from sparsight.errors import SparsightError
+from sparsight.kernels import functions
+
+__all__ = ["BACKENDS", "decode", "encode_at", "routed_topk", "topk"]
+
+BACKENDS = ("reference", "cpu", "triton")
+
+
+def topk(x_BD: Tensor, W_enc_DF: Tensor, b_enc_F: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """ReLU of the k largest entries of x W_enc + b_enc (Gao et al. 2024, arXiv 2406.04093, equation 3).
+
+    Args:
+        x_BD: activations, b_dec already subtracted.
+
+    Returns:
+        values (B, K), 0 where a chosen pre-activation is not positive, and indices (B, K) int64, in no
+        particular order. Gradients reach x, W_enc and b_enc through the positive entries.
+
+    Raises:
+        SparsightError: ``SPARSIGHT_KERNELS`` names no backend.
+    """
+    return functions.topk(_backend(x_BD), x_BD, W_enc_DF, b_enc_F, k)
+
+
+def routed_topk(
+    x_BD: Tensor, W_enc_DF: Tensor, b_enc_F: Tensor | None, expert_B: Tensor, n_experts: int, k: int
+) -> tuple[Tensor, Tensor]:
+    """As :func:`topk`, each row among the latents of its expert only (Switch SAE, arXiv 2410.08201, equation 6).
+
+    Expert e owns the latents from e F / E to (e + 1) F / E. No other expert's latents are computed, neither
+    forward nor backward.
+
+    Args:
+        x_BD: activations, b_pre already subtracted.
+        b_enc_F: biases, or None for none.
+        expert_B: int64, the expert of each row; experts may have no rows.
+
+    Returns:
+        values (B, K) and indices (B, K) into all F latents.
+
+    Raises:
+        SparsightError: ``SPARSIGHT_KERNELS`` names no backend.
+    """
+    return functions.routed_topk(_backend(x_BD), x_BD, W_enc_DF, b_enc_F, expert_B, n_experts, k)
+
+
+def encode_at(x_BD: Tensor, W_enc_DF: Tensor, b_enc_F: Tensor, indices_BK: Tensor) -> Tensor:
+    """Pre-activations x W_enc + b_enc at given latents, (B, K), differentiable in x, W_enc and b_enc.
+
+    Raises:
+        SparsightError: ``SPARSIGHT_KERNELS`` names no backend.
+    """
+    return functions.encode_at(_backend(x_BD), x_BD, W_enc_DF, b_enc_F, indices_BK)
+
+
+def decode(values_BK: Tensor, indices_BK: Tensor, W_dec_FD: Tensor) -> Tensor:
+    """Sum of the decoder rows weighted by the values, (B, D), without bias; differentiable in values and W_dec.
+
+    An entry whose value is 0 is padding, whatever its index: it costs no gradient and gets none.
+
+    Raises:
+        SparsightError: ``SPARSIGHT_KERNELS`` names no backend.
+    """
+    return functions.decode(_backend(values_BK), values_BK, indices_BK, W_dec_FD)
+
+
+def _backend(tensor: Tensor) -> functions.Backend:
+    default = {"cpu": "cpu", "cuda": "triton"}.get(tensor.device.type, "reference")
+    name = os.environ.get("SPARSIGHT_KERNELS") or default
+    if name not in BACKENDS:
+        raise SparsightError(f"SPARSIGHT_KERNELS={name}: no such backend; use one of {', '.join(BACKENDS)}")
+    return cast(functions.Backend, import_module(f"sparsight.kernels.{name}"))

@@ -1,0 +1,147 @@
+"""Differentiable operations on sparse codes, written once over the primitives of a backend.
+
+Shapes: B batch, D width (d_in), F latents (d_sae), K active latents (k), E experts.
+"""
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+class Backend(Protocol):
+    """What a backend module provides. None of it knows autograd; an entry whose value is 0 is padding."""
+
+    def select(self, x_BD: Tensor, W_enc_DF: Tensor, b_enc_F: Tensor | None, k: int) -> tuple[Tensor, Tensor]:
+        """The k largest entries of each row of x W_enc + b_enc and their columns, (B, K) both, in any order."""
+        ...
+
+    def combine(self, values_BK: Tensor, indices_BK: Tensor, W_FD: Tensor) -> Tensor:
+        """Per row, the sum of values times rows of W, (B, D)."""
+        ...
+
+    def dots(self, g_BD: Tensor, W_FD: Tensor, indices_BK: Tensor, active_BK: Tensor) -> Tensor:
+        """Products g_b . W[index], (B, K); 0 where ``active`` is false."""
+        ...
+
+    def accumulate(self, values_BK: Tensor, indices_BK: Tensor, g_BD: Tensor, n_rows: int) -> tuple[Tensor, Tensor]:
+        """Per latent, the sum over its entries of value times g_b, (F, D), and the sum of the values, (F,)."""
+        ...
+
+
+class _Encode(torch.autograd.Function):
+    """Gradients of x W_enc + b_enc at chosen latents; the values are already known."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x_BD: Tensor, W_enc_DF: Tensor, b_enc_F: Tensor | None, values_BK: Tensor, indices_BK: Tensor,
+        active_BK: Tensor, backend: Backend,
+    ) -> Tensor:  # fmt: skip
+        ctx.save_for_backward(x_BD, W_enc_DF, indices_BK, active_BK)
+        ctx.backend = backend
+        return values_BK
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g_BK: Tensor) -> tuple[Tensor | None, ...]:
+        x_BD, W_enc_DF, indices_BK, active_BK = ctx.saved_tensors
+        dx = dW = db = None
+        with _no_autocast(g_BK):
+            g_BK = g_BK * active_BK
+            if ctx.needs_input_grad[0]:
+                dx = ctx.backend.combine(g_BK, indices_BK, W_enc_DF.T)
+            if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
+                dW, db = ctx.backend.accumulate(g_BK, indices_BK, x_BD, W_enc_DF.shape[1])
+                dW = dW.T
+        return dx, dW, db if ctx.needs_input_grad[2] else None, None, None, None, None
+
+
+class _Decode(torch.autograd.Function):
+    """Sum of decoder rows weighted by the values."""
+
+    @staticmethod
+    def forward(ctx: Any, values_BK: Tensor, indices_BK: Tensor, W_dec_FD: Tensor, backend: Backend) -> Tensor:
+        ctx.save_for_backward(values_BK, indices_BK, W_dec_FD)
+        ctx.backend = backend
+        return backend.combine(values_BK, indices_BK, W_dec_FD)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g_BD: Tensor) -> tuple[Tensor | None, ...]:
+        values_BK, indices_BK, W_dec_FD = ctx.saved_tensors
+        dvalues = dW = None
+        with _no_autocast(g_BD):
+            if ctx.needs_input_grad[0]:
+                dvalues = ctx.backend.dots(g_BD, W_dec_FD, indices_BK, values_BK != 0)
+            if ctx.needs_input_grad[2]:
+                dW, _ = ctx.backend.accumulate(values_BK, indices_BK, g_BD, len(W_dec_FD))
+        return dvalues, None, dW, None
+
+
+def topk(backend: Backend, x_BD: Tensor, W_enc_DF: Tensor, b_enc_F: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """See :func:`sparsight.kernels.topk`."""
+    with torch.no_grad():
+        pre_BK, indices_BK = _select(backend, x_BD, W_enc_DF, b_enc_F, k)
+    return _chosen(backend, x_BD, W_enc_DF, b_enc_F, pre_BK, indices_BK)
+
+
+def routed_topk(
+    backend: Backend, x_BD: Tensor, W_enc_DF: Tensor, b_enc_F: Tensor | None, expert_B: Tensor, n_experts: int, k: int
+) -> tuple[Tensor, Tensor]:
+    """See :func:`sparsight.kernels.routed_topk`."""
+    width = W_enc_DF.shape[1] // n_experts
+    assert width * n_experts == W_enc_DF.shape[1]
+    assert k <= width
+    with torch.no_grad():
+        order_B = expert_B.argsort(stable=True)
+        counts = torch.bincount(expert_B, minlength=n_experts).tolist()
+        pre_BK = x_BD.new_empty(len(x_BD), k)
+        indices_BK = expert_B.new_empty(len(x_BD), k)
+        for expert, rows in enumerate(order_B.split(counts)):
+            if not len(rows):
+                continue
+            own = slice(expert * width, (expert + 1) * width)
+            bias = None if b_enc_F is None else b_enc_F[own]
+            pre, indices = _select(backend, x_BD[rows], W_enc_DF[:, own], bias, k)
+            pre_BK[rows], indices_BK[rows] = pre, indices + own.start
+    return _chosen(backend, x_BD, W_enc_DF, b_enc_F, pre_BK, indices_BK)
+
+
+def encode_at(backend: Backend, x_BD: Tensor, W_enc_DF: Tensor, b_enc_F: Tensor, indices_BK: Tensor) -> Tensor:
+    """See :func:`sparsight.kernels.encode_at`."""
+    everywhere = torch.ones_like(indices_BK, dtype=torch.bool)
+    with torch.no_grad(), _no_autocast(x_BD):
+        values_BK = backend.dots(x_BD, W_enc_DF.T, indices_BK, everywhere) + b_enc_F[indices_BK]
+    return _Encode.apply(x_BD, W_enc_DF, b_enc_F, values_BK, indices_BK, everywhere, backend)
+
+
+def decode(backend: Backend, values_BK: Tensor, indices_BK: Tensor, W_dec_FD: Tensor) -> Tensor:
+    """See :func:`sparsight.kernels.decode`."""
+    with _no_autocast(values_BK):
+        return _Decode.apply(values_BK, indices_BK, W_dec_FD, backend)
+
+
+def _select(backend: Backend, x_BD: Tensor, W_DF: Tensor, b_F: Tensor | None, k: int) -> tuple[Tensor, Tensor]:
+    """The backend's selection; under autocast the product is in the lower precision, the rest never is."""
+    device = x_BD.device.type
+    if not torch.is_autocast_enabled(device):
+        return backend.select(x_BD, W_DF, b_F, k)
+    dtype = torch.get_autocast_dtype(device)
+    with _no_autocast(x_BD):
+        bias = None if b_F is None else b_F.to(dtype)
+        pre_BK, indices_BK = backend.select(x_BD.to(dtype), W_DF.to(dtype), bias, k)
+        return pre_BK.to(W_DF.dtype), indices_BK
+
+
+def _chosen(
+    backend: Backend, x_BD: Tensor, W_DF: Tensor, b_F: Tensor | None, pre_BK: Tensor, indices_BK: Tensor
+) -> tuple[Tensor, Tensor]:
+    active_BK = pre_BK > 0
+    values_BK = _Encode.apply(x_BD, W_DF, b_F, pre_BK.relu(), indices_BK, active_BK, backend)
+    return values_BK, indices_BK
+
+
+def _no_autocast(tensor: Tensor) -> torch.autocast:
+    """What is sparse costs little, so it stays in the precision of the weights."""
+    return torch.autocast(tensor.device.type, enabled=False)

@@ -1,0 +1,118 @@
+"""The CUDA backend: Triton kernels for all that is sparse; the encoder product is the library's.
+
+Sums run in a fixed order without atomics, so they give the same bits on every run. Tails of D, K and of a latent's
+entries are masked, nothing is padded. The product follows PyTorch's setting, which is full fp32 unless TF32 was
+allowed. With ``TRITON_INTERPRET=1`` in the environment the kernels run on CPU tensors, for tests.
+
+Shapes: B batch, D width (d_in), F latents (d_sae), K active latents (k), N entries sorted by latent.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sparsight.kernels import dense
+
+_BLOCK_D = 256
+_BLOCK_K = 16
+_PRODUCT = 2**28  # entries of the encoder product that exist at a time: 1 GiB in fp32
+
+
+def select(x_BD: Tensor, W_enc_DF: Tensor, b_enc_F: Tensor | None, k: int) -> tuple[Tensor, Tensor]:
+    """See :class:`sparsight.kernels.functions.Backend`."""
+    return dense.select(x_BD, W_enc_DF, b_enc_F, k, max(1, _PRODUCT // W_enc_DF.shape[1]))
+
+
+def combine(values_BK: Tensor, indices_BK: Tensor, W_FD: Tensor) -> Tensor:
+    """See :class:`sparsight.kernels.functions.Backend`."""
+    (n, k), d_in = values_BK.shape, W_FD.shape[1]
+    x_hat_BD = W_FD.new_empty(n, d_in)
+    grid = (n, triton.cdiv(d_in, _BLOCK_D))
+    _combine[grid](
+        values_BK.contiguous(), indices_BK.contiguous(), W_FD.contiguous(), x_hat_BD, k, d_in, _sum_type(W_FD), _BLOCK_D
+    )
+    return x_hat_BD
+
+
+def dots(g_BD: Tensor, W_FD: Tensor, indices_BK: Tensor, active_BK: Tensor) -> Tensor:
+    """See :class:`sparsight.kernels.functions.Backend`."""
+    (n, k), d_in = indices_BK.shape, W_FD.shape[1]
+    products_BK = g_BD.new_empty(n, k)
+    _dots[(n, triton.cdiv(k, _BLOCK_K))](
+        g_BD.contiguous(), W_FD.contiguous(), indices_BK.contiguous(), active_BK.contiguous(), products_BK, k, d_in,
+        _sum_type(W_FD), _BLOCK_K, _BLOCK_D,
+    )  # fmt: skip
+    return products_BK
+
+
+def accumulate(values_BK: Tensor, indices_BK: Tensor, g_BD: Tensor, n_rows: int) -> tuple[Tensor, Tensor]:
+    """See :class:`sparsight.kernels.functions.Backend`."""
+    k, d_in = values_BK.shape[1], g_BD.shape[1]
+    # Padding sorts behind the last latent, where no kernel looks.
+    latents_N, order_N = indices_BK.masked_fill(values_BK == 0, n_rows).flatten().sort(stable=True)
+    starts = torch.searchsorted(latents_N, torch.arange(n_rows + 1, device=g_BD.device))
+    sums_FD, sums_F = g_BD.new_empty(n_rows, d_in), values_BK.new_empty(n_rows)
+    _accumulate[(n_rows, triton.cdiv(d_in, _BLOCK_D))](
+        values_BK.flatten()[order_N], order_N // k, starts, g_BD.contiguous(), sums_FD, sums_F, d_in,
+        _sum_type(g_BD), _BLOCK_K, _BLOCK_D,
+    )  # fmt: skip
+    return sums_FD, sums_F
+
+
+def _sum_type(tensor: Tensor) -> tl.dtype:
+    return tl.float64 if tensor.dtype == torch.float64 else tl.float32
+
+
+@triton.jit
+def _combine(values, indices, W, out, k, d_in, SUM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """One row and one block of D: out[row] = sum over j of values[row, j] * W[indices[row, j]]."""
+    row = tl.program_id(0).to(tl.int64)
+    d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    total = tl.zeros((BLOCK_D,), dtype=SUM)
+    for j in range(k):
+        value = tl.load(values + row * k + j)
+        if value != 0:
+            latent = tl.load(indices + row * k + j)
+            total += value.to(SUM) * tl.load(W + latent * d_in + d, mask=d < d_in, other=0.0).to(SUM)
+    tl.store(out + row * d_in + d, total, mask=d < d_in)
+
+
+@triton.jit
+def _dots(g, W, indices, active, out, k, d_in, SUM: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr):
+    """One row and one block of K: out[row, j] = g[row] . W[indices[row, j]] where active."""
+    row = tl.program_id(0).to(tl.int64)
+    j = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
+    wanted = tl.load(active + row * k + j, mask=j < k, other=0) != 0
+    latent = tl.load(indices + row * k + j, mask=wanted, other=0)
+    total = tl.zeros((BLOCK_K,), dtype=SUM)
+    for start in range(0, d_in, BLOCK_D):
+        d = start + tl.arange(0, BLOCK_D)
+        g_d = tl.load(g + row * d_in + d, mask=d < d_in, other=0.0).to(SUM)
+        mask = wanted[:, None] & (d < d_in)[None, :]
+        W_jd = tl.load(W + latent[:, None] * d_in + d[None, :], mask=mask, other=0.0).to(SUM)
+        total += tl.sum(W_jd * g_d[None, :], axis=1)
+    tl.store(out + row * k + j, total, mask=j < k)
+
+
+@triton.jit
+def _accumulate(
+    values, rows, starts, g, out, sums, d_in, SUM: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr
+):
+    """One latent and one block of D: out[latent] = sum over its entries of value * g[row]; sums = sum of values."""
+    latent = tl.program_id(0).to(tl.int64)
+    d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    end = tl.load(starts + latent + 1)
+    total = tl.zeros((BLOCK_D,), dtype=SUM)
+    total_value = tl.zeros((BLOCK_N,), dtype=SUM)
+    for start in range(tl.load(starts + latent), end, BLOCK_N):
+        n = start + tl.arange(0, BLOCK_N)
+        value = tl.load(values + n, mask=n < end, other=0.0).to(SUM)
+        row = tl.load(rows + n, mask=n < end, other=0)
+        mask = (n < end)[:, None] & (d < d_in)[None, :]
+        g_nd = tl.load(g + row[:, None] * d_in + d[None, :], mask=mask, other=0.0).to(SUM)
+        total += tl.sum(value[:, None] * g_nd, axis=0)
+        total_value += value
+    tl.store(out + latent * d_in + d, total, mask=d < d_in)
+    if tl.program_id(1) == 0:
+        tl.store(sums + latent, tl.sum(total_value, axis=0))

@@ -1,0 +1,82 @@
+"""The active latents of a batch, stored sparse (k per row) or dense.
+
+Shapes: B batch, D width (d_in), F latents (d_sae), K active latents (k).
+"""
+
+import dataclasses
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor
+
+from sparsight import kernels
+
+
+class Codes(ABC):
+    """What :meth:`SAE.encode` returns; no code is negative."""
+
+    @abstractmethod
+    def dense(self) -> Tensor:
+        """(B, F), zero where a latent is not active."""
+
+    @abstractmethod
+    def l0(self) -> Tensor:
+        """Latents above zero per activation, (B,)."""
+
+    @abstractmethod
+    def fired(self) -> Tensor:
+        """Whether a latent is above zero anywhere in the batch, bool (F,)."""
+
+    @abstractmethod
+    def combine(self, W_dec: Tensor) -> Tensor:
+        """Codes times decoder rows (F, D), (B, D), without bias."""
+
+
+@dataclasses.dataclass(frozen=True)
+class SparseCodes(Codes):
+    """At most K active latents per activation; an entry of value 0 is padding."""
+
+    values: Tensor
+    """(B, K), not negative, in no particular order."""
+    indices: Tensor
+    """(B, K) int64, which latents."""
+    d_sae: int
+    """F."""
+
+    def dense(self) -> Tensor:
+        # Adds, because padding may repeat the index of an active latent.
+        rows = torch.arange(len(self.values), device=self.values.device).unsqueeze(1)
+        z_BF = self.values.new_zeros(len(self.values), self.d_sae)
+        return z_BF.index_put((rows, self.indices), self.values, accumulate=True)
+
+    def l0(self) -> Tensor:
+        return (self.values > 0).sum(dim=1)
+
+    def fired(self) -> Tensor:
+        # One place more takes what is not active: no wait for the device, as a boolean index would need.
+        fired = torch.zeros(self.d_sae + 1, dtype=torch.bool, device=self.values.device)
+        fired[torch.where(self.values > 0, self.indices, self.d_sae)] = True
+        return fired[:-1]
+
+    def combine(self, W_dec: Tensor) -> Tensor:
+        return kernels.decode(self.values, self.indices, W_dec)
+
+
+@dataclasses.dataclass(frozen=True)
+class DenseCodes(Codes):
+    """Any number of active latents per activation."""
+
+    z_BF: Tensor
+    """(B, F), not negative."""
+
+    def dense(self) -> Tensor:
+        return self.z_BF
+
+    def l0(self) -> Tensor:
+        return (self.z_BF > 0).sum(dim=1)
+
+    def fired(self) -> Tensor:
+        return (self.z_BF > 0).any(dim=0)
+
+    def combine(self, W_dec: Tensor) -> Tensor:
+        return self.z_BF @ W_dec
