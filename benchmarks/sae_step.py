@@ -77,7 +77,7 @@ def _race(folder: Path, d_in: int, d_sae: int, k: int, arguments: argparse.Names
             if turn >= _WARM_UP:
                 times[name].append(answer)
     print(
-        f"{'':20s}{'wall ms min / med':>20s}{'CPU ms min / med':>20s}{'rows/s':>9s}{'peak MB':>9s}{'gradient error':>16s}  bits"
+        f"{'':20s}{'wall ms min / med':>20s}{'CPU ms min / med':>20s}{'rows/s':>9s}{'peak MB':>9s}{'gradients':>11s}  bits"
     )
     for name, worker in workers.items():
         peak, digest = worker.ask("peak", 0)["peak"], worker.ask("digest", 0)["digest"]
@@ -89,8 +89,9 @@ def _race(folder: Path, d_in: int, d_sae: int, k: int, arguments: argparse.Names
         wall, cpu = ([1000 * answer[key] for answer in times[name]] for key in ("wall", "cpu"))
         error = max(_error(np.load(folder / f"{name}-{i}.npy"), expected[i]) for i in range(2))
         print(
-            f"{name:20s}{min(wall):10.1f} / {statistics.median(wall):7.1f}{min(cpu):10.1f} / {statistics.median(cpu):7.1f}"
-            f"{1000 * arguments.batch / min(wall):9.0f}{peak:9.0f}{error:16.1e}  {'same' if same else 'differ'}",
+            f"{name:20s}{min(wall):10.1f} / {statistics.median(wall):7.1f}"
+            f"{min(cpu):10.1f} / {statistics.median(cpu):7.1f}"
+            f"{1000 * arguments.batch / min(wall):9.0f}{peak:9.0f}{error:11.1e}  {'same' if same else 'differ'}",
             flush=True,
         )
     if "sparsight" in times:
@@ -158,7 +159,7 @@ class _Worker:
 
 
 def _work(name: str, folder: Path, batch: int) -> None:
-    """Answer commands, one JSON line each, on what was standard output; chatter of the peers goes to the error stream."""
+    """Answer commands, one JSON line each, on what was standard output; peers chatter on the error stream instead."""
     with os.fdopen(os.dup(1), "w") as answers:
         os.dup2(2, 1)
         torch.set_deterministic_debug_mode("default")  # not all peers could run otherwise
