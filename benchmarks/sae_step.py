@@ -6,8 +6,8 @@
 Each contestant has a process of its own and they take turns, step by step. Printed are wall and CPU milliseconds
 (minimum and median), rows per second (of the minimum), peak memory of the process, the largest error of the
 gradients against dense float64 relative to their largest entry (after fitting the scale of the loss, on the rows
-whose top k is beyond the rounding of fp32), and whether two processes ended with the same bits. Every contestant
-runs on the same version of PyTorch: where the pins of a peer clash with another's, leave it out by --contestants.
+whose top k is beyond the rounding of fp32), and whether two runs from the start ended with the same bits. All
+share one environment and so one version of PyTorch: the pins of these peers do not clash.
 
 Shapes: B batch, D width (d_in), F latents (d_sae).
 """
