@@ -37,7 +37,7 @@ class Contestant(Protocol):
 
 
 class Sparsight:
-    """This package, by its public interface."""
+    """Our own step, by the public interface."""
 
     def __init__(self, rows_FD: Tensor, k: int) -> None:
         self.sae = ss.sae.create("topk", rows_FD.shape[1], len(rows_FD), k)

@@ -6,8 +6,8 @@
 Each contestant has a process of its own and they take turns, step by step. Printed are wall and CPU milliseconds
 (minimum and median), rows per second (of the minimum), peak memory of the process, the largest error of the
 gradients against dense float64 relative to their largest entry (after fitting the scale of the loss, on the rows
-whose top k is beyond the rounding of fp32), and whether two processes ended with the same bits. Every contestant
-runs on the same version of PyTorch: where the pins of a peer clash with another's, leave it out by --contestants.
+whose top k is beyond the rounding of fp32), and whether two runs from the start ended with the same bits. All
+share one environment and so one version of PyTorch: the pins of these peers do not clash.
 
 Shapes: B batch, D width (d_in), F latents (d_sae).
 """
@@ -34,7 +34,7 @@ from sparsight import machine
 from sparsight.config import Compute
 from sparsight.stage import prepare_torch
 
-_WARM_UP = 3
+_WARM_UP = 2
 
 
 def main() -> None:
@@ -77,20 +77,20 @@ def _race(folder: Path, d_in: int, d_sae: int, k: int, arguments: argparse.Names
             if turn >= _WARM_UP:
                 times[name].append(answer)
     print(
-        f"{'':20s}{'wall ms min / med':>20s}{'CPU ms min / med':>20s}{'rows/s':>9s}{'peak MB':>9s}{'gradient error':>16s}  bits"
+        f"{'':20s}{'wall ms min / med':>20s}{'CPU ms min / med':>20s}"
+        f"{'rows/s':>9s}{'peak MB':>9s}{'gradients':>11s}  bits"
     )
     for name, worker in workers.items():
-        peak, digest = worker.ask("peak", 0)["peak"], worker.ask("digest", 0)["digest"]
+        peak = worker.ask("peak", 0)["peak"]
+        same = worker.ask("digest", 0) == worker.ask("digest", 0)
         worker.ask("gradients", 0)
         worker.close()
-        again = _Worker(name, folder, arguments)
-        same = again.ask("digest", 0)["digest"] == digest
-        again.close()
         wall, cpu = ([1000 * answer[key] for answer in times[name]] for key in ("wall", "cpu"))
         error = max(_error(np.load(folder / f"{name}-{i}.npy"), expected[i]) for i in range(2))
         print(
-            f"{name:20s}{min(wall):10.1f} / {statistics.median(wall):7.1f}{min(cpu):10.1f} / {statistics.median(cpu):7.1f}"
-            f"{1000 * arguments.batch / min(wall):9.0f}{peak:9.0f}{error:16.1e}  {'same' if same else 'differ'}",
+            f"{name:20s}{min(wall):10.1f} / {statistics.median(wall):7.1f}"
+            f"{min(cpu):10.1f} / {statistics.median(cpu):7.1f}"
+            f"{1000 * arguments.batch / min(wall):9.0f}{peak:9.0f}{error:11.1e}  {'same' if same else 'differ'}",
             flush=True,
         )
     if "sparsight" in times:
@@ -158,7 +158,7 @@ class _Worker:
 
 
 def _work(name: str, folder: Path, batch: int) -> None:
-    """Answer commands, one JSON line each, on what was standard output; chatter of the peers goes to the error stream."""
+    """Answer commands, one JSON line each, on what was standard output; peers chatter on the error stream instead."""
     with os.fdopen(os.dup(1), "w") as answers:
         os.dup2(2, 1)
         torch.set_deterministic_debug_mode("default")  # not all peers could run otherwise

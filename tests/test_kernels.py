@@ -26,7 +26,7 @@ CASES = {
     "one latent each": (9, 16, 40, 1, 0.0),
     "d_in 1152": (7, 1152, 64, 6, 0.0),
     "odd sizes": (10, 37, 53, 7, 0.0),
-    "screened": (70, 48, 1030, 8, 0.0),
+    "screened": (256, 16, 130, 2, 0.0),
 }
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 

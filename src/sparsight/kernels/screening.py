@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 _ROWS = 256  # a block of screened values stays in the cache
+_LATENTS = 1024  # so does a block of weights
 _GROUP = 16
 _U16 = 2.0**-8
 _U32 = 2.0**-24
@@ -34,8 +35,9 @@ Select = Callable[[Tensor, Tensor, Tensor | None, int], tuple[Tensor, Tensor]]
 
 
 def worthwhile(x_BD: Tensor, W_enc_DF: Tensor, k: int) -> bool:
-    """Whether screening can pay: fp32, and far more latents than are kept."""
-    return x_BD.dtype == W_enc_DF.dtype == torch.float32 and W_enc_DF.shape[1] >= 4 * _GROUP * k
+    """Whether screening can pay: fp32, far more latents than are kept, and rows that make up for rounding W."""
+    far_more = W_enc_DF.shape[1] >= 4 * _GROUP * k
+    return x_BD.dtype == W_enc_DF.dtype == torch.float32 and far_more and len(x_BD) >= _ROWS
 
 
 def select(
@@ -86,7 +88,7 @@ def _bounds(x_BD: Tensor, W_FD: Tensor, b_F: Tensor) -> tuple[Tensor, Tensor, Te
     low_W[:, d_in] = b_F
     low_W[:, d_in + 1] = b_F - low_W[:, d_in]
     sizes, errors = [], []
-    for W, low in zip(W_FD.split(_ROWS), low_W[:, :d_in].split(_ROWS), strict=True):
+    for W, low in zip(W_FD.split(_LATENTS), low_W[:, :d_in].split(_LATENTS), strict=True):
         low.copy_(W)
         sizes.append(W.norm(dim=1).max())
         errors.append((W - low).norm(dim=1).max())
