@@ -137,6 +137,8 @@ class Preprocess:
     """Filter of the resize."""
     crop_pct: float = 1.0
     """Share of the resized short side that the centre crop keeps."""
+    squash: bool = False
+    """Resize both sides to ``size``, whatever the picture's shape (SigLIP), instead of cropping."""
 
     def pixels(self, image: Image.Image) -> np.ndarray:
         """Resize the short side, crop the centre: uint8 (H, W, C)."""
@@ -144,6 +146,8 @@ class Preprocess:
         height, width = self.size
         scale = max(height / image.height, width / image.width) / self.crop_pct
         resized = (max(width, round(image.width * scale)), max(height, round(image.height * scale)))
+        if self.squash:
+            resized = (width, height)
         if resized != image.size:
             image = image.resize(resized, Image.Resampling[self.interpolation.upper()])
         left, top = (image.width - width) // 2, (image.height - height) // 2
