@@ -1,6 +1,5 @@
 """Every family of Vision Transformers: taps, heads and tokens against the library's own forward."""
 
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
@@ -26,6 +25,8 @@ TEXT = {"text.hf_tokenizer_name": "", "text.width": 24, "text.layers": 1, "text.
 
 @dataclass(frozen=True)
 class Case:
+    """One model, made small, and what is known of it."""
+
     name: str
     options: dict[str, Any] = field(default_factory=lambda: SMALL)
     n_class: int = 1
@@ -50,17 +51,16 @@ CASES = [
     Case("timm/deit_tiny_distilled_patch16_224", n_class=2),
     Case("timm/deit3_small_patch16_224"),
     Case("timm/flexivit_small"),
-    Case("timm/vit_base_mci_224", {**SMALL, "patch_size": 16}),
-    Case("timm/eva_giant_patch14_224", heads="gathered"),
+    Case("timm/eva_giant_patch14_224"),
     Case("timm/eva02_tiny_patch14_224"),
-    Case("timm/eva02_base_patch14_224", heads="gathered"),
+    Case("timm/eva02_base_patch14_224"),
     Case("timm/eva02_base_patch16_clip_224", heads="masked"),
     Case("timm/vit_small_patch16_rope_mixed_224"),
     Case("timm/vit_small_patch16_dinov3", n_registers=4),
     Case("timm/vit_pe_core_small_patch16_384"),
     Case("timm/beit_base_patch16_224"),
     Case("timm/beitv2_base_patch16_224"),
-    Case("timm/beit3_base_patch16_224", heads="gathered"),
+    Case("timm/beit3_base_patch16_224", heads="masked"),
     Case("open_clip/ViT-B-32-quickgelu@openai", CLIP, layers=("ls_1", "ls_2")),
     Case("open_clip/ViT-B-16", {**CLIP, "vision.pool_type": "avg"}, layers=("ls_1", "ls_2")),
     Case("open_clip/ViT-B-16", {**CLIP, "vision.scale_heads": True, "vision.qk_norm": True}, layers=("ls_1", "ls_2")),
@@ -70,7 +70,7 @@ CASES = [
         heads="masked",
         layers=("ls_1", "ls_2"),
     ),
-    Case("open_clip/ViT-B-16-SigLIP", {**SIGLIP, **TEXT}, n_class=1, n_registers=1),
+    Case("open_clip/ViT-B-16-SigLIP", {**SIGLIP, **TEXT}, n_class=0, n_registers=1),
     Case("open_clip/coca_ViT-B-32", {**CLIP, "vision.attn_pooler_heads": 2}, layers=("ls_1", "ls_2")),
 ]  # fmt: skip
 ALL = pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.name}-{CASES.index(case)}")
@@ -189,6 +189,8 @@ def test_switching_heads(case: Case) -> None:
 
 @dataclass
 class Fixed:
+    """A mask as a policy."""
+
     mask_BLH: Tensor
 
     def decide(self, block: int, cls_BD: Tensor) -> Tensor:
@@ -212,7 +214,7 @@ def test_heads_sum_through_the_projection_to_the_attention(case: Case) -> None:
     torch.testing.assert_close(attention, backbone.taps(x, ["blocks.1.attn"])["blocks.1.attn"], atol=2e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("index", [0, 2, 15, 21, 24], ids=lambda index: CASES[index].name)
+@pytest.mark.parametrize("index", [0, 2, 14, 20, 23], ids=lambda index: CASES[index].name)
 def test_bfloat16_inside_autocast(index: int) -> None:
     """Taps and both ways of switching heads work, and stay near float32."""
     backbone, x = setup(CASES[index])
@@ -228,7 +230,7 @@ def test_bfloat16_inside_autocast(index: int) -> None:
 
 
 def test_a_block_s_prefix_and_suffix_give_the_bits_of_the_whole() -> None:
-    for index in (15, 18, 21, 24):
+    for index in (14, 17, 20, 23):
         backbone, x = setup(CASES[index])
         stream, _ = backbone.run_blocks(backbone.tokens(x), 0, 1)
         stream, _ = backbone.run_blocks(stream, 1, 2)
@@ -240,8 +242,8 @@ def test_a_block_s_prefix_and_suffix_give_the_bits_of_the_whole() -> None:
     [
         ("timm/vit_base_patch16_xp_224", SMALL, r"add attention, then MLP .*not ParallelScalingBlock"),
         ("timm/vit_relpos_small_patch16_224", {"depth": 1}, "not VisionTransformerRelPos"),
-        ("timm/swin_tiny_patch4_window7_224", {}, "not SwinTransformer"),
-        ("open_clip/RN50", {}, "image tower is a ModifiedResNet"),
+        ("timm/swin_tiny_patch4_window7_224", {"depths": (1, 1)}, "not SwinTransformer"),
+        ("open_clip/RN50", {"vision.width": 8, "text.layers": 1, "text.width": 8, "text.heads": 1}, "a ModifiedResNet"),
         ("open_clip/ViT-B-33", {}, "open_clip knows no model 'ViT-B-33'"),
         ("open_clip/ViT-B-32@openai", {}, "trained with QuickGELU, .* use ViT-B-32-quickgelu@openai"),
         ("open_clip/ViT-B-32-quickgelu@laion2b_e16", {}, r"has no weights 'laion2b_e16'|not trained with QuickGELU"),
@@ -250,7 +252,5 @@ def test_a_block_s_prefix_and_suffix_give_the_bits_of_the_whole() -> None:
     ],
 )
 def test_what_has_no_names_here_is_refused_not_misread(name: str, options: dict[str, Any], message: str) -> None:
-    with warnings.catch_warnings(), torch.device("meta"):
-        warnings.simplefilter("ignore")
-        with pytest.raises(SparsightError, match=message):
-            backbones.load(name, None, **options)
+    with pytest.raises(SparsightError, match=message):
+        backbones.load(name, None, **options)

@@ -42,7 +42,7 @@ class Layer:
     mix: Callable[[Tensor, Tensor], Tensor] | None = None
     """(input, heads' outputs (B, T, HC)) -> what the projection reads; reads all heads at once."""
     tokens_first: bool = False
-    """Products run over rows in (T, B) order, as torch's MultiheadAttention does: the same order, the same bits."""
+    """Products in the order of torch's MultiheadAttention, rows by (T, B): the same order, the same bits."""
 
 
 def attend(attention: nn.Module, x_BTD: Tensor, keep_BH: Tensor, mode: HeadMode, **shared: Tensor) -> Tensor:
@@ -213,8 +213,13 @@ def _heads(layer: Layer, x_BTD: Tensor, kept_K: Tensor | None) -> Tensor:
             return rows
         return rows.view(-1, H, C, *rows.shape[1:])[:, kept_K].flatten(0, 2)
 
-    products = [_linear(layer, x_BTD, pick(w), None if b is None else pick(b)) for w, b in layer.linears]
-    qkv = torch.cat([product.reshape(B, T, -1, K, C) for product in products], dim=2).permute(2, 0, 3, 1, 4)
+    x = x_BTD.transpose(0, 1) if layer.tokens_first else x_BTD
+    products = [F.linear(x, pick(weight), None if bias is None else pick(bias)) for weight, bias in layer.linears]
+    if layer.tokens_first:
+        products = [product.transpose(0, 1) for product in products]
+    qkv = torch.cat([product.reshape(B, T, 3 // len(products), K, C) for product in products], dim=2).permute(
+        2, 0, 3, 1, 4
+    )
     q, k, v = qkv
     q, k = q if layer.q_norm is None else layer.q_norm(q), k if layer.k_norm is None else layer.k_norm(k)
     if layer.rope is not None:
@@ -242,10 +247,7 @@ def _project(layer: Layer, out_BTKC: Tensor, kept_K: Tensor | None, bias: Tensor
     weight = layer.proj.weight
     if kept_K is not None and layer.n_heads > K:
         weight = weight.view(len(weight), layer.n_heads, C)[:, kept_K].reshape(len(weight), K * C)
-    return _linear(layer, out_BTKC.reshape(B, T, K * C), weight, bias)
-
-
-def _linear(layer: Layer, x_BTD: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if layer.tokens_first:
-        return F.linear(x_BTD.transpose(0, 1), weight, bias).transpose(0, 1)
-    return F.linear(x_BTD, weight, bias)
+        rows = out_BTKC.transpose(0, 1).reshape(T * B, K * C)
+        return F.linear(rows, weight, bias).view(T, B, -1).transpose(0, 1)
+    return F.linear(out_BTKC.reshape(B, T, K * C), weight, bias)
