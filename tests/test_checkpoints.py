@@ -113,7 +113,7 @@ def test_averaged_weights_are_preferred_and_half_precision_is_widened(tmp_path: 
 
 
 def test_positions_are_resized_to_another_image_size(tmp_path: Path) -> None:
-    model = noisy(timm.create_model("vit_tiny_patch16_224", num_classes=0, **TIMM))
+    model: Any = noisy(timm.create_model("vit_tiny_patch16_224", num_classes=0, **TIMM))
     write(model, path := tmp_path / "w.safetensors")
     larger = {**TIMM, "img_size": 48}
     backbone = backbones.load("timm/vit_tiny_patch16_224", str(path), 4, **larger)

