@@ -231,10 +231,14 @@ class Backbone(nn.Module):
 
         return clip.prompt_logits(self.model, features, self.prompts_CE)
 
+    def features(self, images: Tensor) -> Tensor:
+        """What the model makes of images without prompts: open_clip's image features, timm's logits (B, E)."""
+        x_BTD, _ = self.run_blocks(self.tokens(images), 0, self.n_blocks)
+        return self.tower.head(x_BTD)
+
     def encode_image(self, images: Tensor) -> Tensor:
         """open_clip's image features of unit norm, (B, E)."""
-        x_BTD, _ = self.run_blocks(self.tokens(images), 0, self.n_blocks)
-        return nn.functional.normalize(self.tower.head(x_BTD), dim=-1)
+        return nn.functional.normalize(self.features(images), dim=-1)
 
     def encode_text(self, texts: Sequence[str]) -> Tensor:
         """open_clip's text features of unit norm, (n, E); :class:`SparsightError` without a text tower."""

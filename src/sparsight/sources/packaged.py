@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image
 
 from sparsight.errors import SparsightError
+from sparsight.prompts import readable
 from sparsight.sources.base import Item, Reopening, open_image
 
 
@@ -134,11 +135,6 @@ class Torchvision:
             return open_image(data)
         side = round((len(data) / 3) ** 0.5)
         return Image.frombytes("RGB", (side, side), data)
-
-
-def readable(name: str) -> str:
-    """A class name as words: ``apple_pie`` is ``apple pie``, ``apartment_building/outdoor`` loses its slash."""
-    return name.replace("_", " ").replace("/", " ")
 
 
 TORCHVISION: dict[str, Callable[[str | None], Torchvision]] = {name: partial(Torchvision, name) for name in KNOWN}
