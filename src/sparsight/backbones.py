@@ -9,7 +9,7 @@ import timm
 from torch import nn
 
 from sparsight import checkpoints
-from sparsight.errors import SparsightError
+from sparsight.errors import SparsightError, reason
 from sparsight.images import Preprocess
 from sparsight.vit import Backbone, BlockPolicy
 
@@ -52,8 +52,7 @@ def load(name: str, weights: str | None = None, num_classes: int | None = None, 
     except (TypeError, AssertionError) as error:
         raise SparsightError(f"backbone {name!r} refuses its architecture options: {error}") from None
     except (OSError, RuntimeError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise SparsightError(f"backbone {name!r} cannot be made ({reason})") from None
+        raise SparsightError(f"backbone {name!r} cannot be made ({reason(error)})") from None
     backbone = Backbone(model, name)
     if weights not in (None, "pretrained"):
         _load_weights(model, model_name, Path(str(weights)))

@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from sparsight.errors import SparsightError
+from sparsight.errors import SparsightError, reason
 
 # Where training scripts put the weights inside a checkpoint; averaged weights first, as timm does.
 _WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model")
@@ -51,8 +51,7 @@ def _checkpoint(path: Path) -> dict[str, Tensor]:
             f"{path}: holds more than tensors (code or objects) and is not loaded; save the state_dict as safetensors"
         ) from None
     except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise SparsightError(f"{path}: not a readable checkpoint of tensors ({reason})") from None
+        raise SparsightError(f"{path}: not a readable checkpoint of tensors ({reason(error)})") from None
     while isinstance(found, Mapping) and (inside := next((w for w in _WRAPPERS if _is_state(found.get(w))), None)):
         found = found[inside]
     if not _is_state(found):

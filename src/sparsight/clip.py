@@ -4,6 +4,7 @@ Shapes: B batch, T tokens (the class token first, then patches), D width, E join
 """
 
 import copy
+import logging
 import warnings
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from open_clip.transformer import VisionTransformer
 from torch import Tensor, nn
 
 from sparsight import checkpoints
-from sparsight.errors import SparsightError
+from sparsight.errors import SparsightError, reason
 from sparsight.families import Tower, timm_tower
 
 # MultiheadAttention has a second implementation that it takes only without hooks and without gradients, with
@@ -153,9 +154,10 @@ def create(name: str, weights: str | None, **architecture: Any) -> nn.Module:
         raise SparsightError(f"open_clip: {model_name!r} comes with its weights; set weights: pretrained")
     options = _options(config, architecture, name)
     keys = ("mean", "std", "interpolation", "resize_mode")
+    logging.disable(logging.WARNING)  # open_clip writes to the root logger; what it warns of is settled above
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # no pretrained weights, QuickGELU: settled above
+            warnings.simplefilter("ignore", UserWarning)
             model = open_clip.create_model(
                 model_name,
                 pretrained=tag if weights == "pretrained" and not from_hub else None,
@@ -165,8 +167,9 @@ def create(name: str, weights: str | None, **architecture: Any) -> nn.Module:
                 **options,
             )
     except (RuntimeError, ValueError, TypeError, OSError, AssertionError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise SparsightError(f"open_clip/{name}: cannot be made ({reason})") from None
+        raise SparsightError(f"open_clip/{name}: cannot be made ({reason(error)})") from None
+    finally:
+        logging.disable(logging.NOTSET)
     if weights not in (None, "pretrained"):
         _load(model, Path(str(weights)))
     return model
@@ -203,8 +206,8 @@ def _load(model: Any, path: Path) -> None:
         resize_text_pos_embed(state, model)
         model.load_state_dict(state)
     except (RuntimeError, KeyError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise SparsightError(f"{path}: does not fit the architecture ({reason})") from None
+        shown = " ".join(str(error).split())[:200]  # torch's first line names no key
+        raise SparsightError(f"{path}: does not fit the architecture ({shown})") from None
 
 
 def preprocessing(clip: Any) -> dict[str, Any]:
@@ -229,8 +232,7 @@ def tokenizer(clip: Any, name: str) -> Any:
     try:
         return open_clip.get_tokenizer(name.partition("@")[0], context_length=getattr(clip, "context_length", None))
     except (OSError, ImportError, ValueError, RuntimeError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise SparsightError(f"open_clip/{name}: no tokenizer ({reason})") from None
+        raise SparsightError(f"open_clip/{name}: no tokenizer ({reason(error)})") from None
 
 
 def prompt_classifier(clip: Any, name: str, classes: list[str], templates: tuple[str, ...]) -> Tensor:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from sparsight.errors import SparsightError
+from sparsight.errors import SparsightError, reason
 from sparsight.prompts import readable
 from sparsight.sources.base import Item, Reopening, open_image
 
@@ -92,11 +92,11 @@ class Torchvision:
             cls = getattr(datasets, known.cls)
             return {split: cls(self.path, **arguments, **options) for split, arguments in known.splits.items()}
         except (RuntimeError, OSError, ValueError) as error:
-            raise SparsightError(self._missing(str(error).splitlines()[0])) from None
+            raise SparsightError(self._missing(reason(error))) from None
 
-    def _missing(self, reason: str) -> str:
+    def _missing(self, why: str) -> str:
         call = f"torchvision.datasets.{KNOWN[self.name].cls}(root={str(self.path)!r}, download=True)"
-        return f"{self.path}: no complete {self.name} here ({reason}); get it with {call}"
+        return f"{self.path}: no complete {self.name} here ({why}); get it with {call}"
 
     def class_names(self) -> list[str]:
         data = next(iter(self._parts.values()))

@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from sparsight.errors import SparsightError
+from sparsight.errors import SparsightError, reason
 from sparsight.sources.base import Item, Reopening
 
 _CACHE_BYTES = 128 * 2**20
@@ -42,7 +42,7 @@ class ParquetTables(Reopening):
         try:
             return {path.relative_to(root).as_posix(): pq.ParquetFile(path) for path in paths}
         except (pa.ArrowException, OSError) as error:
-            raise SparsightError(f"{self.path}: not readable as Parquet ({str(error).splitlines()[0]})") from None
+            raise SparsightError(f"{self.path}: not readable as Parquet ({reason(error)})") from None
 
     @cached_property
     def _features(self) -> dict[str, Any]:
