@@ -121,6 +121,21 @@ def test_parquet_reads_each_row_group_once_when_read_in_order(tmp_path: Path, mo
     assert reads == list(range(8))
 
 
+def test_tables_of_another_layout_are_refused_and_damaged_ones_named(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"image": [b"x"], "label": [0]}), tmp_path / "flat.parquet")
+    with pytest.raises(SparsightError, match=r"column 'image' is binary, not a struct"):
+        manifest("parquet", tmp_path / "flat.parquet", tmp_path / "m.parquet")
+    pq.write_table(pa.table({"picture": [b"x"], "label": [0]}), tmp_path / "flat.parquet")
+    with pytest.raises(SparsightError, match="no column 'image'; there are: picture, label"):
+        manifest("parquet", tmp_path / "flat.parquet", tmp_path / "m.parquet")
+    table(tmp_path / "t.parquet", [(picture(0), 0), (picture(1), 5)], ["a", "b"])
+    with pytest.raises(SparsightError, match=r"t.parquet row 1 has no class \(5\); repair it"):
+        manifest("parquet", tmp_path / "t.parquet", tmp_path / "m.parquet")
+    (tmp_path / "t.parquet").write_bytes((tmp_path / "t.parquet").read_bytes()[:-20])
+    with pytest.raises(SparsightError, match=r"t.parquet: not readable as Parquet"):
+        manifest("parquet", tmp_path / "t.parquet", tmp_path / "m.parquet")
+
+
 # --- torchvision
 
 

@@ -64,7 +64,18 @@ class ParquetTables(Reopening):
                     return name
             raise SparsightError(f"{self.path}: no column {preferred[0]!r}; there are: {', '.join(known)}")
 
-        return one("Image", ("image", "img")), one("ClassLabel", ("label", "fine_label"))
+        image, label = one("Image", ("image", "img")), one("ClassLabel", ("label", "fine_label"))
+        for name, file in self._files.items():
+            schema = file.schema_arrow
+            for column in (image, label):
+                if column not in schema.names:
+                    raise SparsightError(f"{self.path}: {name} has no column {column!r}, unlike the first table")
+            kind = schema.field(image).type
+            if not pa.types.is_struct(kind) or kind.get_field_index("bytes") < 0:
+                raise SparsightError(
+                    f"{self.path}: {name}: column {image!r} is {kind}, not a struct with bytes and path"
+                )
+        return image, label
 
     def items(self) -> list[Item]:
         names = self.class_names()
@@ -127,7 +138,11 @@ class ParquetTables(Reopening):
         with self._lock:
             key = (name, group)
             if key not in self._groups:
-                self._groups[key] = self._files[name].read_row_group(group, columns=[image])[image].combine_chunks()
+                try:
+                    table = self._files[name].read_row_group(group, columns=[image])
+                except (pa.ArrowException, OSError) as error:
+                    raise OSError(None, f"row group {group} cannot be read: {reason(error)}") from None
+                self._groups[key] = table[image].combine_chunks()
                 while len(self._groups) > 1 and sum(a.nbytes for a in self._groups.values()) > _CACHE_BYTES:
                     self._groups.popitem(last=False)
             self._groups.move_to_end(key)
