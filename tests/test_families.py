@@ -184,6 +184,7 @@ def test_switching_heads(case: Case) -> None:
         with pytest.raises(SparsightError, match="use heads='masked'"):
             backbone(x, head_mask=mask, heads="gathered")
         return
+    assert torch.equal(backbone(x, head_mask=everything, heads="gathered"), backbone(x))
     torch.testing.assert_close(backbone(x, head_mask=mask, heads="gathered"), masked, atol=2e-5, rtol=1e-4)
 
 
