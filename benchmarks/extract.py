@@ -31,7 +31,7 @@ from sparsight.backbones import Backbone
 from sparsight.config import Compute
 from sparsight.extract import extract, precision
 from sparsight.images import Manifest, Preprocess, Split, write_manifest
-from sparsight.sources import Mnist5000
+from sparsight.sources.packaged import Mnist5000
 from sparsight.stage import prepare_torch
 from sparsight.windows import in_order
 from sparsight.work import Work

@@ -3,6 +3,7 @@
 import hashlib
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -17,7 +18,7 @@ from sparsight.images import Manifest, Preprocess, write_manifest
 GREY = Preprocess((16, 16), 1, (0.5,), (0.5,))
 
 
-def manifest(folder: Path, out: Path, **options: float) -> Manifest:
+def manifest(folder: Path, out: Path, **options: Any) -> Manifest:
     section = config.Images(source="folder", path=str(folder), **options)
     write_manifest(section, 0, {}, 2, out)
     return Manifest(out)

@@ -86,9 +86,14 @@ def extract(
             writing = thread.submit(write, shard, {site: x[:size] for site, x in buffers.items()})
         if writing is not None:
             writing.result()
+    positions = {
+        "class": backbone.class_positions,
+        "register": backbone.register_positions,
+        "patches": list(backbone.patch_positions),
+    }
     result = {
         "plan": dataclasses.asdict(plan),
-        "about": {"tokens": section.tokens, "token_positions": _positions(backbone), **about},
+        "about": {"tokens": section.tokens, "token_positions": positions, **about},
         "shards": records,
     }
     write_json(work.out / f"{store.stem}.part-{part}.json", result)
@@ -102,10 +107,9 @@ def precision(compute: Compute, device: torch.device) -> AbstractContextManager[
 def _plan(backbone: Backbone, section: Activations, n_images: int) -> Plan:
     for site in section.sites:
         sites.check(site, backbone.n_blocks, "activations.sites")
-    if section.tokens == "cls" and not backbone.model.has_class_token:
+    if section.tokens == "cls" and not backbone.class_positions:
         raise SparsightError("activations.tokens: the backbone has no class token; use patches, all or mean")
-    patches = backbone.model.patch_embed.num_patches
-    n_tokens = {"patches": patches, "all": patches + backbone.n_prefix}.get(section.tokens)
+    n_tokens = {"patches": backbone.n_patches, "all": backbone.n_prefix + backbone.n_patches}.get(section.tokens)
     d = backbone.d_in
     shapes = {site: (d,) if n_tokens is None or site == "embedding" else (n_tokens, d) for site in section.sites}
     return Plan(n_images, shapes, section.dtype, shard_size(n_images, section.shard_images))
@@ -144,17 +148,6 @@ def _buffers(plan: Plan, device: torch.device) -> dict[str, Tensor]:
     return {
         site: torch.empty((plan.shard_images, *shape), dtype=_DTYPES[plan.dtype], pin_memory=pinned)
         for site, shape in plan.shapes.items()
-    }
-
-
-def _positions(backbone: Backbone) -> dict[str, list[int]]:
-    """Where the kinds of tokens stand in the model's sequence."""
-    n_class, n_prefix = int(backbone.model.has_class_token), backbone.n_prefix
-    patches = backbone.model.patch_embed.num_patches
-    return {
-        "class": [0][:n_class],
-        "register": list(range(n_class, n_prefix)),
-        "patches": [n_prefix, n_prefix + patches],
     }
 
 

@@ -6,6 +6,7 @@ Shapes: B batch, H height, W width, C channels.
 import hashlib
 import json
 import multiprocessing
+from collections import defaultdict
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from PIL import Image
 
 from sparsight import config, schema
 from sparsight.errors import SparsightError
-from sparsight.progress import Progress
+from sparsight.progress import Progress, say
 from sparsight.seeds import derive_seed
 from sparsight.sources import SOURCES, SPLITS, Item, Source
 from sparsight.windows import in_order
@@ -28,42 +29,78 @@ from sparsight.windows import in_order
 def write_manifest(section: config.Images, seed: int, record: dict[str, Any], threads: int, path: Path) -> None:
     """Read every image once, check that it decodes, and write ``manifest.parquet``.
 
-    Columns: image_id int64, uri, sha256, label int32, label_name, split; rows in a seeded random order.
-    The Parquet metadata key ``sparsight`` holds source, class names and ``record``.
+    Columns: image_id int64, uri, sha256, label int32, label_name, split; rows in a seeded random order. The
+    Parquet metadata key ``sparsight`` holds source, class names (the position is the label), ``record``, what
+    was ``skipped`` (uri, reason) and ``duplicates``: images of equal bytes that lie in more than one split.
 
     Raises:
         SparsightError: no images, an empty split, a class that is not in train, or an image that cannot be
-            decoded.
+            read or decoded (with ``on_error: skip`` it is left out, logged and listed instead).
     """
     source = SOURCES[section.source](section.path)
     items = source.items()
 
-    def checksum(item: Item) -> str:
-        data = source.read(item.uri)
-        _decode(source, item.uri, data)
+    def checksum(item: Item) -> str | SparsightError:
+        try:
+            data = source.read(item.uri)
+            _decode(source, item.uri, data)
+        except OSError as error:
+            return SparsightError(f"image {item.uri}: {error.strerror}; put it back or take it off the list")
+        except SparsightError as error:
+            return error
         return hashlib.sha256(data).hexdigest()
 
+    sha256: list[str] = []
+    kept: list[Item] = []
+    skipped: list[dict[str, str]] = []
     with ThreadPoolExecutor(threads) as pool, Progress(len(items), "images") as progress:
-        sha256 = []
-        for value in pool.map(checksum, items):
-            sha256.append(value)
-            progress(1)
-    classes = sorted({item.label_name for item in items})
-    label = np.array([classes.index(item.label_name) for item in items], dtype=np.int32)
-    split = _split(section, [item.split for item in items], label, classes, seed)
-    order = np.random.default_rng(derive_seed(seed, "images", "order")).permutation(len(items))
+        for rows in in_order(len(items), 1024):  # a window at a time: a future per image of a large set is memory
+            for item, found in zip(items[rows], pool.map(checksum, items[rows]), strict=True):
+                progress(1)
+                if isinstance(found, str):
+                    sha256.append(found)
+                    kept.append(item)
+                elif section.on_error == "stop":
+                    raise found
+                else:
+                    skipped.append({"uri": item.uri, "reason": str(found)})
+                    say(f"skipped: {found}")
+    classes = source.class_names()
+    numbers = {name: number for number, name in enumerate(classes)}
+    label = np.array([numbers[item.label_name] for item in kept], dtype=np.int32)
+    split = _split(section, [item.split for item in kept], label, classes, seed)
+    duplicates = _duplicates(kept, sha256, split)
+    if duplicates:
+        say(f"images: {len(duplicates)} images are in more than one split, e.g. {', '.join(duplicates[0])}")
+    order = np.random.default_rng(derive_seed(seed, "images", "order")).permutation(len(kept))
     table = pa.table(
         {
             "image_id": pa.array(order.astype(np.int64)),
-            "uri": [items[i].uri for i in order],
+            "uri": [kept[i].uri for i in order],
             "sha256": [sha256[i] for i in order],
             "label": pa.array(label[order]),
-            "label_name": [items[i].label_name for i in order],
+            "label_name": [kept[i].label_name for i in order],
             "split": split[order].tolist(),
         }
     )
-    about = {"format_version": 1, "source": section.source, "path": section.path, "classes": classes, **record}
+    about = {
+        "format_version": 1,
+        "source": section.source,
+        "path": section.path,
+        "classes": classes,
+        "skipped": skipped,
+        "duplicates": duplicates,
+        **record,
+    }
     pq.write_table(table.replace_schema_metadata({"sparsight": json.dumps(about, sort_keys=True)}), path)
+
+
+def _duplicates(items: list[Item], sha256: list[str], split: np.ndarray) -> list[list[str]]:
+    """The uris, each with its split, of images whose bytes lie in more than one split."""
+    rows: dict[str, list[int]] = defaultdict(list)
+    for row, digest in enumerate(sha256):
+        rows[digest].append(row)
+    return [[f"{items[i].uri} ({split[i]})" for i in same] for same in rows.values() if len(set(split[same])) > 1]
 
 
 def _split(
@@ -138,6 +175,8 @@ class Preprocess:
     """Filter of the resize."""
     crop_pct: float = 1.0
     """Share of the resized short side that the centre crop keeps."""
+    squash: bool = False
+    """Resize both sides to ``size``, whatever the picture's shape (SigLIP), instead of cropping."""
 
     def pixels(self, image: Image.Image) -> np.ndarray:
         """Resize the short side, crop the centre: uint8 (H, W, C)."""
@@ -145,6 +184,8 @@ class Preprocess:
         height, width = self.size
         scale = max(height / image.height, width / image.width) / self.crop_pct
         resized = (max(width, round(image.width * scale)), max(height, round(image.height * scale)))
+        if self.squash:
+            resized = (width, height)
         if resized != image.size:
             image = image.resize(resized, Image.Resampling[self.interpolation.upper()])
         left, top = (image.width - width) // 2, (image.height - height) // 2

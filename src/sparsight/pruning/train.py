@@ -34,7 +34,7 @@ def fit(
     Raises:
         SparsightError: a backbone without a class token.
     """
-    if not backbone.model.has_class_token:
+    if not backbone.class_positions:
         raise SparsightError(f"policies.{name}: the backbone has no class token for the policy to read")
     backbone.requires_grad_(False)
     threads = torch.get_num_threads()

@@ -1,0 +1,103 @@
+"""Images a second from encoded bytes to a model's input pixels: Pillow, Pillow's draft mode, torchvision.
+
+The ways take turns; minimum and median over the rounds are printed, with the largest difference of the pixels from
+Pillow's and whether two decodes gave the same bytes. Usage:
+
+    python benchmarks/decode.py [--parquet shared/data/groceries/val.parquet] [--rounds 5]
+"""
+
+import argparse
+import io
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torchvision.io import ImageReadMode, decode_image
+from torchvision.transforms.v2 import functional as tv
+
+from sparsight import machine
+from sparsight.config import Compute
+from sparsight.images import Preprocess
+from sparsight.sources import SOURCES
+from sparsight.sources.base import open_image
+from sparsight.stage import prepare_torch
+
+SIZE = 224
+PREPROCESS = Preprocess((SIZE, SIZE), 3, (0.5,) * 3, (0.5,) * 3)
+
+
+def pillow(data: bytes) -> np.ndarray:
+    """What sparsight does."""
+    return PREPROCESS.pixels(open_image(data))
+
+
+def draft(data: bytes) -> np.ndarray:
+    """A JPEG decoded at the smallest of 1/1, 1/2, 1/4, 1/8 that is large enough."""
+    image = Image.open(io.BytesIO(data))
+    image.draft("RGB", (SIZE, SIZE))
+    return PREPROCESS.pixels(image)
+
+
+def torchvision(data: bytes) -> np.ndarray:
+    """Torchvision's decoder, resize and crop."""
+    image = decode_image(torch.frombuffer(bytearray(data), dtype=torch.uint8), ImageReadMode.RGB, True)
+    image = tv.resize(image, [SIZE], tv.InterpolationMode.BICUBIC, antialias=True)
+    return tv.center_crop(image, [SIZE, SIZE]).permute(1, 2, 0).numpy()
+
+
+WAYS: dict[str, Callable[[bytes], np.ndarray]] = {"pillow": pillow, "draft": draft, "torchvision": torchvision}
+
+
+def made(form: str, height: int, width: int, count: int = 32) -> list[bytes]:
+    """Smooth random pictures, which compress about as photographs do."""
+    generator = np.random.default_rng(0)
+    found = []
+    for _ in range(count):
+        coarse = Image.fromarray(generator.integers(0, 255, (height // 16, width // 16, 3), dtype=np.uint8))
+        coarse.resize((width, height), Image.Resampling.BICUBIC).save(buffer := io.BytesIO(), form, quality=90)
+        found.append(buffer.getvalue())
+    return found
+
+
+def main() -> None:
+    """Print one line per set of images and way."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--parquet", type=Path, default=None, help="real images beside the made ones")
+    parser.add_argument("--rounds", type=int, default=5)
+    arguments = parser.parse_args()
+    prepare_torch(Compute(threads=1))
+    print(f"{machine.describe()}, one thread, to {SIZE} x {SIZE}")
+    sets = {
+        "JPEG 375 x 500": made("JPEG", 375, 500),
+        "JPEG 1500 x 2000": made("JPEG", 1500, 2000, 8),
+        "PNG 375 x 500": made("PNG", 375, 500),
+        "WebP 375 x 500": made("WEBP", 375, 500),
+        "PNG 32 x 32": made("PNG", 32, 32),
+    }
+    if arguments.parquet is not None:
+        source = SOURCES["parquet"](str(arguments.parquet))
+        sets[arguments.parquet.as_posix()] = [source.read(item.uri) for item in source.items()]
+    for name, images in sets.items():
+        ways = {way: f for way, f in WAYS.items() if way != "draft" or images[0][:2] == b"\xff\xd8"}
+        first = {way: [f(data).copy() for data in images] for way, f in ways.items()}
+        seconds: dict[str, list[float]] = {way: [] for way in ways}
+        same = dict.fromkeys(ways, True)
+        for _ in range(arguments.rounds):
+            for way, f in ways.items():
+                begin = time.perf_counter()
+                again = [f(data) for data in images]
+                seconds[way].append(time.perf_counter() - begin)
+                same[way] &= all(np.array_equal(a, b) for a, b in zip(first[way], again, strict=True))
+        for way, values in seconds.items():
+            best, middle = len(images) / min(values), len(images) / statistics.median(values)
+            off = max(int(np.abs(a.astype(int) - b).max()) for a, b in zip(first[way], first["pillow"], strict=True))
+            print(f"{name:18s} {way:12s} {best:7.0f} / {middle:7.0f} images/s (best / median), "
+                  f"up to {off} of 255 from Pillow, same bytes twice: {same[way]}")  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

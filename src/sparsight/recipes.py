@@ -1,0 +1,171 @@
+"""How a backbone is trained here: what every recipe shares, supervised training, linear probe.
+
+Shapes: B batch, N images, H height, W width, C channels (augment) or classes, D width.
+"""
+
+import copy
+import math
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sparsight import config, training
+from sparsight.backbones import Backbone
+from sparsight.errors import SparsightError
+from sparsight.images import Pixels, Split
+
+
+class Recipe:
+    """AdamW with warm-up and cosine, gradient clipping, moving average; see :class:`sparsight.training.Trainable`.
+
+    Args:
+        section: the recipe's numbers.
+        backbone: what is trained, in part or whole.
+        trained: the part whose weights change.
+        train, val: the splits.
+    """
+
+    def __init__(
+        self, section: config.Backbone, backbone: Backbone, trained: nn.Module, train: Split, val: Split
+    ) -> None:
+        self.section, self.backbone, self.trained, self.train, self.val = section, backbone, trained, train, val
+        decay = [p for p in trained.parameters() if p.ndim > 1]
+        rest = [p for p in trained.parameters() if p.ndim <= 1]
+        groups = [{"params": decay, "weight_decay": section.weight_decay}, {"params": rest, "weight_decay": 0.0}]
+        self.optimizer = torch.optim.AdamW(groups, lr=section.lr, fused=True)
+        self.average = copy.deepcopy(trained).requires_grad_(False) if section.ema else None
+
+    def loss(self, rows: np.ndarray, generator: torch.Generator) -> dict[str, Tensor]:
+        """``loss`` to descend, and other scalars to log."""
+        raise NotImplementedError
+
+    def step(self, rows: np.ndarray, progress: float, generator: torch.Generator) -> dict[str, Tensor]:
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.section.lr * training.warmup_cosine(progress)
+        self.trained.train()
+        scalars = self.loss(rows, generator)
+        self.optimizer.zero_grad()
+        scalars["loss"].backward()
+        nn.utils.clip_grad_norm_(self.trained.parameters(), 1.0)
+        self.optimizer.step()
+        self.trained.eval()
+        if self.average is not None:
+            with torch.no_grad():
+                for slow, fast in zip(self.average.parameters(), self.trained.parameters(), strict=True):
+                    slow.lerp_(fast, 1 - self.section.ema)
+        return scalars
+
+    def epoch_end(self) -> dict[str, float]:
+        with self.averaged():
+            return {"val_accuracy": float(correct(self.backbone, self.val, self.section.batch_size).mean())}
+
+    def averaged(self) -> "_Swap":
+        """Inside ``with``, the backbone has the averaged weights, if there are any."""
+        return _Swap(self.trained, self.average)
+
+    def state(self) -> dict[str, Tensor]:
+        state = training.module_state(self.trained) | training.optimizer_state(self.optimizer)
+        if self.average is not None:
+            state |= {f"average.{name}": value for name, value in training.module_state(self.average).items()}
+        return state
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        training.restore_module(self.trained, state)
+        training.restore_optimizer(self.optimizer, state)
+        if self.average is not None:
+            prefix = "average."
+            average = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+            training.restore_module(self.average, average)
+
+
+class _Swap:
+    """Exchanges the weights of two modules of one kind while inside ``with``."""
+
+    def __init__(self, module: nn.Module, other: nn.Module | None) -> None:
+        self.module, self.other = module, other
+
+    def __enter__(self) -> None:
+        self._swap()
+
+    def __exit__(self, *_: object) -> None:
+        self._swap()
+
+    def _swap(self) -> None:
+        if self.other is not None:
+            for a, b in zip(self.module.parameters(), self.other.parameters(), strict=True):
+                a.data, b.data = b.data, a.data
+
+
+class Supervised(Recipe):
+    """Every weight, by cross-entropy on augmented images."""
+
+    def __init__(self, section: config.Backbone, backbone: Backbone, train: Split, val: Split) -> None:
+        super().__init__(section, backbone, backbone, train, val)
+        self.pixels = Pixels(train, backbone.preprocess, torch.get_num_threads())
+
+    def loss(self, rows: np.ndarray, generator: torch.Generator) -> dict[str, Tensor]:
+        images = augment(self.backbone.normalize(self.pixels[rows]), self.section, generator)
+        return _classified(self.backbone(images), labels_of(self.train, rows, images), self.section)
+
+
+class Probe(Recipe):
+    """A linear head on what the frozen tower says of the plain images; each image passes the tower once."""
+
+    def __init__(self, section: config.Backbone, backbone: Backbone, train: Split, val: Split) -> None:
+        backbone.requires_grad_(False)
+        head = backbone.tower.classifier
+        if head is None:
+            raise SparsightError(f"training: {backbone.name} has no linear class head to probe with")
+        super().__init__(section, backbone, head.requires_grad_(True), train, val)
+        embeddings = [
+            backbone.taps(backbone.normalize(pixels), ["embedding"])["embedding"]
+            for pixels in train.batches(backbone.preprocess, section.batch_size, torch.get_num_threads())
+        ]
+        self.embeddings_ND = torch.cat(embeddings)
+
+    def loss(self, rows: np.ndarray, generator: torch.Generator) -> dict[str, Tensor]:
+        embeddings = self.embeddings_ND[torch.from_numpy(rows).to(self.embeddings_ND.device)]
+        return _classified(self.trained(embeddings), labels_of(self.train, rows, embeddings), self.section)
+
+
+def _classified(logits_BC: Tensor, labels_B: Tensor, section: config.Backbone) -> dict[str, Tensor]:
+    loss = F.cross_entropy(logits_BC, labels_B, label_smoothing=section.label_smoothing)
+    return {"loss": loss, "train_accuracy": share(logits_BC, labels_B)}
+
+
+def share(logits_BC: Tensor, labels_B: Tensor) -> Tensor:
+    """Share of a batch that is classified correctly."""
+    return (logits_BC.argmax(dim=1) == labels_B).float().mean()
+
+
+def labels_of(split: Split, rows: np.ndarray, like: Tensor) -> Tensor:
+    """Labels of some images, int64 (B,), where ``like`` is."""
+    return torch.from_numpy(split.labels[rows]).long().to(like.device)
+
+
+@torch.no_grad()
+def correct(backbone: Backbone, split: Split, batch_size: int) -> np.ndarray:
+    """Whether each image of the split is classified correctly, bool (n,)."""
+    logits = [
+        backbone(backbone.normalize(pixels)).argmax(dim=1).cpu().numpy()
+        for pixels in split.batches(backbone.preprocess, batch_size, torch.get_num_threads())
+    ]
+    return np.concatenate(logits) == split.labels
+
+
+def augment(images_BCHW: Tensor, section: config.Backbone, generator: torch.Generator) -> Tensor:
+    """Random rotation, zoom, shift and mirror image, one affine map per image; corners repeat the border."""
+    B = len(images_BCHW)
+
+    def uniform(limit: float, *shape: int) -> Tensor:
+        return (torch.rand(B, *shape, generator=generator) * 2 - 1) * limit
+
+    angle, zoom, shift = uniform(math.radians(section.rotate)), 1 + uniform(section.zoom), uniform(2 * section.shift, 2)
+    mirror = torch.where(torch.rand(B, generator=generator) < 0.5 * section.flip, -1.0, 1.0)
+    cos, sin = zoom * angle.cos(), zoom * angle.sin()
+    rows = [torch.stack([mirror * cos, -sin, shift[:, 0]], 1), torch.stack([mirror * sin, cos, shift[:, 1]], 1)]
+    theta = torch.stack(rows, 1).to(images_BCHW.device)
+    grid = F.affine_grid(theta, list(images_BCHW.shape), align_corners=False)
+    return F.grid_sample(images_BCHW, grid, padding_mode="border", align_corners=False)

@@ -1,0 +1,19 @@
+"""Image sources: where pictures and labels come from."""
+
+from collections.abc import Callable
+
+from sparsight.sources.base import SPLITS, Item, Source
+from sparsight.sources.folders import Cub200, Folder, TinyImageNet
+from sparsight.sources.packaged import TORCHVISION, Mnist5000
+from sparsight.sources.parquet import ParquetTables
+
+__all__ = ["SOURCES", "SPLITS", "Item", "Source"]
+
+SOURCES: dict[str, Callable[[str | None], Source]] = {
+    "mnist-5000": Mnist5000,
+    "folder": Folder,
+    "parquet": ParquetTables,
+    "cub200": Cub200,
+    "tiny-imagenet": TinyImageNet,
+    **TORCHVISION,
+}

@@ -1,0 +1,102 @@
+"""What an image source is, and how the bytes of an image become an 8-bit picture.
+
+Shapes: H height, W width.
+"""
+
+import io
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from PIL import Image, ImageOps
+
+SPLITS = ("train", "val", "test")
+MAX_PIXELS = 200_000_000
+"""Pictures with more pixels are taken for damaged or hostile files and refused before they are decoded."""
+Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit warns at a number of its own; the one above decides
+
+
+@dataclass(frozen=True)
+class Item:
+    """One image of a source, not yet read."""
+
+    uri: str
+    label_name: str
+    split: str | None
+    """None where the source leaves the split to us."""
+
+
+class Source(Protocol):
+    """A place images come from; a new one is one class and one line in ``SOURCES``.
+
+    It is made from its path alone, opens files when they are needed, and pickles as its path, so that worker
+    processes can open their own.
+    """
+
+    def items(self) -> list[Item]:
+        """Every image, in an order that depends on the source alone.
+
+        Raises:
+            SparsightError: nothing there, or labels that do not fit the images.
+        """
+
+    def class_names(self) -> list[str]:
+        """Label names in the source's official order; the position is the label."""
+
+    def read(self, uri: str) -> bytes:
+        """The bytes that the manifest's sha256 is taken of; may raise OSError."""
+
+    def decode(self, data: bytes) -> Image.Image:
+        """The picture in those bytes, mode L or RGB, upright; may raise OSError or ValueError."""
+
+
+class Reopening:
+    """Pickles as its class and path; whatever was opened is opened again."""
+
+    path: Any
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (None if self.path is None else str(self.path),)
+
+    def decode(self, data: bytes) -> Image.Image:
+        """A picture file's content, see :func:`open_image`."""
+        return open_image(data)
+
+
+def open_image(data: bytes) -> Image.Image:
+    """Decode a picture file: mode L or RGB, 8 bits, turned as its EXIF orientation says, first frame only.
+
+    Transparent pixels are laid on white; 16-bit grey is divided by 257; CMYK and palettes become RGB.
+
+    Raises:
+        OSError: not a picture, or cut short.
+        ValueError: more than MAX_PIXELS pixels, or pixels without a known range (32-bit, floating point).
+    """
+    try:
+        image: Image.Image = Image.open(io.BytesIO(data))
+        if image.width * image.height > MAX_PIXELS:
+            raise ValueError(f"{image.width} x {image.height} pixels, more than {MAX_PIXELS:,}")
+        image.load()
+        image = ImageOps.exif_transpose(image)
+    except (OSError, ValueError):
+        raise
+    except Exception as error:  # Pillow's plugins raise whatever they stumble on in a damaged file
+        raise OSError(None, f"{type(error).__name__}: {error}") from None
+    return _eight_bit(image)
+
+
+def _eight_bit(image: Image.Image) -> Image.Image:
+    if image.mode in ("L", "RGB") and not image.has_transparency_data:
+        return image
+    if image.mode == "1":
+        return image.convert("L")
+    if image.mode.startswith("I;16"):
+        return Image.fromarray(np.rint(np.asarray(image).astype(np.float32) / 257).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise ValueError(f"32-bit pixels (mode {image.mode}) have no known range; store 8 or 16 bits")
+    if image.has_transparency_data:
+        grey = image.mode in ("LA", "La", "L")
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(white, image).convert("L" if grey else "RGB")
+    return image.convert("RGB")

@@ -1,0 +1,155 @@
+"""The backbone stage: every recipe learns, writes the same bytes again, and continues where it was killed."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_folder
+from safetensors.torch import load_file
+
+from sparsight import backbones, config
+from sparsight.errors import SparsightError
+from sparsight.fit_backbone import fit
+from sparsight.images import Manifest, write_manifest
+from sparsight.recipes import Recipe, correct
+from sparsight.work import Work
+
+VIT = {"img_size": 16, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 3}
+CLIP = {
+    "embed_dim": 16, "vision.width": 24, "vision.layers": 2, "vision.head_width": 8, "vision.patch_size": 8,
+    "vision.image_size": 16, "text.width": 16, "text.layers": 1, "text.heads": 2, "text.context_length": 12,
+}  # fmt: skip
+COMMON: dict[str, Any] = {"epochs": 4, "batch_size": 8, "lr": 3e-3, "flip": True, "shift": 0.1}
+RECIPES = {
+    "supervised": config.Backbone("timm/vit_tiny_patch16_224", architecture=VIT, **COMMON),
+    "averaged": config.Backbone("timm/vit_tiny_patch16_224", architecture=VIT, ema=0.8, **COMMON),
+    "probe": config.Backbone("timm/vit_tiny_patch16_224", architecture=VIT, training="probe", ema=0.5, **COMMON),
+    "contrastive": config.Backbone(
+        "open_clip/ViT-B-32", architecture=CLIP, training="contrastive", held_out_templates=("a drawing of a {}.",),
+        templates=("a photo of a {}.", "one {}."), **{**COMMON, "epochs": 8},
+    ),
+}  # fmt: skip
+EVERY = pytest.mark.parametrize("name", RECIPES)
+
+
+@pytest.fixture(scope="module")
+def manifest(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
+    folder = tmp_path_factory.mktemp("images")
+    section = config.Images(source="folder", path=str(make_folder(folder / "f", per_class=30)))
+    write_manifest(section, 0, {}, 1, folder / "m.parquet")
+    return Manifest(folder / "m.parquet")
+
+
+def run(section: config.Backbone, manifest: Manifest, folder: Path) -> Path:
+    with Work(folder, "key") as work:
+        fit(section, manifest, "net", 0, work, torch.device("cpu"), {})
+        return work.out
+
+
+@EVERY
+def test_recipe_learns_and_its_folder_opens_as_it_was_measured(name: str, manifest: Manifest, tmp_path: Path) -> None:
+    out = run(RECIPES[name], manifest, tmp_path / "w")
+    backbone, about = backbones.open_folder(out)
+    assert about["accuracy"]["test"]["accuracy"] > 0.9
+    for part, measured in about["accuracy"].items():
+        split = manifest.split(part.removesuffix("_held_out"))
+        if part.endswith("_held_out"):
+            backbone.use_prompts(about["prompt_names"], about["held_out_templates"])
+        assert correct(backbone, split, 8).mean() == measured["accuracy"]
+    assert ("test_held_out" in about["accuracy"]) == (name == "contrastive")
+
+
+@EVERY
+def test_killed_and_continued_gives_the_bytes_of_a_run_that_was_not(
+    name: str, manifest: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sparsight.training._CHECKPOINT_SECONDS", -1.0)
+    section = replace(RECIPES[name], epochs=3)
+    whole = run(section, manifest, tmp_path / "whole")
+    plain, steps = Recipe.epoch_end, [0]
+
+    def stop(self: Recipe) -> dict[str, float]:
+        steps[0] += 1
+        if steps[0] == 2:
+            raise KeyboardInterrupt
+        return plain(self)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Recipe, "epoch_end", stop)
+        run(section, manifest, tmp_path / "killed")
+    assert (tmp_path / "killed" / "state" / "checkpoint.safetensors").exists()
+    again = run(section, manifest, tmp_path / "killed")
+    for file in ("model.safetensors", "config.json", "training.jsonl"):
+        assert (whole / file).read_bytes() == (again / file).read_bytes(), file
+
+
+def test_probe_leaves_the_tower_as_it_was(manifest: Manifest, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    start = backbones.load("timm/vit_tiny_patch16_224", None, 7, **VIT).model.state_dict()
+    from safetensors.torch import save_file
+
+    save_file(start, tmp_path / "start.safetensors")
+    section = replace(RECIPES["probe"], weights=str(tmp_path / "start.safetensors"))
+    after = load_file(run(section, manifest, tmp_path / "w") / "model.safetensors")
+    changed = {key for key in after if key not in start or not torch.equal(after[key], start[key])}
+    assert changed == {"head.weight", "head.bias"}
+
+
+def test_moving_average_is_what_is_kept(manifest: Manifest, tmp_path: Path) -> None:
+    """Against the same recursion by hand over the weights after each step."""
+    section = replace(RECIPES["averaged"], epochs=1)
+    seen: list[np.ndarray] = []
+    plain = Recipe.step
+
+    def follow(self: Recipe, *arguments: Any) -> Any:
+        if not seen:
+            seen.append(self.backbone.model.head.weight.detach().numpy().copy())
+        out = plain(self, *arguments)
+        seen.append(self.backbone.model.head.weight.detach().numpy().copy())
+        return out
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Recipe, "step", follow)
+        kept = load_file(run(section, manifest, tmp_path / "w") / "model.safetensors")["head.weight"].numpy()
+    average = seen[0]
+    for value in seen[1:]:
+        average = 0.8 * average + 0.2 * value
+    np.testing.assert_allclose(kept, average, atol=1e-6)
+    assert not np.allclose(kept, seen[-1], atol=1e-4)
+
+
+def test_open_clip_weights_as_they_are_classify_by_prompts(manifest: Manifest, tmp_path: Path) -> None:
+    first = run(RECIPES["contrastive"], manifest, tmp_path / "a")
+    section = replace(RECIPES["contrastive"], weights=str(first / "model.safetensors"), epochs=0)
+    second = run(section, manifest, tmp_path / "b")
+    a, b = (json.loads((out / "config.json").read_text())["accuracy"] for out in (first, second))
+    assert a == b
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "message"),
+    [
+        ("resnet", {}, "starts with neither 'timm/' nor 'open_clip/'"),
+        ("open_clip/ViT-B-32", {"epochs": 1}, "'supervised' does not suit open_clip/ViT-B-32"),
+        ("timm/x", {"epochs": 1, "training": "contrastive"}, "'contrastive' does not suit timm/x"),
+        ("timm/x", {"epochs": 1, "templates": ("a {}",)}, "only an open_clip model reads texts"),
+        ("open_clip/x", {"weights": "pretrained", "templates": ("a photo",)}, "'a photo' needs one {} for"),
+        ("timm/x", {"epochs": 1, "ema": 1.0}, "ema: must be at least 0 and less than 1"),
+        ("timm/x", {}, "random weights need training"),
+        ("timm/x", {"weights": "no/such.pt"}, "there is no file 'no/such.pt'"),
+    ],
+)
+def test_mistakes_in_the_section_are_explained(model: str, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(SparsightError, match=message):
+        config.Backbone(model, **options)
+
+
+def test_a_classifier_for_other_classes_is_refused(manifest: Manifest, tmp_path: Path) -> None:
+    out = run(RECIPES["supervised"], manifest, tmp_path / "a")
+    section = replace(RECIPES["supervised"], weights=str(out / "model.safetensors"), epochs=0)
+    with pytest.raises(SparsightError, match="its classifier has 1000 outputs, the images 2 classes; set epochs"):
+        run(section, manifest, tmp_path / "b")
