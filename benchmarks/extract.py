@@ -39,7 +39,7 @@ from sparsight.work import Work
 MODELS: dict[str, tuple[str, dict[str, int], int, int]] = {
     # architecture, its options, images, batch size
     "small": ("timm/vit_small_patch16_224", {}, 256, 32),
-    "tiny": ("timm/vit_tiny_patch16_224", {"img_size": 32, "patch_size": 4}, 4096, 128),
+    "tiny": ("timm/vit_tiny_patch16_224", {"img_size": 32, "patch_size": 4}, 1024, 128),
 }
 
 

@@ -24,6 +24,15 @@ def atoms() -> Tensor:
     return rows / rows.norm(dim=1, keepdim=True)
 
 
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Products this small are no faster on two threads, and wait long for each other where a core is busy."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def batches(atoms: Tensor) -> Iterator[tuple[float, Tensor]]:
     """The learning rate's factor, falling to 0 over the last fifth, and samples (B, D)."""
     generator = torch.Generator().manual_seed(1)
