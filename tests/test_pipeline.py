@@ -59,7 +59,7 @@ KILLED = {
     "images": "lock",
     "backbone-vit": "out/training.jsonl",
     "extract-vit-train-0": "state/shard-3.json",
-    "sae-topk-s0": "out/training.jsonl",
+    "sae-topk": "out/training.jsonl",
     "pruning-heads": "out/validation.parquet",
 }
 

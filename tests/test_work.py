@@ -36,24 +36,25 @@ def test_state_survives_under_the_same_key_only(tmp_path: Path) -> None:
             (work.state / "checkpoint").touch()
 
 
-def test_finish_puts_folders_and_files_in_place_and_leaves_nothing(tmp_path: Path) -> None:
-    (tmp_path / "out" / "train.zarr").mkdir(parents=True)
-    (tmp_path / "out" / "train.zarr" / "old").touch()
-    (tmp_path / "out" / "other").write_text("not ours")
+def test_finish_puts_files_in_place_among_others_and_leaves_nothing(tmp_path: Path) -> None:
+    (tmp_path / "out" / "topk-s0").mkdir(parents=True)
+    (tmp_path / "out" / "topk-s0" / "metrics.json").write_text("another stage's")
+    (tmp_path / "out" / "topk-s0" / "config.json").write_text("old")
     with Work(tmp_path / "w", "key") as work:
-        (work.out / "train.zarr").mkdir()
-        (work.out / "train.zarr" / "new").touch()
-        (work.out / "train.json").write_text("{}")
+        (work.out / "topk-s0").mkdir()
+        (work.out / "topk-s0" / "config.json").write_text("new")
+        (work.out / "all.json").write_text("{}")
         work.finish(tmp_path / "out")
-    found = sorted(p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*"))
-    assert found == ["out", "out/other", "out/train.json", "out/train.zarr", "out/train.zarr/new"]
+    found = {p.relative_to(tmp_path).as_posix(): p.read_text() for p in tmp_path.rglob("*") if p.is_file()}
+    assert found == {
+        "out/all.json": "{}", "out/topk-s0/config.json": "new", "out/topk-s0/metrics.json": "another stage's",
+    }  # fmt: skip
 
 
 def test_finish_interrupted_in_the_middle_is_finished_although_outputs_were_deleted(tmp_path: Path) -> None:
     """Snakemake deletes the outputs of a killed job before it runs the job again."""
     out = tmp_path / "out"
     with pytest.raises(IsADirectoryError), Work(tmp_path / "w", "key") as work:
-        (work.out / "store.zarr").mkdir()
         (work.out / "a.json").write_text("a")
         (work.out / "b.json").write_text("b")
         (out / "b.json").mkdir(parents=True)  # stands for the kill: b cannot be put here
@@ -64,7 +65,7 @@ def test_finish_interrupted_in_the_middle_is_finished_although_outputs_were_dele
     with Work(tmp_path / "w", "key") as work:
         assert work.complete
         work.finish(out)
-    assert sorted(p.name for p in out.iterdir()) == ["a.json", "b.json", "store.zarr"]
+    assert sorted(p.name for p in out.iterdir()) == ["a.json", "b.json"]
     assert not (tmp_path / "w").exists()
 
 

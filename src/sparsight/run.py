@@ -35,9 +35,14 @@ class Run:
         return Path("results") / self.run
 
     @property
+    def grids(self) -> dict[str, list[str]]:
+        """The SAEs of every section, which are trained together."""
+        return {name: [f"{name}-s{seed}" for seed in section.seeds] for name, section in self.saes.items()}
+
+    @property
     def sae_names(self) -> dict[str, Sae]:
         """Every SAE to train, by the name of its folder (<section>-s<seed>)."""
-        return {f"{name}-s{seed}": section for name, section in self.saes.items() for seed in section.seeds}
+        return {one: self.saes[name] for name, ones in self.grids.items() for one in ones}
 
     @property
     def steering_names(self) -> dict[str, str]:

@@ -82,7 +82,7 @@ def train(trainable: Trainable[B], batches: Batches[B], epochs: int, seed: int, 
                     if last and (extra := trainable.epoch_end()):
                         _write(log, {"step": step, "epoch": step // per_epoch, **extra})
                     progress(
-                        step - progress.done, ", ".join(f"{k} {v:.4g}" for k, v in line.items() if k not in _POSITION)
+                        step - progress.done, ", ".join(f"{k} {v:.4g}" for k, v in line.items() if k not in POSITION)
                     )
                     if time.monotonic() - saved > _CHECKPOINT_SECONDS:
                         log.flush()
@@ -92,7 +92,8 @@ def train(trainable: Trainable[B], batches: Batches[B], epochs: int, seed: int, 
                         saved = time.monotonic()
 
 
-_POSITION = ("step", "epoch")
+POSITION = ("step", "epoch")
+"""Keys of a log line that say where it stands."""
 
 
 def _write(log: Any, line: dict[str, Any]) -> None:

@@ -78,21 +78,17 @@ class Work:
         return (self.folder / "complete").exists()
 
     def finish(self, destination: Path) -> None:
-        """Put every file and folder of ``out`` into ``destination`` and remove the working folder.
+        """Put every file of ``out``, in folders or not, into ``destination`` and remove the working folder.
 
-        Folders (stores) go before files (the manifests that vouch for them). Files are linked, not moved:
-        after a kill in between Snakemake deletes those that had arrived, and they are put there again.
+        Files are linked, not moved: after a kill in between Snakemake deletes those that had arrived, and
+        they are put there again.
         """
         (self.folder / "complete").touch()
         destination.mkdir(parents=True, exist_ok=True)
-        for entry in sorted(self.out.iterdir(), key=lambda e: (e.is_file(), e.name)):
-            target = destination / entry.name
-            if entry.is_dir():
-                if target.exists():
-                    shutil.rmtree(target)
-                os.replace(entry, target)
-            else:
-                write_atomic(target, partial(_link, entry))
+        for entry in sorted(path for path in self.out.rglob("*") if path.is_file()):
+            target = destination / entry.relative_to(self.out)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            write_atomic(target, partial(_link, entry))
         for entry in self.folder.iterdir():
             if entry.name not in ("lock", "complete"):
                 remove(entry)

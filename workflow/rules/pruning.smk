@@ -25,7 +25,7 @@ rule pruning:
         images=rules.images.output,
         backbone=backbone_of_policy,
         policy=rules.policy.output.weights,
-        saes=expand(rules.sae.output.weights, sae=STEERED.values()),
+        saes=expand(SAE_WEIGHTS, sae=STEERED.values()),
         vectors=expand(f"{R}/steering/{{name}}.safetensors", name=STEERED),
         code=sources("pruning.py", *map(sae_code, STEERED.values())),
     output:

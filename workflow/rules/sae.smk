@@ -1,22 +1,31 @@
-rule sae:
-    input:
-        store=store_of("train"),
-        code=lambda wildcards: sources("sae.py", sae_code(wildcards.sae)),
-    output:
-        weights=f"{R}/saes/{{sae}}/sae.safetensors",
-        config=f"{R}/saes/{{sae}}/config.json",
-        log=f"{R}/saes/{{sae}}/training.jsonl",
-    log:
-        f"{R}/logs/sae-{{sae}}.log",
-    threads: THREADS
-    params:
-        out=subpath(output[0], parent=True),
-        work=f"{R}/.work/sae-{{sae}}",
-        flags=lambda wildcards: flags(sae_section(wildcards)),
-    shell:
-        "python workflow/scripts/sae.py --from-store {input.store} --name {wildcards.sae}"
-        " --out {params.out} --work {params.work}"
-        " {params.flags} > {log} 2>&1"
+SAE_WEIGHTS = f"{R}/saes/{{sae}}/sae.safetensors"
+SAE_CONFIG = f"{R}/saes/{{sae}}/config.json"
+
+# One job trains the SAEs of a section, one per seed, on one reading of the store.
+for GRID in RUN.saes:
+
+    rule:
+        name:
+            f"sae_{GRID}"
+        input:
+            store=f"{R}/activations/{RUN.saes[GRID].backbone}/train.json",
+            code=sources("sae.py", f"src/sparsight/sae/{RUN.saes[GRID].kind}.py"),
+        output:
+            weights=expand(SAE_WEIGHTS, sae=RUN.grids[GRID]),
+            config=expand(SAE_CONFIG, sae=RUN.grids[GRID]),
+            log=expand(f"{R}/saes/{{sae}}/training.jsonl", sae=RUN.grids[GRID]),
+        log:
+            f"{R}/logs/sae-{GRID}.log",
+        threads: THREADS
+        params:
+            name=GRID,
+            out=f"{R}/saes",
+            work=f"{R}/.work/sae-{GRID}",
+            flags=flags(RUN.saes[GRID]),
+        shell:
+            "python workflow/scripts/sae.py --from-store {input.store} --name {params.name}"
+            " --out {params.out} --work {params.work}"
+            " {params.flags} > {log} 2>&1"
 
 
 rule evaluate_sae:
@@ -25,8 +34,8 @@ rule evaluate_sae:
         backbone=backbone_of_sae,
         train=store_of("train"),
         test=store_of("test"),
-        sae=rules.sae.output.weights,
-        config=rules.sae.output.config,
+        sae=SAE_WEIGHTS,
+        config=SAE_CONFIG,
         code=lambda wildcards: sources("evaluate_sae.py", sae_code(wildcards.sae)),
     output:
         f"{R}/saes/{{sae}}/metrics.json",

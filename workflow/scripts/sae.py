@@ -1,4 +1,4 @@
-"""Train one SAE (--name) on the train split's store: sae.safetensors, config.json, training.jsonl."""
+"""Train the SAEs of a section (--name), one per seed: <name>-s<seed>/sae.safetensors, config.json, training.jsonl."""
 
 from sparsight import stage
 from sparsight.config import Sae

@@ -1,9 +1,12 @@
-"""The stage that trains an SAE on a stored site.
+"""The stage that trains the SAEs of a section on a stored site.
 
 Shapes: B batch, N rows, D width (d_in), F latents (d_sae).
 """
 
 import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,39 +29,57 @@ def fit(
     section: config.Sae, store: ActivationStore, name: str, seed: int, work: Work, device: torch.device,
     record: dict[str, Any],
 ) -> None:  # fmt: skip
-    """Train the SAE ``name`` on a store's site; ``sae.safetensors``, ``config.json``, ``training.jsonl``.
+    """Train the SAEs of a section, one per seed, on one reading of a store's site.
 
-    The activations are scaled to unit variance per dimension while training; the scale is folded into the
-    saved weights.
+    Each becomes a folder ``<name>-s<seed>`` of ``sae.safetensors``, ``config.json``, ``training.jsonl``.
+    They differ in their initial weights and see the same batches, so that each has the bytes that it has when
+    trained alone. The activations are scaled to unit variance per dimension while training; the scale is
+    folded into the saved weights.
 
     Raises:
         SparsightError: a site the store does not hold, or activations that are not finite.
     """
     rows = store.rows(section.site)
     mean, scale = _moments(store, section.site)
+    order = derive_seed(seed, "sae", name)
     batches = StoreBatches(
-        {section.site: rows}, section.batch_size, derive_seed(seed, "sae", name), section.memory_mb * 2**20,
-        device=device,
+        {section.site: rows}, section.batch_size, order, section.memory_mb * 2**20, device=device
     )  # fmt: skip
-    one = sae.create(
-        section.kind, rows.shape[1], section.d_sae, section.k, derive_seed(seed, "sae", name, "init"),
-        **section.options(),
-    ).to(device)  # fmt: skip
-    one.start(one.d_in)  # E||x - mean||^2 of the scaled activations
-    one.set_center(mean / scale)
-    loop = _Training(section, one, scale)
-    training.train(loop, batches, section.epochs, derive_seed(seed, "sae", name), work)
-    one.fold_scale(scale)
-    about = {
-        "name": name,
-        "backbone": section.backbone,
-        "site": section.site,
-        "tokens": store.tokens,
-        "training": dataclasses.asdict(section),
-        "store_digest": store.manifest["digest"],
-        "record": record,
-    }
-    one.save(work.out, **about)
+    saes = {f"{name}-s{number}": number for number in section.seeds}
+    grid = {one: _create(section, rows.shape[1], derive_seed(seed, "sae", one, "init")).to(device) for one in saes}
+    for one in grid.values():
+        one.start(one.d_in)  # E||x - mean||^2 of the scaled activations
+        one.set_center(mean / scale)
+    training.train(_Training(section, grid, scale), batches, section.epochs, order, work)
+    _split_log(work.out, list(grid))
+    for one_name, one in grid.items():
+        one.fold_scale(scale)
+        about = {
+            "name": one_name,
+            "backbone": section.backbone,
+            "site": section.site,
+            "tokens": store.tokens,
+            "training": dataclasses.asdict(section),
+            "store_digest": store.manifest["digest"],
+            "record": record,
+        }
+        one.save(work.out / one_name, **about)
+
+
+def _create(section: config.Sae, d_in: int, seed: int) -> SAE:
+    return sae.create(section.kind, d_in, section.d_sae, section.k, seed, **section.options())
+
+
+def _split_log(out: Path, names: Sequence[str]) -> None:
+    """Give each SAE the lines about it: ``<name>/training.jsonl`` from the log of all."""
+    joint = out / "training.jsonl"
+    lines = [json.loads(line) for line in joint.read_text().splitlines()]
+    for name in names:
+        (out / name).mkdir(exist_ok=True)
+        own = [{key.removeprefix(f"{name}."): value for key, value in line.items() if key in training.POSITION
+                or key.startswith(f"{name}.")} for line in lines]  # fmt: skip
+        (out / name / "training.jsonl").write_text("".join(json.dumps(line) + "\n" for line in own))
+    joint.unlink()
 
 
 def _moments(store: ActivationStore, site: str) -> tuple[np.ndarray, float]:
@@ -78,19 +99,22 @@ def _moments(store: ActivationStore, site: str) -> tuple[np.ndarray, float]:
 class _Training:
     """See :class:`sparsight.training.Trainable`."""
 
-    def __init__(self, section: config.Sae, one: SAE, scale: float) -> None:
-        self.section, self.sae, self.scale = section, one, scale
-        self.trainer = Trainer([one], section.lr, section.dead_after)
+    def __init__(self, section: config.Sae, grid: Mapping[str, SAE], scale: float) -> None:
+        self.section, self.grid, self.scale = section, grid, scale
+        self.trainer = Trainer(list(grid.values()), section.lr, section.dead_after)
 
     def step(self, batch: Batch, progress: float, generator: torch.Generator) -> dict[str, Tensor]:
         self.trainer.schedule(min(1.0, (1 - progress) / (1 - _DECAY_FROM)))
-        (loss,) = self.trainer.step(batch.x[self.section.site].float() / self.scale)
-        return {
-            "fvu": loss.reconstruction,
-            "aux": loss.aux,
-            "l0": loss.codes.l0().float().mean(),
-            "dead": self.sae.dead.float().sum(),
-        }
+        losses = self.trainer.step(batch.x[self.section.site].float() / self.scale)
+        scalars = {}
+        for (name, one), loss in zip(self.grid.items(), losses, strict=True):
+            scalars |= {
+                f"{name}.fvu": loss.reconstruction,
+                f"{name}.aux": loss.aux,
+                f"{name}.l0": loss.codes.l0().float().mean(),
+                f"{name}.dead": one.dead.float().sum(),
+            }
+        return scalars
 
     def epoch_end(self) -> dict[str, float]:
         return {}
