@@ -21,6 +21,7 @@ def main() -> None:
     bars = [
         ("ViT accuracy at least 0.95", metrics["backbone.vit.accuracy"], metrics["backbone.vit.accuracy"] >= 0.95),
         ("worst TopK FVU under 0.3", worst_fvu, worst_fvu < 0.3),
+        ("Switch FVU under 0.3", metrics["sae.switch-s0.fvu"], metrics["sae.switch-s0.fvu"] < 0.3),
         ("policy within 0.03 of unpruned", policy["accuracy"] - unpruned, unpruned - policy["accuracy"] <= 0.03),
         ("all-block usage at most 0.7", policy["usage_all"], policy["usage_all"] <= 0.7),
         ("policy is not static", pruning["distinct_masks_last"], not pruning["static_policy"]),

@@ -83,7 +83,7 @@ def test_every_value_read_with_plain_zarr_is_the_model_s_own(split: Split, tmp_p
         np.testing.assert_allclose(group[site][:], expected.numpy(), atol=1e-5)
 
 
-@pytest.mark.parametrize(("parts", "workers"), [(1, 1), (1, 2), (3, 0), (3, 1), (8, 0), (8, 2)])
+@pytest.mark.parametrize(("parts", "workers"), [(1, 1), (1, 2), (3, 0), (3, 1), (3, 2), (8, 0), (8, 1), (8, 2)])
 def test_parts_and_workers_change_no_byte(
     split: Split, reference: dict[str, bytes], tmp_path: Path, parts: int, workers: int
 ) -> None:

@@ -49,7 +49,8 @@ def backbone_of_policy(wildcards):
 def sources(script, *extra):
     """A stage script and every file of sparsight that it can reach, so that a changed line reruns the stage.
 
-    What is loaded by name at run time (an SAE variant, a template) is given as ``extra``.
+    What is loaded by name at run time (an SAE variant, a template) is given as ``extra``; a kernel backend is
+    added wherever kernels are used.
     """
     found, todo = set(), [str(Path("workflow/scripts", script)), *extra]
     while todo:
@@ -57,6 +58,8 @@ def sources(script, *extra):
         if path not in found:
             found.add(path)
             todo += imports(path)
+            if path == "src/sparsight/kernels/__init__.py":
+                todo += map(str, Path(path).parent.glob("*.py"))
     return sorted(found)
 
 

@@ -19,7 +19,7 @@ for GRID in RUN.saes:
         threads: THREADS
         params:
             name=GRID,
-            out=f"{R}/saes",
+            out=subpath(output[0], ancestor=2),
             work=f"{R}/.work/sae-{GRID}",
             flags=flags(RUN.saes[GRID]),
         shell:
