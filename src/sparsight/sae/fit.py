@@ -106,7 +106,7 @@ class _Training:
     def step(self, batch: Batch, progress: float, generator: torch.Generator) -> dict[str, Tensor]:
         self.trainer.schedule(min(1.0, (1 - progress) / (1 - _DECAY_FROM)))
         losses = self.trainer.step(batch.x[self.section.site].float() / self.scale)
-        scalars = {}
+        scalars: dict[str, Tensor] = {}
         for (name, one), loss in zip(self.grid.items(), losses, strict=True):
             scalars |= {
                 f"{name}.fvu": loss.reconstruction,
