@@ -109,6 +109,20 @@ def test_pools_mix_classes_as_well_as_a_permutation_of_everything_would() -> Non
     assert statistic(np.argsort(labels)) > 10 * high, "the statistic sees an order that is not mixed"
 
 
+@pytest.mark.parametrize("memory", [40 * IMAGE_BYTES, 2 * N * IMAGE_BYTES])
+def test_damage_is_found_again_when_it_is_read_again(tmp_path: Path, memory: int) -> None:
+    path = write_store(tmp_path, N, dict.fromkeys(SITES, (TOKENS, D)), "all", shard_images=16)
+    shard = path / SITES[1] / "c" / "7" / "0" / "0"
+    whole = shard.read_bytes()
+    data = batches(ActivationStore.open(path), memory)
+    shard.write_bytes(whole[:9] + b"?" + whole[10:])
+    for _ in range(2):
+        with pytest.raises(SparsightError, match=f"{SITES[1]}/c/7/0/0: damaged"):
+            list(data.epoch(0))
+    shard.write_bytes(whole)
+    assert np.array_equal(np.sort(order(list(data.epoch(0)))), np.arange(N * TOKENS))
+
+
 def test_what_cannot_be_batched_is_refused(store: ActivationStore, tmp_path: Path) -> None:
     with pytest.raises(SparsightError, match=r"hold less than two chunks of 16 images, 0\.0 MB each; allow more"):
         batches(store, 20 * IMAGE_BYTES)

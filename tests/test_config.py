@@ -31,8 +31,8 @@ def changed(path: str, value: Any) -> dict[str, Any]:
     return config
 
 
-def test_default_configuration_is_valid_and_names_three_saes() -> None:
-    assert list(load_run(PARAMS).sae_names) == ["topk-s0", "topk-s1", "topk-s2"]
+def test_default_configuration_is_valid_and_names_its_saes() -> None:
+    assert list(load_run(PARAMS).sae_names) == ["topk-s0", "topk-s1", "topk-s2", "switch-s0"]
 
 
 @pytest.mark.parametrize(

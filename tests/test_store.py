@@ -145,10 +145,19 @@ def test_rows_index_like_the_array_they_stand_for(original: Path, data: st.DataO
     key = data.draw(
         st.one_of(
             st.slices(n),
+            st.integers(-n, n - 1),
             st.lists(st.integers(-n, n - 1), max_size=30).map(lambda numbers: np.array(numbers, dtype=np.int64)),
+            st.lists(st.booleans(), min_size=n, max_size=n).map(np.array),
         )
     )
     assert np.array_equal(rows[key], expected[key])
+
+
+def test_rows_that_do_not_exist_are_refused(original: Path) -> None:
+    rows = ActivationStore.open(original).rows("embedding")
+    for key in (50, [3, 50], np.array([-51])):
+        with pytest.raises(IndexError, match="there are 50 rows"):
+            rows[key]
 
 
 def test_image_and_token_pairs_are_found(original: Path) -> None:

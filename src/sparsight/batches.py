@@ -167,16 +167,17 @@ class StoreBatches:
 
     def _from_kept(self, pools: list[_Pool]) -> Iterator[tuple[_Pool, dict[str, Tensor]]]:
         if self._kept is None:
-            self._kept = self._buffer(self._n_images, self.device)
+            kept = self._buffer(self._n_images, self.device)
             slices = in_order(self._n_images, self._pool_images)
             whole = [_Pool(images.start, images.stop, np.empty(0, np.int64)) for images in slices]
             if self.device.type == "cpu":
-                self._run(self._jobs(whole[0], self._kept))
+                self._run(self._jobs(whole[0], kept))
             else:
                 for pool, x in self._from_store(whole):
                     for site, value in x.items():
-                        self._kept[site][self._rows(pool)] = value.to(self.device)
+                        kept[site][self._rows(pool)] = value.to(self.device)
                 self._buffers = []
+            self._kept = kept  # only what was read without an error
         for pool in pools:
             yield pool, {site: value[self._rows(pool)] for site, value in self._kept.items()}
 

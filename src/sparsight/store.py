@@ -53,14 +53,20 @@ class Rows:
         out[:] = picked
         return out
 
-    def __getitem__(self, key: slice | np.ndarray | Sequence[int]) -> np.ndarray:
+    def __getitem__(self, key: int | slice | np.ndarray | Sequence[int]) -> np.ndarray:
+        if isinstance(key, int | np.integer):
+            return self[[int(key)]][0]
         if isinstance(key, slice):
             start, stop, step = key.indices(len(self))
             if step == 1:
                 first, last = start // self.tokens_per_image, -(-max(stop, start) // self.tokens_per_image)
                 skip = first * self.tokens_per_image
                 return self.images(first, last)[start - skip : max(stop, start) - skip]
-        rows = np.arange(len(self))[key]
+            key = np.arange(start, stop, step)
+        rows = np.flatnonzero(key) if np.asarray(key).dtype == bool else np.asarray(key, dtype=np.int64)
+        rows = np.where(rows < 0, rows + len(self), rows)
+        if len(rows) and not 0 <= rows.min() <= rows.max() < len(self):
+            raise IndexError(f"row numbers from {rows.min()} to {rows.max()}; there are {len(self)} rows")
         out = np.empty((len(rows), self.shape[1]), self.dtype)
         images, tokens = np.divmod(rows, self.tokens_per_image)
         order = np.argsort(images, kind="stable")
