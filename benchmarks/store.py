@@ -138,18 +138,11 @@ class Bench:
         for s in in_order(self.n, BATCH):
             yield np.array(m[s])
 
-    def _read_zarr(self, name: str) -> Iterator[np.ndarray]:
+    def read_zarr(self, name: str) -> Iterator[np.ndarray]:
+        """Slices through zarr-python."""
         array = zarr.open_array(self.folder / name, mode="r")
         for s in in_order(self.n, BATCH):
             yield np.asarray(array[s])
-
-    def read_chunks(self) -> Iterator[np.ndarray]:
-        """Plain Zarr."""
-        return self._read_zarr("chunks.zarr")
-
-    def read_sharded(self) -> Iterator[np.ndarray]:
-        """Sharded Zarr through zarr-python."""
-        return self._read_zarr("sharded.zarr")
 
     def read_safetensors(self) -> Iterator[np.ndarray]:
         """Whole shards."""
@@ -228,8 +221,7 @@ class Bench:
 def speed(arguments: argparse.Namespace, folder: Path) -> None:
     """Write, then read in order and shuffled, warm and cold."""
     bench = Bench(folder, arguments.megabytes, arguments.width)
-    print(f"{machine.describe()}; zarr {zarr.__version__}")
-    print(f"{bench.n:,} rows of {bench.width} float16, {bench.bytes / 1e6:.0f} MB in {len(bench.shards)} shards")
+    print(f"{machine.describe()}; zarr {zarr.__version__}; {bench.n:,} rows of {bench.width} float16")
     write = {
         "np.memmap": bench.write_memmap,
         "sparsight (digests, manifest)": bench.write_store,
@@ -244,14 +236,13 @@ def speed(arguments: argparse.Namespace, folder: Path) -> None:
         "np.memmap": bench.read_memmap,
         "sparsight, first read": bench.read_store,
         "sparsight, read again": lambda: opened.windows(BATCH),
-        "plain Zarr chunks": bench.read_chunks,
-        "sharded Zarr (zarr-python)": bench.read_sharded,
+        "plain Zarr chunks": lambda: bench.read_zarr("chunks.zarr"),
+        "sharded Zarr (zarr-python)": lambda: bench.read_zarr("sharded.zarr"),
         "safetensors": bench.read_safetensors,
         "Parquet": bench.read_parquet,
     }
     bench.race(f"Reading in order, {BATCH} rows at a time, warm", read, arguments.rounds)
-    memories = {"fits": 2 * bench.bytes, "pools": bench.bytes // 16}
-    batches = {name: bench.batches(amount) for name, amount in memories.items()}
+    batches = {"fits": bench.batches(2 * bench.bytes), "pools": bench.batches(bench.bytes // 16)}
     shuffled: dict[str, Callable[[], object]] = {
         "np.take from an array in memory": bench.take,
         "sparsight, store fits in memory": lambda: batches["fits"].epoch(0),
