@@ -116,7 +116,11 @@ def test_one_command_makes_every_promised_file_and_leaves_no_working_state(run_f
         *(f"backbones/vit/{name}" for name in ("model.safetensors", "config.json", "training.jsonl")),
         *(f"activations/vit/{split}.json" for split in ("train", "val", "test")),
         *(f"activations/vit/{split}.zarr/zarr.json" for split in ("train", "val", "test")),
-        *(f"saes/topk-s0/{f}" for f in ("sae.safetensors", "config.json", "metrics.json", "training.jsonl")),
+        *(
+            f"saes/{name}/{f}"
+            for name in ("topk-s0", "switch-s0")
+            for f in ("sae.safetensors", "config.json", "metrics.json", "training.jsonl")
+        ),
         *(f"steering/class-latents-s0{f}" for f in (".safetensors", ".parquet", "-classes.parquet", ".json")),
         *(f"pruning/heads/{t}.parquet" for t in ("overall", "per_class", "per_head", "validation")),
         *(f"pruning/heads/{f}" for f in ("policy.safetensors", "config.json", "training.jsonl", "metrics.json")),
@@ -165,9 +169,14 @@ for folder in sorted((run / "saes").iterdir()):
     w = load_file(folder / "sae.safetensors")
     store = zarr.open_group(run / "activations" / config["backbone"] / "test.zarr", mode="r")
     x = store[config["site"]][:].astype(np.float64)
-    pre = np.maximum((x - w["b_dec"]) @ w["W_enc"] + w["b_enc"], 0)
+    pre, weight = np.maximum((x - w["b_dec"]) @ w["W_enc"] + w.get("b_enc", 0), 0), 1
+    if config["kind"] == "switch":
+        p = np.exp((x - w["b_router"]) @ w["W_router"])
+        expert = np.arange(pre.shape[1]) * p.shape[1] // pre.shape[1]
+        pre = np.where(expert == p.argmax(axis=1, keepdims=True), pre, 0)
+        weight = p.max(axis=1, keepdims=True) / p.sum(axis=1, keepdims=True)
     kth = np.partition(pre, -config["k"], axis=1)[:, [-config["k"]]]
-    x_hat = np.where(pre >= kth, pre, 0) @ w["W_dec"] + w["b_dec"]
+    x_hat = weight * np.where(pre >= kth, pre, 0) @ w["W_dec"] + w["b_dec"]
     assert np.allclose(np.linalg.norm(w["W_dec"], axis=1), 1, atol=1e-5)
     print(folder.name, np.square(x - x_hat).sum() / np.square(x - x.mean(axis=0)).sum())
 """
@@ -177,7 +186,7 @@ def test_fvu_is_reproduced_from_the_files_without_sparsight(run_folder: Path) ->
     run = run_folder / "results" / "tiny"
     command = [sys.executable, "-c", FVU_BY_HAND, str(run)]
     lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
-    assert len(lines) == 1
+    assert len(lines) == 2
     for line in lines:
         name, fvu = line.split()
         metrics = json.loads((run / "saes" / name / "metrics.json").read_text())
