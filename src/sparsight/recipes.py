@@ -5,7 +5,6 @@ Shapes: B batch, N images, H height, W width, C channels (augment) or classes, D
 
 import copy
 import math
-from abc import ABC, abstractmethod
 
 import numpy as np
 import torch
@@ -18,7 +17,7 @@ from sparsight.errors import SparsightError
 from sparsight.images import Pixels, Split
 
 
-class Recipe(ABC):
+class Recipe:
     """AdamW with warm-up and cosine, gradient clipping, moving average; see :class:`sparsight.training.Trainable`.
 
     Args:
@@ -38,9 +37,9 @@ class Recipe(ABC):
         self.optimizer = torch.optim.AdamW(groups, lr=section.lr, fused=True)
         self.average = copy.deepcopy(trained).requires_grad_(False) if section.ema else None
 
-    @abstractmethod
     def loss(self, rows: np.ndarray, generator: torch.Generator) -> dict[str, Tensor]:
         """``loss`` to descend, and other scalars to log."""
+        raise NotImplementedError
 
     def step(self, rows: np.ndarray, progress: float, generator: torch.Generator) -> dict[str, Tensor]:
         for group in self.optimizer.param_groups:
