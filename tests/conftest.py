@@ -6,7 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from PIL import Image
 from sparsight import backbones
 from sparsight.backbones import Backbone
 from sparsight.config import Compute
+from sparsight.sae import SAE, Trainer
 from sparsight.stage import prepare_torch
 from sparsight.store_writer import Plan, StoreWriter, finish_store, shard_size
 
@@ -95,3 +96,11 @@ def write_store(
     finish_store(folder / "train.zarr", [part], folder / "train.json")
     part.unlink()
     return folder / "train.zarr"
+
+
+def train_sae(one: SAE, batch: Callable[[int], torch.Tensor], steps: int) -> SAE:
+    """The SAE after ``steps`` steps on ``batch(step)``."""
+    trainer = Trainer([one], lr=3e-3)
+    for step in range(steps):
+        trainer.step(batch(step))
+    return one

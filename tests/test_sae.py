@@ -6,6 +6,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
+from conftest import train_sae
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -24,11 +25,7 @@ def activations(n: int = 64, seed: int = 0) -> Tensor:
 
 
 def trained(kind: str, steps: int = 30) -> SAE:
-    one = sae.create(kind, D, F, K, seed=1)
-    trainer = Trainer([one], lr=3e-3)
-    for step in range(steps):
-        trainer.step(activations(seed=step))
-    return one
+    return train_sae(sae.create(kind, D, F, K, seed=1), lambda step: activations(seed=step), steps)
 
 
 def same(a: SAE, b: SAE) -> bool:

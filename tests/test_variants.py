@@ -14,6 +14,7 @@ import numpy as np
 import plain
 import pytest
 import torch
+from conftest import train_sae
 from safetensors.numpy import load_file
 from torch import Tensor
 
@@ -70,11 +71,7 @@ def perturbed(kind: str, case: Case = CASES["plain"], seed: int = 1) -> SAE:
 
 
 def trained(kind: str, steps: int = 30) -> SAE:
-    one = sae.create(kind, D, F, K, seed=1)
-    trainer = Trainer([one], lr=3e-3)
-    for step in range(steps):
-        trainer.step(activations(seed=step))
-    return one
+    return train_sae(sae.create(kind, D, F, K, seed=1), lambda step: activations(seed=step), steps)
 
 
 def setting(one: SAE) -> plain.Setting:

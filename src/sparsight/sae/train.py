@@ -69,14 +69,15 @@ class Trainer:
     def _rows(self, i: int, x: Tensor | np.ndarray | Mapping[str, Tensor | np.ndarray]) -> Tensor | np.ndarray:
         if not isinstance(x, Mapping):
             return x
-        if self.sites[i] is None and len(x) == 1:
+        site = self.sites[i]
+        if site is None and len(x) == 1:
             return next(iter(x.values()))
-        if self.sites[i] not in x:
+        if site is None or site not in x:
             raise SparsightError(
-                f"{self._name(i)} trains on site {self.sites[i]!r}, the step has {', '.join(x)}; "
+                f"{self._name(i)} trains on site {site!r}, the step has {', '.join(x)}; "
                 'give Trainer(sites=...) or sae.about["site"]'
             )
-        return x[self.sites[i]]  # type: ignore[index]
+        return x[site]
 
     def _step(self, i: int, x: Tensor | np.ndarray, labels: Tensor | np.ndarray | None) -> Loss:
         one, optimizer = self.saes[i], self.optimizers[i]
