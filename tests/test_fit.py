@@ -5,13 +5,20 @@ import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+import zarr
 from conftest import write_store
+from safetensors.numpy import load_file
 
 from sparsight import config, sae
+from sparsight.batches import StoreBatches
 from sparsight.errors import SparsightError
+from sparsight.sae import Trainer
 from sparsight.sae.fit import fit
+from sparsight.sae.residual import ReSAE, affine, by_group, fit_maps, fit_moments, load_chain
+from sparsight.seeds import derive_seed
 from sparsight.store import ActivationStore
 from sparsight.work import Work
 
@@ -27,7 +34,9 @@ def train(store: Path, folder: Path, **options: Any) -> Path:
     values = {"backbone": "vit", "site": SITE, "d_sae": 64, "k": 4, "epochs": 2, "batch_size": 128, "lr": 1e-3}
     section = config.Sae(**{**values, **options})
     with Work(folder / "work", "key") as work:
-        fit(section, ActivationStore.open(store), "grid", 0, work, torch.device("cpu"), {})
+        opened = ActivationStore.open(store)
+        labels = np.arange(len(opened.rows(opened.sites[0]))) % 3
+        fit(section, opened, labels, "grid", 0, work, torch.device("cpu"), {})
         work.finish(folder / "saes")
     return folder / "saes"
 
@@ -91,3 +100,90 @@ def test_a_constant_site_is_refused(tmp_path: Path) -> None:
     path.with_suffix(".json").write_text(json.dumps(manifest))
     with pytest.raises(SparsightError, match="is constant or not finite; there is nothing to learn"):
         train(path, tmp_path / "out")
+
+
+SITES = ("blocks.0.input", "blocks.1.input", "blocks.2.input")
+
+
+@pytest.fixture(scope="module")
+def tokens_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A class token, a register and six patches at three sites."""
+    shapes = dict.fromkeys(SITES, (8, D))
+    return write_store(tmp_path_factory.mktemp("tokens"), 256, shapes, tokens="all", shard_images=64)
+
+
+def test_a_chain_trains_every_site_on_what_the_maps_leave(tokens_store: Path, tmp_path: Path) -> None:
+    """Against batches that residuals are cut from by hand, and the trainer alone."""
+    options: dict[str, Any] = {"site": None, "sites": SITES, "epochs": 1}
+    folder = train(tokens_store, tmp_path / "both", seeds=(0, 1), **options)
+    assert sorted(path.name for path in (folder / "grid-s0").iterdir()) == ["affine.safetensors", *SITES]
+    chain = load_chain(folder / "grid-s1")
+    assert set(chain.maps) == {"cls", "registers", "patches"} and chain.sites == list(SITES)
+    x = {site: torch.from_numpy(zarr.open_group(tokens_store)[site][:]).float() for site in SITES}
+    groups = {"cls": slice(0, 1), "registers": slice(1, 2), "patches": slice(2, 8)}
+    seen = {site: torch.empty(256, 8, D) for site in SITES}
+    for group, at in groups.items():
+        rows = {site: x[site][:, at].reshape(-1, D) for site in SITES}
+        A, _ = affine(fit_moments([{group: rows}], SITES)[group], SITES[0], SITES[1])
+        torch.testing.assert_close(A, chain.maps[group][0][0])
+        for site, value in chain.residuals(rows, group).items():
+            seen[site][:, at] = value.reshape(256, -1, D)
+    rows_of_one = {SITES[0]: ActivationStore.open(tokens_store).rows(SITES[0])}
+    order = StoreBatches(rows_of_one, 128, derive_seed(0, "sae", "grid"), 2**30)
+    for site in SITES:
+        seen_there = seen[site].reshape(-1, D)
+        mean, scale = seen_there.mean(dim=0), float((seen_there - seen_there.mean(dim=0)).square().mean().sqrt())
+        one = sae.create("topk", D, 64, 4, derive_seed(0, "sae", f"grid-s1/{site}", "init"), aux_k=64)
+        one.start(D)
+        one.set_center(mean / scale)
+        trainer = Trainer([one], 1e-3, 20_000)
+        for step, batch in enumerate(order.epoch(0)):
+            trainer.schedule(min(1.0, (1 - step / order.per_epoch) / 0.2))
+            trainer.step(seen_there[torch.from_numpy(batch.rows)] / scale)
+        one.fold_scale(scale)
+        torch.testing.assert_close(chain.saes[site].W_dec, one.W_dec, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(chain.saes[site].b_dec, one.b_dec, rtol=1e-3, atol=1e-3)
+    alone = train(tokens_store, tmp_path / "alone", seeds=(1,), **options)
+    for file in ("affine.safetensors", *(f"{s}/{f}" for s in SITES for f in ("sae.safetensors", "training.jsonl"))):
+        assert (alone / "grid-s1" / file).read_bytes() == (folder / "grid-s1" / file).read_bytes()
+    about = json.loads((alone / "grid-s1" / SITES[1] / "config.json").read_text())
+    assert (about["name"], about["site"], about["position"]) == ("grid-s1", SITES[1], 1)
+
+
+def test_a_map_that_leaves_nothing_is_refused(tmp_path: Path) -> None:
+    path = write_store(tmp_path / "store", 64, dict.fromkeys(SITES[:2], (D,)), dtype="float32")
+    group = zarr.open_group(path, mode="r+")
+    group[SITES[1]][:] = 2 * np.asarray(group[SITES[0]][:]) + 1
+    store = ActivationStore.open(path)
+    moments = fit_moments(by_group(store, SITES[:2], torch.device("cpu")), SITES[:2])
+    chain = ReSAE(list(SITES[:2]), {}, fit_maps(SITES[:2], moments, ridge=0.0))
+    with pytest.raises(SparsightError, match=r"nothing is left to learn at site 'blocks\.1\.input'"):
+        chain.statistics(moments)
+
+
+def test_the_pass_term_draws_codes_of_a_class_together(tmp_path: Path) -> None:
+    """Three classes around centres of their own; the labels reach the trainer image by image."""
+    path = write_store(tmp_path / "store", 1500, {SITE: (D,)}, dtype="float32")
+    group = zarr.open_group(path, mode="r+")
+    centres = np.random.default_rng(1).standard_normal((3, D)).astype(np.float32)
+    x = group[SITE][:] + 2 * centres[np.arange(1500) % 3]
+    group[SITE][:] = x
+
+    def spread(weight: float) -> float:
+        """Of codes around the mean of their class, as a share of the codes' whole variance."""
+        one = sae.load(train(path, tmp_path / str(weight), seeds=(0,), epochs=20, prototype_weight=weight) / "grid-s0")
+        z = one.encode(x).dense().detach().numpy()
+        within = sum(np.square(z[c::3] - z[c::3].mean(axis=0)).sum() for c in range(3))
+        return float(within / np.square(z - z.mean(axis=0)).sum())
+
+    assert spread(0.8) < 0.8 * spread(0.0)
+
+
+def test_bf16_training_gives_the_same_bytes_twice_and_learns_as_fp32_does(store: Path, tmp_path: Path) -> None:
+    one, two, full = (train(store, tmp_path / n, seeds=(0,), bf16=n != "full") for n in ("one", "two", "full"))
+    assert (one / "grid-s0/sae.safetensors").read_bytes() == (two / "grid-s0/sae.safetensors").read_bytes()
+    assert (one / "grid-s0/sae.safetensors").read_bytes() != (full / "grid-s0/sae.safetensors").read_bytes()
+    fvu = [json.loads((f / "grid-s0/training.jsonl").read_text().splitlines()[-1])["fvu"] for f in (one, full)]
+    assert fvu[0] == pytest.approx(fvu[1], rel=0.05)
+    weights = load_file(one / "grid-s0/sae.safetensors")
+    assert {str(w.dtype) for w in weights.values()} == {"float32"}

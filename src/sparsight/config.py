@@ -4,6 +4,7 @@ A stage sees its own section alone, so a change elsewhere never makes it stale. 
 field is its documentation everywhere (``--help`` of the stage scripts, the tables in docs).
 """
 
+import itertools
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -19,6 +20,12 @@ def _positive(section: Any, *names: str) -> None:
     for name in names:
         if getattr(section, name) <= 0:
             raise SparsightError(f"{name}: must be more than 0, got {getattr(section, name)}")
+
+
+def _not_negative(section: Any, *names: str) -> None:
+    for name in names:
+        if getattr(section, name) < 0:
+            raise SparsightError(f"{name}: must be 0 or more, got {getattr(section, name)}")
 
 
 def _fraction(section: Any, *names: str) -> None:
@@ -44,8 +51,7 @@ class Compute:
 
     def __post_init__(self) -> None:
         _positive(self, "threads")
-        if self.workers < 0:
-            raise SparsightError(f"workers: must be 0 or more, got {self.workers}")
+        _not_negative(self, "workers")
 
 
 @dataclass(frozen=True)
@@ -175,8 +181,16 @@ class Sae:
 
     backbone: str
     """Name of the backbone whose activations it explains."""
-    site: str
-    """One of activations.sites."""
+    site: str | None = None
+    """One of activations.sites: an SAE of its own. Either this or ``sites``."""
+    sites: tuple[str, ...] = ()
+    """Two or more of activations.sites, in the order of the model: a ReSAE chain, one SAE per site (docs/sae.md)."""
+    affine: Literal["full", "diagonal", "identity", "zero"] = "full"
+    """Only for ``sites``: the map that predicts a site from the one before, whose residual the SAE there learns. The
+    controls: a diagonal map, none but the shift of the mean, or nothing at all (``zero``: plain SAEs)."""
+    ridge: float = 1e-3
+    """Only for ``sites``: weight of ||A||^2 in the fit of the maps, in mean eigenvalues of the earlier site's
+    covariance."""
     kind: str = "topk"
     """The variant: a file of src/sparsight/sae."""
     d_sae: int = 768
@@ -201,11 +215,21 @@ class Sae:
     """Weight of the AuxK loss."""
     dead_after: int = 20_000
     """Activations without firing after which a latent counts as dead in training."""
+    bf16: bool = False
+    """Run the forward products of training in bfloat16; weights stay fp32."""
+    prototype_weight: float = 0.0
+    """PASS: weight of the squared distance of codes to the mean code of their class (arXiv 2506.01247: 0.8). More than
+    0 uses the labels of the train split."""
     experts: int | None = None
     """Only for kind ``switch``: number of experts. Width-matched with a TopK SAE at the same d_sae; compute-matched
     at d_sae times experts."""
     prefixes: tuple[float, ...] | None = None
     """Only for kind ``matryoshka``: shares of d_sae that must reconstruct alone, rising to 1."""
+
+    @property
+    def places(self) -> tuple[str, ...]:
+        """The site, or the sites of the chain."""
+        return self.sites if self.site is None else (self.site,)
 
     def options(self) -> dict[str, Any]:
         """What ``sae.create`` takes beside sizes and seed."""
@@ -215,7 +239,13 @@ class Sae:
     def __post_init__(self) -> None:
         if self.kind not in sae.names():
             raise SparsightError(f"kind: there is no SAE {self.kind!r}; known: {', '.join(sae.names())}")
+        if (self.site is None) == (not self.sites):
+            raise SparsightError("site: give either site (one SAE) or sites (a ReSAE chain)")
+        _check_chain(self.sites)
+        if self.site is not None and (self.affine, self.ridge) != ("full", 1e-3):
+            raise SparsightError("affine: only a chain has maps (affine, ridge); give sites, or leave it out")
         _positive(self, "d_sae", "k", "epochs", "batch_size", "memory_mb", *(["lr"] if self.lr is not None else []))
+        _not_negative(self, "ridge", "prototype_weight")
         for option, kind in (("experts", "switch"), ("prefixes", "matryoshka")):
             if getattr(self, option) is not None and self.kind != kind:
                 raise SparsightError(f"{option}: only kind {kind} has it, not {self.kind}; leave it out")
@@ -302,6 +332,11 @@ class Report:
     """Latents shown with their top images."""
     images: int = 10
     """Top images per latent."""
+
+
+def _check_chain(chain: tuple[str, ...]) -> None:
+    if chain and (len(chain) < 2 or any(sites.depth(a) >= sites.depth(b) for a, b in itertools.pairwise(chain))):
+        raise SparsightError(f"sites: a chain needs two or more sites in the order of the model, got {list(chain)}")
 
 
 def _check_strengths(name: str, strengths: tuple[float, ...]) -> None:

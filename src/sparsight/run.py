@@ -36,13 +36,21 @@ class Run:
 
     @property
     def grids(self) -> dict[str, list[str]]:
-        """The SAEs of every section, which are trained together."""
-        return {name: [f"{name}-s{seed}" for seed in section.seeds] for name, section in self.saes.items()}
+        """The folders in ``saes`` of every section's SAEs, which are trained together."""
+        return {
+            name: [f"{name}-s{seed}/{site}".removesuffix(f"/{s.site}") for seed in s.seeds for site in s.places]
+            for name, s in self.saes.items()
+        }
 
     @property
     def sae_names(self) -> dict[str, Sae]:
-        """Every SAE to train, by the name of its folder (<section>-s<seed>)."""
-        return {one: self.saes[name] for name, ones in self.grids.items() for one in ones}
+        """Every SAE of one site, by the name of its folder (<section>-s<seed>)."""
+        return {f"{name}-s{seed}": s for name, s in self.saes.items() if not s.sites for seed in s.seeds}
+
+    @property
+    def chains(self) -> dict[str, Sae]:
+        """Every ReSAE chain, by the name of its folder (<section>-s<seed>)."""
+        return {f"{name}-s{seed}": s for name, s in self.saes.items() if s.sites for seed in s.seeds}
 
     @property
     def steering_names(self) -> dict[str, str]:
@@ -110,12 +118,15 @@ def _check_links(run: Run) -> None:
                 sites.check(site, backbone.architecture["depth"], f"activations.sites (backbone {name!r})")
     for name, section in run.saes.items():
         known(section.backbone, run.backbones, f"saes.{name}.backbone")
-        known(section.site, run.activations.sites, f"saes.{name}.site")
+        for site in section.places:
+            known(site, run.activations.sites, f"saes.{name}.{'sites' if section.sites else 'site'}")
     for name, policy in run.policies.items():
         known(policy.backbone, run.backbones, f"policies.{name}.backbone")
     for name, steering in run.steering.items():
         known(steering.sae, run.saes, f"steering.{name}.sae")
         section = run.saes[steering.sae]
+        if section.site is None:
+            raise SparsightError(f"steering.{name}.sae: {steering.sae!r} is a chain; steering takes an SAE of one site")
         if 2 * steering.latents > section.d_sae:
             raise SparsightError(
                 f"steering.{name}.latents: {steering.latents} latents and as many random others do not fit into "

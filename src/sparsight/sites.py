@@ -1,5 +1,6 @@
 """Names of the places in a Vision Transformer where activations are read or edited."""
 
+import math
 import re
 
 from sparsight.errors import SparsightError
@@ -19,6 +20,18 @@ def parse(site: str) -> tuple[int | None, str]:
     if match is None:
         raise SparsightError(f"sites: {site!r} is no site; use blocks.<i>.input, .output, .attn, .mlp or embedding")
     return int(match[1]), match[2]
+
+
+def depth(site: str) -> tuple[float, int]:
+    """What sorts sites by their place in the model; the output of a block and the next one's input are one place.
+
+    Raises:
+        SparsightError: not a site.
+    """
+    block, part = parse(site)
+    if block is None:
+        return math.inf, 0
+    return (block + 1, 0) if part == "output" else (block, ("input", "attn", "mlp").index(part))
 
 
 def check(site: str, n_blocks: int, where: str) -> None:

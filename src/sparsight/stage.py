@@ -66,7 +66,7 @@ def run(main: Callable[[Stage], None], description: str, config: type | None = N
             dest=f"from_{name}",
             type=Path,
             required=True,
-            nargs="+" if several else None,
+            nargs="*" if several else None,
             help="".join(text),
         )
     parser.add_argument("--out", type=Path, required=True, help="folder that receives the results")

@@ -135,6 +135,20 @@ class ActivationStore:
         """What was stored: ``cls``, ``patches``, ``all`` or ``mean``."""
         return str(self.manifest["tokens"])
 
+    def token_groups(self, site: str) -> dict[str, list[int]]:
+        """Positions along a site's token axis by kind: ``cls``, ``registers``, ``patches``; else what is stored.
+
+        Raises:
+            SparsightError: a site that the store does not hold.
+        """
+        n_tokens = self.rows(site).tokens_per_image
+        if self.tokens != "all" or site == "embedding":
+            return {"embedding" if site == "embedding" else self.tokens: list(range(n_tokens))}
+        positions = self.manifest["token_positions"]
+        patches = list(range(*positions["patches"]))
+        kinds = {"cls": positions["class"], "registers": positions["register"], "patches": patches}
+        return {kind: at for kind, at in kinds.items() if at}
+
     def rows(self, site: str, tokens: str | None = None) -> Rows:
         """Activations of a site, (rows, D); ``tokens`` picks from a store of several tokens.
 

@@ -17,7 +17,8 @@ def write_metrics(inputs: dict[str, list[Path]], path: Path) -> None:
     """Write ``metrics.json``: test-split numbers under flat keys ``<stage>.<name>...``.
 
     Args:
-        inputs: ``backbones`` (config.json), ``saes`` and ``policies`` (metrics.json), ``steerings`` (Parquet).
+        inputs: ``backbones`` (config.json), ``saes``, ``chains`` and ``policies`` (metrics.json), ``steerings``
+            (Parquet).
     """
     flat: dict[str, float] = {}
     for file in inputs["backbones"]:
@@ -28,6 +29,10 @@ def write_metrics(inputs: dict[str, list[Path]], path: Path) -> None:
         for key in ("fvu", "fvu_pca_k", "l0", "dead_train", "accuracy_spliced"):
             if key in metrics:
                 flat[f"sae.{file.parent.name}.{key}"] = metrics[key]
+    for file in inputs["chains"]:
+        metrics = json.loads(file.read_text())
+        shown = ("fvu", *(f"{key}_{mode}" for mode in ("forced", "unchained", "online") for key in ("accuracy", "kl")))
+        flat |= {f"chain.{file.parent.name}.{key}": metrics[key] for key in shown if key in metrics}
     for file in inputs["steerings"]:
         for row in tables.read(file):
             if row["split"] == "test":

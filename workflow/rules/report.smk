@@ -1,6 +1,7 @@
 RESULTS = {
     "backbones": expand(rules.backbone.output.config, backbone=RUN.backbones),
     "saes": expand(rules.evaluate_sae.output, sae=RUN.sae_names),
+    "chains": expand(f"{R}/saes/{{chain}}/metrics.json", chain=RUN.chains),
     "steerings": expand(f"{R}/steering/{{name}}.parquet", name=RUN.steering_names),
     "policies": expand(rules.pruning.output.metrics, policy=RUN.policies),
 }
@@ -22,6 +23,7 @@ rule summary:
         flags=flags(),
     shell:
         "python workflow/scripts/summary.py --from-backbones {input.backbones} --from-saes {input.saes}"
+        " --from-chains {input.chains}"
         " --from-steerings {input.steerings} --from-policies {input.policies}"
         " --out {params.out} --work {params.work}"
         " {params.flags} > {log} 2>&1"
@@ -46,6 +48,7 @@ rule report:
         flags=flags(RUN.report),
     shell:
         "python workflow/scripts/report.py --from-backbones {input.backbones} --from-saes {input.saes}"
+        " --from-chains {input.chains}"
         " --from-steerings {input.steerings} --from-policies {input.policies}"
         " --from-images {input.images} --from-stores {input.stores} --name {params.name}"
         " --out {params.out} --work {params.work}"

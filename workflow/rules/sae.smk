@@ -1,29 +1,35 @@
+import re
+
 SAE_WEIGHTS = f"{R}/saes/{{sae}}/sae.safetensors"
 SAE_CONFIG = f"{R}/saes/{{sae}}/config.json"
+MAPS = f"{R}/saes/{{chain}}/affine.safetensors"
 
-# One job trains the SAEs of a section, one per seed, on one reading of the store.
+# One job trains the SAEs of a section, one per seed (and site of a chain), on one reading of the store.
 for GRID in RUN.saes:
 
     rule:
         name:
             f"sae_{GRID}"
         input:
+            images=rules.images.output,
             store=f"{R}/activations/{RUN.saes[GRID].backbone}/train.json",
             code=sources("sae.py", f"src/sparsight/sae/{RUN.saes[GRID].kind}.py"),
         output:
             weights=expand(SAE_WEIGHTS, sae=RUN.grids[GRID]),
             config=expand(SAE_CONFIG, sae=RUN.grids[GRID]),
             log=expand(f"{R}/saes/{{sae}}/training.jsonl", sae=RUN.grids[GRID]),
+            maps=expand(MAPS, chain=[c for c in RUN.chains if c.rpartition("-s")[0] == GRID]),
         log:
             f"{R}/logs/sae-{GRID}.log",
         threads: THREADS
         params:
             name=GRID,
-            out=subpath(output[0], ancestor=2),
+            out=f"{R}/saes",
             work=f"{R}/.work/sae-{GRID}",
             flags=flags(RUN.saes[GRID]),
         shell:
-            "python workflow/scripts/sae.py --from-store {input.store} --name {params.name}"
+            "python workflow/scripts/sae.py --from-images {input.images} --from-store {input.store}"
+            " --name {params.name}"
             " --out {params.out} --work {params.work}"
             " {params.flags} > {log} 2>&1"
 
@@ -41,6 +47,8 @@ rule evaluate_sae:
         f"{R}/saes/{{sae}}/metrics.json",
     log:
         f"{R}/logs/evaluate-sae-{{sae}}.log",
+    wildcard_constraints:
+        sae="|".join(map(re.escape, RUN.sae_names)),
     threads: THREADS
     params:
         out=subpath(output[0], parent=True),
@@ -51,3 +59,35 @@ rule evaluate_sae:
         " --from-train {input.train} --from-test {input.test} --from-sae {input.sae} --name {wildcards.sae}"
         " --out {params.out} --work {params.work}"
         " {params.flags} > {log} 2>&1"
+
+
+for CHAIN, SECTION in RUN.chains.items():
+
+    rule:
+        name:
+            f"evaluate_{CHAIN}"
+        input:
+            images=rules.images.output,
+            backbone=f"{R}/backbones/{SECTION.backbone}/model.safetensors",
+            train=f"{R}/activations/{SECTION.backbone}/train.json",
+            test=f"{R}/activations/{SECTION.backbone}/test.json",
+            maps=expand(MAPS, chain=CHAIN),
+            saes=expand(SAE_WEIGHTS, sae=[f"{CHAIN}/{site}" for site in SECTION.sites]),
+            configs=expand(SAE_CONFIG, sae=[f"{CHAIN}/{site}" for site in SECTION.sites]),
+            code=sources("evaluate_chain.py", f"src/sparsight/sae/{SECTION.kind}.py"),
+        output:
+            chain=f"{R}/saes/{CHAIN}/metrics.json",
+            sites=expand(f"{R}/saes/{CHAIN}/{{site}}/metrics.json", site=SECTION.sites),
+        log:
+            f"{R}/logs/evaluate-{CHAIN}.log",
+        threads: THREADS
+        params:
+            name=CHAIN,
+            out=f"{R}/saes/{CHAIN}",
+            work=f"{R}/.work/evaluate-{CHAIN}",
+            flags=flags(),
+        shell:
+            "python workflow/scripts/evaluate_chain.py --from-images {input.images} --from-backbone {input.backbone}"
+            " --from-train {input.train} --from-test {input.test} --from-maps {input.maps} --from-saes {input.saes}"
+            " --name {params.name} --out {params.out} --work {params.work}"
+            " {params.flags} > {log} 2>&1"

@@ -1,4 +1,4 @@
-"""Evaluate one SAE on the test split, by itself and spliced into the backbone: metrics.json."""
+"""Evaluate one SAE on the test split, by itself and put into the backbone: metrics.json."""
 
 from sparsight import stage
 

@@ -18,6 +18,7 @@ if __name__ == "__main__":
         images="manifest.parquet of the images stage",
         backbones=["config.json of every backbone"],
         saes=["metrics.json of every SAE"],
+        chains=["metrics.json of every ReSAE chain"],
         stores=["test.json of every backbone"],
         steerings=["<name>.parquet of every steering result"],
         policies=["metrics.json of every policy"],

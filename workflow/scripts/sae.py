@@ -1,16 +1,27 @@
-"""Train the SAEs of a section (--name), one per seed: <name>-s<seed>/sae.safetensors, config.json, training.jsonl."""
+"""Train the SAEs of a section (--name), one per seed: <name>-s<seed>/sae.safetensors, config.json, training.jsonl.
+
+A section of several sites makes chains: <name>-s<seed>/affine.safetensors, and the files above in a folder per site.
+"""
 
 from sparsight import stage
 from sparsight.config import Sae
 
 
 def main(job: stage.Stage) -> None:
+    from sparsight.images import Manifest
     from sparsight.sae.fit import fit
     from sparsight.store import ActivationStore
 
     device = job.device
-    fit(job.config, ActivationStore.open(job.inputs["store"]), job.name, job.seed, job.work, device, job.record())
+    store, labels = ActivationStore.open(job.inputs["store"]), Manifest(job.inputs["images"]).split("train").labels
+    fit(job.config, store, labels, job.name, job.seed, job.work, device, job.record())
 
 
 if __name__ == "__main__":
-    stage.run(main, __doc__, Sae, store="train.json, the manifest of the train split's store")
+    stage.run(
+        main,
+        __doc__,
+        Sae,
+        images="manifest.parquet of the images stage",
+        store="train.json, the manifest of the train split's store",
+    )

@@ -16,6 +16,7 @@ if __name__ == "__main__":
         __doc__,
         backbones=["config.json of every backbone"],
         saes=["metrics.json of every SAE"],
+        chains=["metrics.json of every ReSAE chain"],
         steerings=["<name>.parquet of every steering result"],
         policies=["metrics.json of every policy"],
     )

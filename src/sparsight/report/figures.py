@@ -69,8 +69,8 @@ def class_by_head(per_head: list[dict[str, Any]], shown: list[tuple[str, str]]) 
     return _svg(figure)
 
 
-def sae_training(saes: dict[str, Path], metrics: dict[str, dict[str, Any]]) -> str:
-    """FVU on the training batches, with the test FVU of each SAE and of PCA as levels."""
+def sae_training(saes: dict[str, Path], levels: dict[str, tuple[float, float]]) -> str:
+    """FVU on the training batches, with the test FVU of each SAE and of PCA as levels, by name of the SAE."""
     figure = Figure(figsize=(6, 3), layout="constrained")
     axis = figure.subplots()
     for i, (name, folder) in enumerate(saes.items()):
@@ -79,8 +79,8 @@ def sae_training(saes: dict[str, Path], metrics: dict[str, dict[str, Any]]) -> s
         axis.plot(
             [line["epoch"] for line in lines], [line["fvu"] for line in lines], color=colour, label=f"{name}, train"
         )
-        axis.axhline(metrics[name]["fvu"], color=colour, linestyle="--", linewidth=1)
-    for pca in {one["fvu_pca_k"]: None for one in metrics.values()}:  # one per section; seeds share it
+        axis.axhline(levels[name][0], color=colour, linestyle="--", linewidth=1)
+    for pca in {pca: None for _, pca in levels.values()}:  # one per section; seeds share it
         axis.axhline(pca, color="#666666", linestyle=":")
     axis.plot([], [], color="#666666", linestyle=":", label="PCA with k components, test")
     axis.plot([], [], color="#000000", linestyle="--", label="SAE, test")

@@ -28,7 +28,7 @@ def write_page(section: config.Report, run: str, inputs: dict[str, Any], device:
 
     Args:
         run: name of the run.
-        inputs: paths by name: images, and lists of backbones, saes, stores, steerings, policies.
+        inputs: paths by name: images, and lists of backbones, saes, chains, stores, steerings, policies.
     """
     manifest = Manifest(inputs["images"])
     saes = {path.parent.name: path.parent for path in inputs["saes"]}
@@ -45,7 +45,8 @@ def write_page(section: config.Report, run: str, inputs: dict[str, Any], device:
         counts={part: len(manifest.split(part)) for part in ("train", "val", "test")},
         backbones=[_backbone(path.parent) for path in inputs["backbones"]],
         sae_metrics=sae_metrics,
-        sae_figure=figures.sae_training(saes, sae_metrics),
+        sae_figure=figures.sae_training(saes, {name: (m["fvu"], m["fvu_pca_k"]) for name, m in sae_metrics.items()}),
+        chains=[_chain(path.parent) for path in inputs["chains"]],
         steerings=[{"name": path.stem, "rows": _test_rows(path)} for path in inputs["steerings"]],
         policies=policies,
         latent_sae=first,
@@ -58,6 +59,21 @@ def write_page(section: config.Report, run: str, inputs: dict[str, Any], device:
 def _backbone(folder: Path) -> dict[str, Any]:
     about = json.loads((folder / "config.json").read_text())
     return {"name": folder.name, "about": about, "figure": figures.backbone_training(folder)}
+
+
+def _chain(folder: Path) -> dict[str, Any]:
+    metrics = json.loads((folder / "metrics.json").read_text())
+    about = json.loads(next(folder.glob("*/config.json")).read_text())
+    sites = {site: json.loads((folder / site / "metrics.json").read_text()) for site in about["chain"]}
+    levels = {site: (own["fvu_residual"], own["fvu_pca_k"]) for site, own in sites.items()}
+    figure = figures.sae_training({site: folder / site for site in sites}, levels)
+    return {
+        "name": folder.name,
+        "affine": about["training"]["affine"],
+        "metrics": metrics,
+        "sites": sites,
+        "figure": figure,
+    }
 
 
 def _test_rows(path: Path) -> list[dict[str, Any]]:

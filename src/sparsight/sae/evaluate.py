@@ -1,6 +1,6 @@
-"""What an SAE is worth on held-out activations and inside the model, beside controls.
+"""What SAEs and ReSAE chains are worth on held-out activations and inside the model, beside controls.
 
-Shapes: B batch, N rows, T tokens, D width (d_in), F latents (d_sae).
+Shapes: N rows, D width (d_in), F latents (d_sae).
 """
 
 from typing import Any
@@ -9,24 +9,24 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sparsight import sites
 from sparsight.backbones import Backbone
 from sparsight.images import Split
 from sparsight.progress import say
 from sparsight.sae.base import SAE
-from sparsight.statistics import paired, wilson
+from sparsight.sae.residual import Moments, ReSAE, by_group
+from sparsight.sae.splice import Clean, Replacement, spliced
 from sparsight.store import ActivationStore
 from sparsight.work import Work, write_json
-
-_ROWS = 4096
-_IMAGES = 125
 
 
 def evaluate(
     sae: SAE, backbone: Backbone, train: ActivationStore, test: ActivationStore, split: Split,
     work: Work, record: dict[str, Any],
 ) -> None:  # fmt: skip
-    """Write ``metrics.json``: :func:`reconstruction_metrics` and :func:`spliced_accuracy`.
+    """Write ``metrics.json``: :func:`reconstruction_metrics` and :func:`spliced`.
+
+    The modes of the latter are ``spliced`` and, as the floor, ``mean_instead``: the train mean in the activation's
+    place.
 
     Args:
         train: store of the train split, for the controls.
@@ -35,8 +35,8 @@ def evaluate(
     """
     site = sae.about["site"]
     metrics = reconstruction_metrics(sae, site, train, test)
-    mean = np.array(train.manifest["sites"][site]["mean"])
-    metrics |= spliced_accuracy(sae, site, sae.about["tokens"], backbone, split, mean)
+    modes = {"spliced": lambda _: _decoded(sae), "mean_instead": lambda _: _means(train, [site])}
+    metrics |= spliced(backbone, split, [site], _positions(test, site, backbone), modes)
     write_json(work.out / "metrics.json", {**metrics, "record": record})
     say(", ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
 
@@ -48,78 +48,136 @@ def reconstruction_metrics(sae: SAE, site: str, train: ActivationStore, test: Ac
     fvu = sum ||x - x_hat||^2 / sum ||x - mean of the split||^2; a latent is dead on a split on which it
     never fires.
     """
-    rows = {"test": test.rows(site), "train": train.rows(site)}
-    centre = {
-        name: np.array(store.manifest["sites"][site]["mean"]) for name, store in (("test", test), ("train", train))
+    tallies = {name: _Tally(sae) for name in ("train", "test")}
+    for name, store in (("train", train), ("test", test)):
+        for groups in by_group(store, [site], sae.W_dec.device):
+            for rows in groups.values():
+                tallies[name].update(rows[site])
+    return _compare(tallies["train"], tallies["test"])
+
+
+def evaluate_chain(
+    chain: ReSAE, backbone: Backbone, train: ActivationStore, test: ActivationStore, split: Split,
+    work: Work, record: dict[str, Any],
+) -> None:  # fmt: skip
+    """Write ``<site>/metrics.json`` of every site, :func:`chain_metrics`, and ``metrics.json`` of the whole chain.
+
+    The latter is :func:`spliced` at all sites at once, with modes ``forced`` (every SAE sees clean activations, the
+    reconstructions go through the maps), ``unchained`` (the maps take the clean activation), ``online`` (one pass,
+    each SAE sees what arrives) and ``mean_instead``.
+    """
+    by_site = chain_metrics(chain, train, test)
+    for site, metrics in by_site.items():
+        (work.out / site).mkdir(exist_ok=True)
+        write_json(work.out / site / "metrics.json", {**metrics, "record": record})
+        say(f"{site}: " + ", ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
+
+    def forced(clean: Clean, chained: bool) -> Replacement:
+        rebuilt = {
+            group: chain.reconstruct({site: clean[m][group] for m, site in enumerate(chain.sites)}, group, chained)
+            for group in clean[0]
+        }
+        return lambda m, group, h, before: rebuilt[group][chain.sites[m]]
+
+    modes = {
+        "forced": lambda clean: forced(clean, True),
+        "unchained": lambda clean: forced(clean, False),
+        "online": lambda _: lambda m, group, h, before: chain.replace(m, h, before, group),
+        "mean_instead": lambda _: _means(train, chain.sites),
     }
-    total, error, active = 0.0, 0.0, 0
-    fires = {name: np.zeros(sae.d_sae, bool) for name in rows}
-    scatter = np.zeros((sae.d_in, sae.d_in))
-    for name, windows in ((name, one.windows(_ROWS)) for name, one in rows.items()):
-        for x in (window.astype(np.float32) for window in windows):
-            codes = sae.encode(x)
-            fires[name] |= (codes.dense() > 0).any(dim=0).cpu().numpy()
-            centred = x - centre[name]
-            if name == "train":
-                scatter += centred.T @ centred
-            else:
-                total += float(np.square(centred).sum())
-                error += float(np.square(x - sae.decode(codes).cpu().numpy()).sum(dtype=np.float64))
-                active += int(codes.l0().sum())
-    components = np.linalg.eigh(scatter)[1][:, -sae.k :]
-    pca_error = 0.0
-    for x in rows["test"].windows(_ROWS):
-        centred = x - centre["train"]
-        pca_error += float(np.square(centred - centred @ components @ components.T).sum())
-    return {
-        "n": len(rows["test"]),
-        "fvu": error / total,
-        "fvu_pca_k": pca_error / total,
-        "l0": active / len(rows["test"]),
-        "dead_test": int((~fires["test"]).sum()),
-        "dead_train": int((~fires["train"]).sum()),
-    }
+    metrics = {"n": len(split), "fvu": float(np.mean([one["fvu"] for one in by_site.values()]))}
+    metrics |= spliced(backbone, split, chain.sites, _positions(test, chain.sites[0], backbone), modes)
+    write_json(work.out / "metrics.json", {**metrics, "record": record})
+    say(", ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
 
 
 @torch.no_grad()
-def spliced_accuracy(
-    sae: SAE, site: str, tokens: str, backbone: Backbone, split: Split, mean: np.ndarray
-) -> dict[str, float]:
-    """Accuracy with the reconstruction put in place of the activation, on ``split``.
+def chain_metrics(chain: ReSAE, train: ActivationStore, test: ActivationStore) -> dict[str, dict[str, float]]:
+    """What a chain reconstructs on test, by site.
 
-    Beside it the untouched model and, as the floor, the train mean in its place. Defined where a site is
-    the residual stream (blocks.<i>.input, .output) and its tokens are cls, patches or all; elsewhere the
-    result is empty.
+    ``fvu`` and ``fvu_unchained`` are of the activation, by the teacher-forced reconstruction through the maps and
+    not; ``fvu_affine`` is what the map alone leaves. ``fvu_residual``, ``fvu_pca_k``, ``l0``, ``dead_test`` and
+    ``dead_train`` are of the SAE on its own input, the residual, as in :func:`reconstruction_metrics`.
     """
-    block, part = sites.parse(site)
-    if block is None or part not in ("input", "output") or tokens == "mean":
-        return {}
-    start = block + (part == "output")
-    positions = {"cls": slice(0, 1), "patches": slice(backbone.n_prefix, None), "all": slice(None)}[tokens]
-    floor = torch.from_numpy(mean.astype(np.float32)).to(backbone.device)
+    tallies = {name: {site: _Tally(one) for site, one in chain.saes.items()} for name in ("train", "test")}
+    activations = {site: Moments([site]) for site in chain.sites}
+    errors = {site: dict.fromkeys(("fvu", "fvu_unchained", "fvu_affine"), 0.0) for site in chain.sites}
+    for name, store in (("train", train), ("test", test)):
+        for groups in by_group(store, chain.sites, next(iter(chain.saes.values())).W_dec.device):
+            for group, rows in groups.items():
+                seen = chain.residuals(rows, group)
+                for site in chain.sites:
+                    tallies[name][site].update(seen[site])
+                if name == "train":
+                    continue
+                rebuilt = {
+                    "fvu": chain.reconstruct(rows, group),
+                    "fvu_unchained": chain.reconstruct(rows, group, chained=False),
+                    "fvu_affine": {site: rows[site] - seen[site] for site in chain.sites},
+                }
+                for site in chain.sites:
+                    activations[site].update({site: rows[site]})
+                    for key, x_hat in rebuilt.items():
+                        errors[site][key] += _squares(rows[site] - x_hat[site])
+    metrics = {}
+    for m, site in enumerate(chain.sites):
+        own = _compare(tallies["train"][site], tallies["test"][site])
+        own["fvu_residual"] = own.pop("fvu")
+        variance = activations[site].n * float(activations[site].covariance(site, site)[0].trace())
+        of_activations = {key: error / variance for key, error in errors[site].items() if m or key != "fvu_affine"}
+        metrics[site] = {**own, **of_activations}
+    return metrics
 
-    def splice(x_BTD: Tensor, values: Tensor) -> Tensor:
-        out = x_BTD.clone()
-        out[:, positions] = values
-        return out
 
-    hits: dict[str, list[np.ndarray]] = {"untouched": [], "spliced": [], "mean": []}
-    labels = iter(np.split(split.labels, range(_IMAGES, len(split), _IMAGES)))
-    for pixels in split.batches(backbone.preprocess, _IMAGES, torch.get_num_threads()):
-        x_BTD, _ = backbone.run_blocks(backbone.tokens(backbone.normalize(pixels)), 0, start)
-        picked = x_BTD[:, positions]
-        x_hat = sae(picked.reshape(-1, sae.d_in)).reshape(picked.shape)
-        truth = next(labels)
-        for name, x in (("untouched", x_BTD), ("spliced", splice(x_BTD, x_hat)), ("mean", splice(x_BTD, floor))):
-            logits = backbone.classify(backbone.run_blocks(x, start, backbone.n_blocks)[0])
-            hits[name].append(logits.argmax(dim=1).cpu().numpy() == truth)
-    results = {name: np.concatenate(blocks) for name, blocks in hits.items()}
-    spliced = wilson(results["spliced"])
+class _Tally:
+    """Sums over the rows of a split that an SAE sees."""
+
+    def __init__(self, sae: SAE) -> None:
+        self.sae, self.moments = sae, Moments(["x"])
+        self.error, self.active = 0.0, 0
+        self.fired = torch.zeros(sae.d_sae, dtype=torch.bool, device=sae.W_dec.device)
+
+    def update(self, x_ND: Tensor) -> None:
+        codes = self.sae.encode(x_ND)
+        self.moments.update({"x": x_ND})
+        self.error += _squares(x_ND - self.sae.decode(codes))
+        self.active += int(codes.l0().sum())
+        self.fired |= codes.fired()
+
+
+def _compare(train: _Tally, test: _Tally) -> dict[str, float]:
+    covariance, mean, _ = test.moments.covariance("x", "x")
+    on_train, train_mean, _ = train.moments.covariance("x", "x")
+    components = torch.linalg.eigh(on_train)[1][:, -test.sae.k :]
+    about_train = covariance + torch.outer(mean - train_mean, mean - train_mean)
+    left = about_train.trace() - (components * (about_train @ components)).sum()
     return {
-        "accuracy_untouched": float(results["untouched"].mean()),
-        "accuracy_spliced": spliced["accuracy"],
-        "accuracy_spliced_lo": spliced["lo"],
-        "accuracy_spliced_hi": spliced["hi"],
-        "accuracy_mean_instead": float(results["mean"].mean()),
-        **{f"spliced_{k}": v for k, v in paired(results["spliced"], results["untouched"]).items()},
+        "n": test.moments.n,
+        "fvu": test.error / test.moments.n / float(covariance.trace()),
+        "fvu_pca_k": float(left / covariance.trace()),
+        "l0": test.active / test.moments.n,
+        "dead_test": int((~test.fired).sum()),
+        "dead_train": int((~train.fired).sum()),
     }
+
+
+def _squares(error_ND: Tensor) -> float:
+    return float(error_ND.double().square().sum())
+
+
+def _positions(store: ActivationStore, site: str, backbone: Backbone) -> dict[str, list[int]]:
+    """Where in the model the stored tokens stand, by group; nothing for ``mean`` and ``embedding``, no tokens."""
+    patches = list(range(*backbone.patch_positions))
+    kinds = {"cls": backbone.class_positions, "registers": backbone.register_positions, "patches": patches}
+    groups = store.token_groups(site)
+    return {group: kinds[group][: len(at)] for group, at in groups.items() if group in kinds}
+
+
+def _decoded(sae: SAE) -> Replacement:
+    return lambda m, group, h, before: sae(h)
+
+
+def _means(store: ActivationStore, sites: list[str]) -> Replacement:
+    """The mean of the stored activations in place of every one."""
+    means = [torch.tensor(store.manifest["sites"][site]["mean"]) for site in sites]
+    return lambda m, group, h, before: means[m].to(h).expand_as(h)

@@ -9,7 +9,7 @@ Shapes: N rows, D width (d_in), M pairs of sites, G token groups (class token, p
 
 import dataclasses
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -19,9 +19,14 @@ from torch import Tensor
 
 from sparsight.errors import SparsightError
 from sparsight.sae.base import SAE, load
+from sparsight.store import ActivationStore
+from sparsight.windows import in_order
 
 Fit = Literal["full", "diagonal", "identity", "zero"]
 Activations = Mapping[str, Tensor]
+Affine = tuple[Tensor, Tensor]
+"""A (D, D) and c (D,), float64."""
+Maps = dict[str, list[Affine]]
 
 
 class Moments:
@@ -50,6 +55,16 @@ class Moments:
                     raise SparsightError(f"ReSAE: NaN or infinite activation at site {site!r} or {other!r}")
                 self._sums[site, other] = self._sums[site, other] + product if (site, other) in self._sums else product
 
+    def spread(self, b: str, a: str | None = None, affine: Affine | None = None) -> tuple[Tensor, Tensor]:
+        """Mean (D,) and mean squared length of h_b, or of its residual h_b - A h_a - c."""
+        S_bb, mean, _ = self.covariance(b, b)
+        variance = S_bb.trace()
+        if a is not None and affine is not None:
+            (A, c), (S_ab, mean_a, _), S_aa = affine, self.covariance(a, b), self.covariance(a, a)[0]
+            mean = mean - A @ mean_a - c
+            variance = variance - 2 * (A * S_ab.T).sum() + ((A @ S_aa) * A).sum()
+        return mean, variance + mean.square().sum()
+
     def covariance(self, a: str, b: str) -> tuple[Tensor, Tensor, Tensor]:
         """Covariance (D, D) of a site and itself or the next, and both means, (D,)."""
         if self.n == 0:
@@ -59,7 +74,7 @@ class Moments:
         return total[:-1, :-1] - torch.outer(mean_a, mean_b), mean_a, mean_b
 
 
-def affine(moments: Moments, a: str, b: str, fit: Fit = "full", ridge: float = 1e-3) -> tuple[Tensor, Tensor]:
+def affine(moments: Moments, a: str, b: str, fit: Fit = "full", ridge: float = 1e-3) -> Affine:
     """A (D, D) and c (D,) of h_b ~ h_a A^T + c by ridge regression, float64.
 
     Args:
@@ -85,6 +100,18 @@ def affine(moments: Moments, a: str, b: str, fit: Fit = "full", ridge: float = 1
     return A, mean_b - A @ mean_a
 
 
+def fit_maps(sites: Sequence[str], moments: Mapping[str, Moments], fit: Fit = "full", ridge: float = 1e-3) -> Maps:
+    """:func:`affine` of every token group and pair of consecutive sites.
+
+    Raises:
+        SparsightError: an unknown fit, or moments without rows.
+    """
+    if fit not in get_args(Fit):
+        raise SparsightError(f"ReSAE: there is no fit {fit!r}; known: {', '.join(get_args(Fit))}")
+    pairs = list(itertools.pairwise(sites))
+    return {group: [affine(m, a, b, fit, ridge) for a, b in pairs] for group, m in moments.items()}
+
+
 @dataclasses.dataclass
 class ReSAE:
     """A chain of SAEs of one width, one per site, on the residuals of affine maps.
@@ -94,7 +121,7 @@ class ReSAE:
 
     sites: list[str]
     saes: dict[str, SAE]
-    maps: dict[str, list[tuple[Tensor, Tensor]]]
+    maps: Maps
     """By token group, A (D, D) and c (D,) for each pair of consecutive sites, float64."""
 
     @classmethod
@@ -115,11 +142,26 @@ class ReSAE:
         sites = list(saes)
         if len(sites) < 2 or len({one.d_in for one in saes.values()}) != 1:
             raise SparsightError(f"ReSAE: needs two or more sites of one width, got {', '.join(sites) or 'none'}")
-        if fit not in get_args(Fit):
-            raise SparsightError(f"ReSAE: there is no fit {fit!r}; known: {', '.join(get_args(Fit))}")
-        pairs = list(itertools.pairwise(sites))
-        maps = {group: [affine(m, a, b, fit, ridge) for a, b in pairs] for group, m in moments.items()}
-        return cls(sites, dict(saes), maps)
+        return cls(sites, dict(saes), fit_maps(sites, moments, fit, ridge))
+
+    def statistics(self, moments: Mapping[str, Moments]) -> dict[str, tuple[Tensor, float]]:
+        """By site, of what its SAE sees: mean (D,) and standard deviation over all dimensions around it, float64.
+
+        Raises:
+            SparsightError: the maps leave nothing that varies at a site.
+        """
+        total, out = sum(sums.n for sums in moments.values()), {}
+        for m, site in enumerate(self.sites):
+            parts = []
+            for group, sums in moments.items():
+                before = (self.sites[m - 1], self.maps[group][m - 1]) if m else ()
+                parts.append([sums.n / total * value for value in sums.spread(site, *before)])
+            mean, square = (torch.stack(values).sum(dim=0) for values in zip(*parts, strict=True))
+            variance = float(square - mean.square().sum()) / len(mean)
+            if not variance > 1e-10 * float(square) / len(mean):
+                raise SparsightError(f"ReSAE: nothing is left to learn at site {site!r}: its residual does not vary")
+            out[site] = mean, variance**0.5
+        return out
 
     def carry(self, m: int, h: Tensor, group: str) -> Tensor:
         """A_m h + c_m of rows (N, D): what site m predicts of site m + 1."""
@@ -161,6 +203,11 @@ class ReSAE:
         carried = self.carry(m - 1, before, group)
         return carried + one(h - carried)
 
+    def to(self, device: torch.device) -> "ReSAE":
+        """The chain with everything on a device."""
+        maps = {group: [(A.to(device), c.to(device)) for A, c in pairs] for group, pairs in self.maps.items()}
+        return ReSAE(self.sites, {site: one.to(device) for site, one in self.saes.items()}, maps)
+
     def save(self, folder: str | Path, **about: Any) -> None:
         """Write ``<site>/`` for every SAE and ``affine.safetensors`` (A.<group>.<m>, c.<group>.<m>)."""
         folder = Path(folder)
@@ -192,6 +239,18 @@ def load_chain(folder: str | Path) -> ReSAE:
     groups = sorted({key.split(".")[1] for key in arrays})
     maps = {g: [(arrays[f"A.{g}.{m}"], arrays[f"c.{g}.{m}"]) for m in range(len(sites) - 1)] for g in groups}
     return ReSAE(sites, {site: load(folder / site) for site in sites}, maps)
+
+
+def by_group(
+    store: ActivationStore, sites: Sequence[str], device: torch.device, rows: int = 8192
+) -> Iterator[dict[str, dict[str, Tensor]]]:
+    """A store in order, as {token group: {site: float32 (N, D)}} of about ``rows`` rows at a time."""
+    groups, sources = store.token_groups(sites[0]), {site: store.rows(site) for site in sites}
+    n_tokens = sum(map(len, groups.values()))
+    for images in in_order(len(sources[sites[0]]) // n_tokens, max(1, rows // n_tokens)):
+        blocks = {site: torch.from_numpy(one.images(images.start, images.stop)) for site, one in sources.items()}
+        x = {site: block.to(device).float().unflatten(0, (-1, n_tokens)) for site, block in blocks.items()}
+        yield {group: {site: x[site][:, at].flatten(0, 1) for site in sites} for group, at in groups.items()}
 
 
 def fit_moments(batches: Iterable[Mapping[str, Activations]], sites: Sequence[str]) -> dict[str, Moments]:

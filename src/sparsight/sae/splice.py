@@ -1,0 +1,97 @@
+"""Reconstructions put in place of activations inside the model: what they cost.
+
+Shapes: B batch, T tokens, D width (d_in), N rows = B x tokens of a group, C classes.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sparsight import sites
+from sparsight.backbones import Backbone
+from sparsight.images import Split
+from sparsight.statistics import paired, wilson
+
+_IMAGES = 125
+
+
+class Replacement(Protocol):
+    """What is put in place of the activation at one site."""
+
+    def __call__(self, m: int, group: str, h: Tensor, before: Tensor | None) -> Tensor:
+        """Rows (N, D) for those of a token group at site number ``m``.
+
+        Args:
+            m: which site.
+            group: ``cls``, ``registers`` or ``patches``.
+            h: what arrives there, (N, D), changed by the replacements at earlier sites.
+            before: what this returned for the group at the site before; None at the first.
+        """
+
+
+Clean = Sequence[Mapping[str, Tensor]]
+"""Per site the rows (N, D) of each token group in a pass without replacements."""
+
+
+@torch.no_grad()
+def spliced(
+    backbone: Backbone, split: Split, names: Sequence[str], positions: Mapping[str, Sequence[int]],
+    modes: Mapping[str, Callable[[Clean], Replacement]],
+) -> dict[str, float]:  # fmt: skip
+    """Accuracy with activations replaced, and the mean KL(untouched || replaced) of the predictions in nats.
+
+    Args:
+        split: the images.
+        names: sites in the order of the model.
+        positions: positions of each token group whose activations are replaced, along the model's token axis.
+        modes: by name, from the clean activations of a batch to the replacement.
+
+    Returns:
+        ``accuracy_untouched``; per mode ``accuracy_<mode>`` with 95 % interval ``_lo`` and ``_hi``, the paired
+        difference ``<mode>_delta`` with ``_lo`` and ``_hi``, and ``kl_<mode>``. Empty without positions, and where a
+        site is not the residual stream (blocks.<i>.input or .output), which is all that later blocks read.
+    """
+    places = [sites.parse(name) for name in names]
+    if not positions or any(part not in ("input", "output") for _, part in places):
+        return {}
+    starts = [int(block or 0) + (part == "output") for block, part in places]
+    positions = {group: list(at) for group, at in positions.items()}
+    hits: dict[str, list[np.ndarray]] = {name: [] for name in ("untouched", *modes)}
+    kl = dict.fromkeys(modes, 0.0)
+    labels = iter(np.split(split.labels, range(_IMAGES, len(split), _IMAGES)))
+
+    def forward(x_BTD: Tensor, replace: Replacement | None) -> tuple[Tensor, list[dict[str, Tensor]]]:
+        """Logits (B, C), and what arrived at each site."""
+        at, seen, before = 0, [], dict.fromkeys(positions)
+        for m, start in enumerate(starts):
+            x_BTD, _ = backbone.run_blocks(x_BTD, at, start)
+            at = start
+            seen.append({group: x_BTD[:, places].flatten(0, 1) for group, places in positions.items()})
+            if replace is not None:
+                x_BTD = x_BTD.clone()
+                for group, places in positions.items():
+                    before[group] = value = replace(m, group, seen[m][group], before[group])
+                    x_BTD[:, places] = value.unflatten(0, (len(x_BTD), -1))
+        return backbone.classify(backbone.run_blocks(x_BTD, at, backbone.n_blocks)[0]), seen
+
+    for pixels in split.batches(backbone.preprocess, _IMAGES, torch.get_num_threads()):
+        x_BTD, truth = backbone.tokens(backbone.normalize(pixels)), next(labels)
+        logits, clean = forward(x_BTD, None)
+        hits["untouched"].append(logits.argmax(dim=1).cpu().numpy() == truth)
+        for name, mode in modes.items():
+            changed, _ = forward(x_BTD, mode(clean))
+            hits[name].append(changed.argmax(dim=1).cpu().numpy() == truth)
+            log_p, log_q = logits.double().log_softmax(dim=1), changed.double().log_softmax(dim=1)
+            kl[name] += float((log_p.exp() * (log_p - log_q)).sum())
+    results = {name: np.concatenate(blocks) for name, blocks in hits.items()}
+    metrics = {"accuracy_untouched": float(results["untouched"].mean())}
+    for name in modes:
+        interval = wilson(results[name])
+        metrics |= {f"accuracy_{name}": interval["accuracy"]}
+        metrics |= {f"accuracy_{name}_{end}": interval[end] for end in ("lo", "hi")}
+        metrics |= {f"{name}_{key}": value for key, value in paired(results[name], results["untouched"]).items()}
+        metrics[f"kl_{name}"] = kl[name] / len(split)
+    return metrics

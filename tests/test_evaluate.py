@@ -1,0 +1,198 @@
+"""What the evaluation says of SAEs and chains, against numpy and plain forward passes with hooks."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import zarr
+from conftest import make_backbone, make_folder, write_store
+from torch import Tensor
+
+from sparsight import config, sae
+from sparsight.backbones import Backbone
+from sparsight.images import Manifest, Split, write_manifest
+from sparsight.sae import SAE
+from sparsight.sae.evaluate import chain_metrics, evaluate_chain, reconstruction_metrics
+from sparsight.sae.residual import ReSAE, by_group, fit_maps, fit_moments
+from sparsight.sae.splice import Clean, Replacement, spliced
+from sparsight.store import ActivationStore
+from sparsight.work import Work
+
+D, F, K = 48, 96, 4
+SITES = ["blocks.1.input", "blocks.2.input"]
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def split(tmp_path_factory: pytest.TempPathFactory) -> Split:
+    folder = tmp_path_factory.mktemp("images")
+    make_folder(folder / "images", per_class=30)
+    write_manifest(config.Images(source="folder", path=str(folder / "images")), 0, {}, 2, folder / "m.parquet")
+    return Manifest(folder / "m.parquet").split("train")
+
+
+@pytest.fixture(scope="module")
+def stores(tmp_path_factory: pytest.TempPathFactory) -> tuple[ActivationStore, ActivationStore]:
+    """Train and test: 17 tokens (class, register, patches) at both sites, the second one partly a map of the first."""
+    both = []
+    for seed in range(2):
+        path = write_store(
+            tmp_path_factory.mktemp("store"), 64, dict.fromkeys(SITES, (17, D)), "all", seed, dtype="float32"
+        )
+        group = zarr.open_group(path, mode="r+")
+        maps = np.random.default_rng(5).standard_normal((D, D)).astype(np.float32) / 7
+        group[SITES[1]][:] = group[SITES[0]][:] @ maps + 0.5 * group[SITES[1]][:] + 3
+        both.append(ActivationStore.open(path))
+    return both[0], both[1]
+
+
+def random_sae(seed: int) -> SAE:
+    return sae.create("topk", D, F, K, seed=seed).requires_grad_(False)
+
+
+def random_chain(train: ActivationStore) -> ReSAE:
+    maps = fit_maps(SITES, fit_moments(by_group(train, SITES, CPU), SITES))
+    return ReSAE(SITES, {site: random_sae(i) for i, site in enumerate(SITES)}, maps)
+
+
+def fvu(x: np.ndarray, x_hat: np.ndarray) -> float:
+    x, x_hat = (a.reshape(-1, D).astype(np.float64) for a in (x, x_hat))
+    return float(np.square(x - x_hat).sum() / np.square(x - x.mean(axis=0)).sum())
+
+
+def test_reconstruction_metrics_are_those_of_all_rows_at_once(stores: tuple[ActivationStore, ActivationStore]) -> None:
+    one = random_sae(0)
+    found = reconstruction_metrics(one, SITES[1], *stores)
+    train, test = (np.asarray(zarr.open_group(s.path)[SITES[1]][:]).reshape(-1, D).astype(np.float64) for s in stores)
+    codes = one.encode(test.astype(np.float32))
+    assert found["n"] == len(test) == 64 * 17
+    assert found["fvu"] == pytest.approx(fvu(test, one.decode(codes).numpy()), rel=1e-6)
+    components = np.linalg.svd(train - train.mean(axis=0))[2][:K]
+    pca = train.mean(axis=0) + (test - train.mean(axis=0)) @ components.T @ components
+    assert found["fvu_pca_k"] == pytest.approx(fvu(test, pca), rel=1e-6)
+    assert found["l0"] == pytest.approx(float((codes.dense() > 0).sum(dim=1).double().mean()))
+    assert found["dead_test"] == int((~(codes.dense() > 0).any(dim=0)).sum())
+
+
+def test_chain_metrics_are_those_of_all_rows_at_once(stores: tuple[ActivationStore, ActivationStore]) -> None:
+    chain = random_chain(stores[0])
+    found = chain_metrics(chain, *stores)
+    x = {site: torch.from_numpy(np.asarray(zarr.open_group(stores[1].path)[site][:])) for site in SITES}
+    hat: dict[str, list[np.ndarray]] = {"fvu": [], "fvu_unchained": [], "fvu_affine": []}
+    residuals = []
+    for group, at in {"cls": slice(0, 1), "registers": slice(1, 2), "patches": slice(2, 17)}.items():
+        h, after = (x[site][:, at].reshape(-1, D) for site in SITES)
+        A, c = (t.float() for t in chain.maps[group][0])
+        residual = after - h @ A.T - c
+        mine, first = chain.saes[SITES[1]](residual), chain.saes[SITES[0]](h)
+        hat["fvu"].append((first @ A.T + c + mine).reshape(64, -1, D).numpy())
+        hat["fvu_unchained"].append((h @ A.T + c + mine).reshape(64, -1, D).numpy())
+        hat["fvu_affine"].append((h @ A.T + c).reshape(64, -1, D).numpy())
+        residuals.append((residual.numpy(), mine.numpy()))
+    truth = x[SITES[1]].numpy()
+    for key, parts in hat.items():
+        assert found[SITES[1]][key] == pytest.approx(fvu(truth, np.concatenate(parts, axis=1)), rel=1e-4), key
+    seen, rebuilt = (np.concatenate(parts) for parts in zip(*residuals, strict=True))
+    assert found[SITES[1]]["fvu_residual"] == pytest.approx(fvu(seen, rebuilt), rel=1e-4)
+    assert found[SITES[0]]["fvu"] == pytest.approx(found[SITES[0]]["fvu_residual"])
+    assert "fvu_affine" not in found[SITES[0]]
+    assert found[SITES[1]]["fvu_affine"] < 0.5
+
+
+def hooked(backbone: Backbone, images: Tensor, inserted: Mapping[int, Tensor], positions: list[int]) -> Tensor:
+    """Logits of timm's own forward pass with tokens replaced at the input of blocks."""
+
+    def hook(block: int) -> Any:
+        def replace(_: Any, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            x = arguments[0].clone()
+            x[:, positions] = inserted[block].unflatten(0, (len(x), -1))
+            return (x, *arguments[1:])
+
+        return replace
+
+    handles = [backbone.model.blocks[block].register_forward_pre_hook(hook(block)) for block in inserted]
+    try:
+        logits: Tensor = backbone.model(images)
+        return logits
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def test_spliced_values_are_those_of_a_hooked_forward_pass(split: Split) -> None:
+    backbone = make_backbone(classes=2)
+    images = backbone.normalize(split.batch(slice(None), backbone.preprocess))
+    given = {1: torch.randn(len(split), D), 2: torch.randn(len(split), D)}
+    logits, changed = backbone.model(images).double(), hooked(backbone, images, given, [0]).double()
+    modes = {
+        "same": lambda clean: lambda m, group, h, before: h,
+        "given": lambda clean: lambda m, group, h, before: given[m + 1],
+    }
+    found = spliced(backbone, split, SITES, {"cls": [0]}, modes)
+    right = logits.argmax(dim=1).numpy() == split.labels
+    assert found["accuracy_untouched"] == found["accuracy_same"] == right.mean() and found["kl_same"] == 0
+    assert found["accuracy_given"] == (changed.argmax(dim=1).numpy() == split.labels).mean()
+    log_p, log_q = logits.log_softmax(dim=1), changed.log_softmax(dim=1)
+    assert found["kl_given"] == pytest.approx(float((log_p.exp() * (log_p - log_q)).sum(dim=1).mean()), rel=1e-4)
+    assert found["given_delta"] == pytest.approx(found["accuracy_given"] - found["accuracy_untouched"])
+    assert spliced(backbone, split, ["blocks.1.mlp"], {"cls": [0]}, modes) == {}
+
+
+def test_replacements_see_the_clean_pass_what_arrives_and_what_was_put_before(split: Split) -> None:
+    backbone = make_backbone(classes=2)
+    seen: list[tuple[int, str, Tensor, Tensor | None]] = []
+    cleans: list[Clean] = []
+
+    def mode(clean: Clean) -> Replacement:
+        cleans.append(clean)
+
+        def replace(m: int, group: str, h: Tensor, before: Tensor | None) -> Tensor:
+            seen.append((m, group, h, before))
+            return h + 1
+
+        return replace
+
+    spliced(backbone, split, SITES, {"cls": [0], "patches": list(range(1, 17))}, {"shift": mode})
+    assert [(m, group) for m, group, *_ in seen] == [(0, "cls"), (0, "patches"), (1, "cls"), (1, "patches")]
+    assert torch.equal(seen[0][2], cleans[0][0]["cls"]) and seen[0][3] is None
+    before = seen[2][3]
+    assert before is not None and torch.equal(before, seen[0][2] + 1)
+    assert not torch.equal(seen[2][2], cleans[0][1]["cls"]), "the second site sees the first one's replacement"
+    x = backbone.tokens(backbone.normalize(split.batch(slice(None), backbone.preprocess)))
+    clean = backbone.run_blocks(x, 0, 1)[0]
+    arrives = backbone.run_blocks(clean + 1, 1, 2)[0]
+    torch.testing.assert_close(seen[3][2], arrives[:, 1:].flatten(0, 1))
+
+
+def test_a_chain_of_perfect_saes_changes_nothing_whatever_the_way_back(split: Split, tmp_path: Path) -> None:
+    """d_sae = 2 d_in with a decoder of +-unit vectors and k = d_in rebuilds everything."""
+    backbone = make_backbone(classes=2)
+    x = backbone.tokens(backbone.normalize(split.batch(slice(None), backbone.preprocess)))
+    path = write_store(tmp_path, len(split), dict.fromkeys(SITES, (17, D)), "all", dtype="float32")
+    group = zarr.open_group(path, mode="r+")
+    for block in (1, 2):
+        group[f"blocks.{block}.input"][:] = backbone.run_blocks(x, 0, block)[0].numpy()
+    manifest = json.loads(path.with_suffix(".json").read_text())
+    manifest["token_positions"] = {"class": [0], "register": [], "patches": [1, 17]}
+    del manifest["checksum"]
+    path.with_suffix(".json").write_text(json.dumps(manifest))
+    store = ActivationStore.open(path)
+    chain = random_chain(store)
+    for site in SITES:
+        one = sae.create("topk", D, 2 * D, D).requires_grad_(False)
+        one.W_dec.copy_(torch.cat([torch.eye(D), -torch.eye(D)]))
+        one.W_enc.copy_(one.W_dec.T)
+        chain.saes[site] = one
+    with Work(tmp_path / "work", "key") as work:
+        evaluate_chain(chain, backbone, store, store, split, work, {})
+        work.finish(tmp_path / "out")
+    whole = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert whole["fvu"] < 1e-9
+    for mode in ("forced", "unchained", "online"):
+        assert whole[f"kl_{mode}"] < 1e-9 and whole[f"accuracy_{mode}"] == whole["accuracy_untouched"]
+    assert whole["kl_mean_instead"] > 1e-3
+    assert json.loads((tmp_path / "out" / SITES[1] / "metrics.json").read_text())["n"] == len(split) * 17

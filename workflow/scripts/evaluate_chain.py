@@ -1,0 +1,31 @@
+"""Evaluate a ReSAE chain on the test split: <site>/metrics.json, and metrics.json of all sites in the backbone."""
+
+from sparsight import stage
+
+
+def main(job: stage.Stage) -> None:
+    from sparsight import backbones
+    from sparsight.images import Manifest
+    from sparsight.sae.evaluate import evaluate_chain
+    from sparsight.sae.residual import load_chain
+    from sparsight.store import ActivationStore
+
+    device = job.device
+    chain = load_chain(job.inputs["maps"].parent).to(device)
+    backbone, _ = backbones.open_folder(job.inputs["backbone"].parent)
+    train, test = (ActivationStore.open(job.inputs[name]) for name in ("train", "test"))
+    images = Manifest(job.inputs["images"]).split("test")
+    evaluate_chain(chain, backbone.to(device), train, test, images, job.work, job.record())
+
+
+if __name__ == "__main__":
+    stage.run(
+        main,
+        __doc__,
+        images="manifest.parquet of the images stage",
+        backbone="model.safetensors of the backbone stage",
+        train="train.json, the manifest of the train split's store",
+        test="test.json, the manifest of the test split's store",
+        maps="affine.safetensors of the sae stage",
+        saes=["sae.safetensors of every site"],
+    )
