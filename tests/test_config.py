@@ -32,7 +32,10 @@ def changed(path: str, value: Any) -> dict[str, Any]:
 
 
 def test_default_configuration_is_valid_and_names_its_saes() -> None:
-    assert list(load_run(PARAMS).sae_names) == ["topk-s0", "topk-s1", "topk-s2", "switch-s0"]
+    run = load_run(PARAMS)
+    assert list(run.sae_names) == ["topk-s0", "topk-s1", "topk-s2", "switch-s0"]
+    assert list(run.chains) == ["resae-s0", "plain-s0"]
+    assert run.grids["plain"] == [f"plain-s0/blocks.{i}.input" for i in (1, 3, 5)]
 
 
 @pytest.mark.parametrize(
@@ -49,6 +52,17 @@ def test_default_configuration_is_valid_and_names_its_saes() -> None:
         ("saes/topk/kind", "tpok", "saes.topk.kind: there is no SAE 'tpok'; known: batchtopk"),
         ("saes/topk/site", "blocks.2.input", "saes.topk.site: there is no 'blocks.2.input'"),
         ("saes/topk/backbone", "vti", "saes.topk.backbone: there is no 'vti'; known: vit"),
+        (
+            "saes/topk/sites",
+            ["blocks.1.input", "blocks.5.input"],
+            "saes.topk.site: give either site (one SAE) or sites",
+        ),
+        ("saes/topk/affine", "zero", "saes.topk.affine: only a chain has maps"),
+        ("saes/resae/sites", ["blocks.5.input", "blocks.1.input"], "two or more sites in the order of the model"),
+        ("saes/resae/sites", ["blocks.0.output", "blocks.1.input"], "two or more sites in the order of the model"),
+        ("saes/resae/sites", ["blocks.1.input", "blocks.2.input"], "saes.resae.sites: there is no 'blocks.2.input'"),
+        ("saes/resae/ridge", -1, "saes.resae.ridge: must be 0 or more, got -1"),
+        ("steering/class-latents/sae", "resae", "'resae' is a chain; steering takes an SAE of one site"),
         ("activations/sites", ["blocks.five.input"], "'blocks.five.input' is no site"),
         ("activations/sites", ["blocks.6.input"], "'blocks.6.input' does not exist; the blocks are numbered 0 to 5"),
         ("backbones/vit/weights", "nowhere.safetensors", "backbones.vit.weights: there is no file"),

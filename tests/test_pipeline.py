@@ -118,9 +118,10 @@ def test_one_command_makes_every_promised_file_and_leaves_no_working_state(run_f
         *(f"activations/vit/{split}.zarr/zarr.json" for split in ("train", "val", "test")),
         *(
             f"saes/{name}/{f}"
-            for name in ("topk-s0", "switch-s0")
+            for name in ("topk-s0", "switch-s0", "resae-s0/blocks.1.input", "resae-s0/blocks.2.input")
             for f in ("sae.safetensors", "config.json", "metrics.json", "training.jsonl")
         ),
+        *(f"saes/resae-s0/{f}" for f in ("affine.safetensors", "metrics.json")),
         *(f"steering/class-latents-s0{f}" for f in (".safetensors", ".parquet", "-classes.parquet", ".json")),
         *(f"pruning/heads/{t}.parquet" for t in ("overall", "per_class", "per_head", "validation")),
         *(f"pruning/heads/{f}" for f in ("policy.safetensors", "config.json", "training.jsonl", "metrics.json")),
@@ -164,11 +165,10 @@ import numpy as np, zarr
 from safetensors.numpy import load_file
 
 run = Path(sys.argv[1])
-for folder in sorted((run / "saes").iterdir()):
+
+def reconstruct(folder, x):
     config = json.loads((folder / "config.json").read_text())
     w = load_file(folder / "sae.safetensors")
-    store = zarr.open_group(run / "activations" / config["backbone"] / "test.zarr", mode="r")
-    x = store[config["site"]][:].astype(np.float64)
     pre, weight = np.maximum((x - w["b_dec"]) @ w["W_enc"] + w.get("b_enc", 0), 0), 1
     if config["kind"] == "switch":
         p = np.exp((x - w["b_router"]) @ w["W_router"])
@@ -176,9 +176,35 @@ for folder in sorted((run / "saes").iterdir()):
         pre = np.where(expert == p.argmax(axis=1, keepdims=True), pre, 0)
         weight = p.max(axis=1, keepdims=True) / p.sum(axis=1, keepdims=True)
     kth = np.partition(pre, -config["k"], axis=1)[:, [-config["k"]]]
-    x_hat = weight * np.where(pre >= kth, pre, 0) @ w["W_dec"] + w["b_dec"]
     assert np.allclose(np.linalg.norm(w["W_dec"], axis=1), 1, atol=1e-5)
-    print(folder.name, np.square(x - x_hat).sum() / np.square(x - x.mean(axis=0)).sum())
+    return weight * np.where(pre >= kth, pre, 0) @ w["W_dec"] + w["b_dec"]
+
+def stored(folder):
+    config = json.loads((folder / "config.json").read_text())
+    store = zarr.open_group(run / "activations" / config["backbone"] / "test.zarr", mode="r")
+    return store[config["site"]][:].astype(np.float64)
+
+def show(folder, x, x_hat):
+    fvu = np.square(x - x_hat).sum() / np.square(x - x.mean(axis=0)).sum()
+    print(folder.relative_to(run / "saes").as_posix(), fvu)
+
+for folder in sorted((run / "saes").iterdir()):
+    if not (folder / "affine.safetensors").exists():
+        x = stored(folder)
+        show(folder, x, reconstruct(folder, x))
+        continue
+    maps = load_file(folder / "affine.safetensors")
+    about = json.loads(next(folder.glob("*/config.json")).read_text())
+    before, x_hat = None, None
+    for m, site in enumerate(about["chain"]):
+        x = stored(folder / site)
+        if m == 0:
+            x_hat = reconstruct(folder / site, x)
+        else:
+            A, c = maps[f"A.cls.{m - 1}"], maps[f"c.cls.{m - 1}"]
+            x_hat = x_hat @ A.T + c + reconstruct(folder / site, x - before @ A.T - c)
+        show(folder / site, x, x_hat)
+        before = x
 """
 
 
@@ -186,7 +212,7 @@ def test_fvu_is_reproduced_from_the_files_without_sparsight(run_folder: Path) ->
     run = run_folder / "results" / "tiny"
     command = [sys.executable, "-c", FVU_BY_HAND, str(run)]
     lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
-    assert len(lines) == 2
+    assert len(lines) == 4
     for line in lines:
         name, fvu = line.split()
         metrics = json.loads((run / "saes" / name / "metrics.json").read_text())
@@ -314,14 +340,18 @@ def test_damaged_store_stops_training_with_one_line(
 ) -> None:
     shutil.copytree(run_folder / "results" / "tiny" / "activations" / "vit", tmp_path / "store")
     damage(tmp_path / "store" / "train.zarr")
-    store = tmp_path / "store" / "train.json"
-    error = one_line(stage("sae.py", tmp_path, from_store=store, backbone="vit", site="blocks.2.input", k="4"))
+    inputs = {
+        "from_images": run_folder / "results/tiny/images/manifest.parquet",
+        "from_store": tmp_path / "store/train.json",
+    }
+    error = one_line(stage("sae.py", tmp_path, **inputs, backbone="vit", site="blocks.2.input", k="4"))
     assert re.search(message, error)
     assert not (tmp_path / "out").exists()
 
 
 def test_missing_input_of_a_stage_is_one_line(tmp_path: Path) -> None:
-    error = one_line(stage("sae.py", tmp_path, from_store="nowhere.json", backbone="vit", site="embedding"))
+    inputs = {"from_images": __file__, "from_store": "nowhere.json"}
+    error = one_line(stage("sae.py", tmp_path, **inputs, backbone="vit", site="embedding"))
     assert error == "error: there is no nowhere.json; run the stage that makes it first"
 
 
