@@ -160,11 +160,6 @@ def memory() -> None:
         print(subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip())
 
 
-def _peak() -> float:
-    """Peak memory of this process in MiB; ru_maxrss would count its parent too."""
-    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 1024
-
-
 def measure(n: int) -> None:
     """Extract ``n`` digits with a small model and print the peak memory."""
     prepare_torch(Compute())
@@ -178,9 +173,9 @@ def measure(n: int) -> None:
     split = Split(source, uris, pa.chunked_array([shas.take(pa.array(rows))]), np.zeros(n, np.int32), ["only"])
     section = config.Activations(sites=("blocks.1.output",), tokens="all", shard_images=512, batch_size=128)
     with tempfile.TemporaryDirectory() as folder, Work(Path(folder) / "work", "key") as work:
-        before = _peak()
+        before = machine.peak_memory()
         extract(backbone, split, section, Compute(), work, Path(folder) / "train.zarr", 0, {})
-        after = _peak()
+        after = machine.peak_memory()
         size = sum(p.stat().st_size for p in Path(folder).rglob("*") if p.is_file()) / 2**20
         print(f"{n:6d} images, store {size:6.1f} MiB: peak {after:.0f} MiB, {after - before:.0f} more than before")
 

@@ -16,7 +16,6 @@ import argparse
 import hashlib
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -174,7 +173,7 @@ def _work(name: str, folder: Path, batch: int) -> None:
                 contestant.step(own)
                 answer = {"wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu}
             elif command == "peak":
-                answer = {"peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
+                answer = {"peak": machine.peak_memory()}
             elif command == "digest":
                 fresh = CONTESTANTS[name](rows, k)
                 for i in range(_WARM_UP):

@@ -262,22 +262,19 @@ def speed(arguments: argparse.Namespace, folder: Path) -> None:
 
 MEMORY = """
 import sys
-from pathlib import Path
+from sparsight import machine
 from sparsight.batches import StoreBatches
 from sparsight.store import ActivationStore
 
 rows = ActivationStore.open(sys.argv[1]).rows("{site}")
-def peak():  # ru_maxrss would count the parent process too
-    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
-
 for batch in StoreBatches({{"x": rows}}, {batch}, 0, 2 * rows.chunk_images * 2 * rows.shape[1]).epoch(0):
     break  # what torch takes for itself when it first gathers
-before = peak()
+before = machine.peak_memory()
 batches = StoreBatches({{"x": rows}}, {batch}, 0, {budget} * 2**20)
 for epoch in range(2):
     for batch in batches.epoch(epoch):
         pass
-print((peak() - before) / 1024)
+print(machine.peak_memory() - before)
 """
 
 

@@ -36,6 +36,11 @@ def commit() -> str | None:
         return None
 
 
+def peak_memory() -> float:
+    """Most memory that this process has held, in MiB; getrusage would count what its parent held when it started it."""
+    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 1024
+
+
 def _git(*words: str) -> str:
     return subprocess.run(["git", *words], check=True, capture_output=True, text=True).stdout.strip()
 
