@@ -4,6 +4,7 @@ import argparse
 import copy
 import dataclasses
 import shlex
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import yaml
 from conftest import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
+from snakemake.utils import update_config
 
 from sparsight import schema
 from sparsight.config import Activations, Backbone, Compute, Images, Policy, Pruning, Report, Sae, Steering
@@ -50,7 +52,11 @@ def test_default_configuration_is_valid_and_names_its_saes() -> None:
         ("images/source", "folder", "images.path: source 'folder' needs path"),
         ("saes/topk/k", 1000, "saes.topk.k: 1000 active latents are more than d_sae = 384"),
         ("saes/topk/kind", "tpok", "saes.topk.kind: there is no SAE 'tpok'; known: batchtopk"),
-        ("saes/topk/site", "blocks.2.input", "saes.topk.site: there is no 'blocks.2.input'"),
+        (
+            "saes/topk/site",
+            "blocks.2.input",
+            "saes.topk: activations.sites has no 'blocks.2.input'; add it there, or set",
+        ),
         ("saes/topk/backbone", "vti", "saes.topk.backbone: there is no 'vti'; known: vit"),
         (
             "saes/topk/sites",
@@ -60,7 +66,11 @@ def test_default_configuration_is_valid_and_names_its_saes() -> None:
         ("saes/topk/affine", "zero", "saes.topk.affine: only a chain has maps"),
         ("saes/resae/sites", ["blocks.5.input", "blocks.1.input"], "two or more sites in the order of the model"),
         ("saes/resae/sites", ["blocks.0.output", "blocks.1.input"], "two or more sites in the order of the model"),
-        ("saes/resae/sites", ["blocks.1.input", "blocks.2.input"], "saes.resae.sites: there is no 'blocks.2.input'"),
+        (
+            "saes/resae/sites",
+            ["blocks.1.input", "blocks.2.input"],
+            "saes.resae: activations.sites has no 'blocks.2.input'",
+        ),
         ("saes/resae/ridge", -1, "saes.resae.ridge: must be 0 or more, got -1"),
         ("steering/class-latents/sae", "resae", "'resae' is a chain; steering takes an SAE of one site"),
         ("activations/sites", ["blocks.five.input"], "'blocks.five.input' is no site"),
@@ -81,6 +91,15 @@ def test_mistakes_are_named_with_their_place(path: str, value: Any, message: str
         load_run(changed(path, value))
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_overlay_shown_in_the_readme_is_valid(tmp_path: Path) -> None:
+    text = (ROOT / "README.md").read_text()
+    overlay = yaml.safe_load(text.split("# flowers.yaml\n")[1].split("```")[0])
+    config = copy.deepcopy(PARAMS)
+    update_config(config, overlay)
+    config["images"]["path"] = str(tmp_path)
+    assert list(load_run(config).sae_names) == ["topk-s0", "topk-s1", "topk-s2"]
 
 
 def test_missing_image_folder_is_found_before_any_work() -> None:

@@ -119,7 +119,10 @@ def _check_links(run: Run) -> None:
     for name, section in run.saes.items():
         known(section.backbone, run.backbones, f"saes.{name}.backbone")
         for site in section.places:
-            known(site, run.activations.sites, f"saes.{name}.{'sites' if section.sites else 'site'}")
+            if site not in run.activations.sites:
+                raise SparsightError(
+                    f"saes.{name}: activations.sites has no {site!r}; add it there, or set saes.{name} to null"
+                )
     for name, policy in run.policies.items():
         known(policy.backbone, run.backbones, f"policies.{name}.backbone")
     for name, steering in run.steering.items():
