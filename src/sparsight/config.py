@@ -5,6 +5,7 @@ field is its documentation everywhere (``--help`` of the stage scripts, the tabl
 """
 
 import itertools
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -283,18 +284,29 @@ class Policy:
 
 @dataclass(frozen=True)
 class Steering:
-    """Per-class latents of an SAE."""
+    """Edits along an SAE's latents at its site, beside their controls."""
 
     sae: str
-    """Name of the SAE section whose latents are amplified, every seed of it."""
-    latents: int = 10
-    """Latents amplified per class: the first ones by mean difference on the train split."""
+    """Name of the SAE section whose latents steer, every seed of it: of the class token, in the residual stream."""
+    kind: Literal["class-latents", "vs2"] = "class-latents"
+    """``class-latents``: latents of the class that is predicted (or known) are amplified. ``vs2``: every image's own
+    active latents are, without labels (arXiv 2506.01247). Each brings its controls; docs/steering.md."""
     strengths: tuple[float, ...] = (1.5, 2.0, 3.0, 5.0, 10.0)
-    """Factors on those latents; validation picks one per method."""
+    """Factors on the class's latents, or VS2's alpha = lambda (gamma - 1), 0.25 to 2 for a start. Validation picks one
+    per method."""
+    latents: int = 10
+    """Only for kind ``class-latents``: how many are amplified, the first ones by mean difference on the train split."""
+    quantiles: tuple[float, ...] = (0.9, 0.95, 0.99, 0.995)
+    """Only for kind ``vs2``: of the FVU of single train images. The gate leaves alone what is reconstructed worse.
+    Validation picks one."""
 
     def __post_init__(self) -> None:
         _positive(self, "latents")
         _check_strengths("strengths", self.strengths)
+        if not self.quantiles or list(self.quantiles) != sorted(set(self.quantiles)):
+            raise SparsightError(f"quantiles: give at least one, rising; got {list(self.quantiles)}")
+        if not 0 < self.quantiles[0] <= self.quantiles[-1] <= 1:
+            raise SparsightError(f"quantiles: must lie above 0 and at most at 1; got {list(self.quantiles)}")
 
 
 @dataclass(frozen=True)
@@ -340,5 +352,6 @@ def _check_chain(chain: tuple[str, ...]) -> None:
 
 
 def _check_strengths(name: str, strengths: tuple[float, ...]) -> None:
-    if not strengths or list(strengths) != sorted(set(strengths)) or min(strengths) < 0:
-        raise SparsightError(f"{name}: give at least one factor, rising, none negative; got {list(strengths)}")
+    rising = strengths and list(strengths) == sorted(set(strengths))
+    if not rising or not all(0 <= strength < math.inf for strength in strengths):
+        raise SparsightError(f"{name}: give at least one, rising, none negative or infinite; got {list(strengths)}")

@@ -130,19 +130,30 @@ def _check_links(run: Run) -> None:
         section = run.saes[steering.sae]
         if section.site is None:
             raise SparsightError(f"steering.{name}.sae: {steering.sae!r} is a chain; steering takes an SAE of one site")
-        if 2 * steering.latents > section.d_sae:
+        if sites.parse(section.site)[1] not in ("input", "output"):
+            raise SparsightError(
+                f"steering.{name}.sae: {steering.sae!r} reads {section.site!r}; steering edits the residual stream, "
+                "blocks.<i>.input or .output"
+            )
+        if run.activations.tokens != "cls":
+            raise SparsightError(
+                f"steering.{name}.sae: steers the class token; activations.tokens is {run.activations.tokens}, not cls"
+            )
+        if steering.kind == "class-latents" and 2 * steering.latents > section.d_sae:
             raise SparsightError(
                 f"steering.{name}.latents: {steering.latents} latents and as many random others do not fit into "
                 f"d_sae = {section.d_sae}; lower latents"
             )
-        depth = run.backbones[section.backbone].architecture.get("depth")
-        if depth is not None and section.site != f"blocks.{depth - 1}.input":
-            raise SparsightError(
-                f"steering.{name}.sae: {steering.sae!r} reads {section.site!r}, but heads are steered at the last "
-                f"block's input, blocks.{depth - 1}.input"
-            )
     known(run.pruning.steering, run.steering, "pruning.steering")
-    steered = run.saes[run.steering[run.pruning.steering].sae].backbone
+    if run.steering[run.pruning.steering].kind != "class-latents":
+        raise SparsightError(f"pruning.steering: {run.pruning.steering!r} is of kind vs2; heads need class-latents")
+    read = run.saes[run.steering[run.pruning.steering].sae]
+    steered, depth = read.backbone, run.backbones[read.backbone].architecture.get("depth")
+    if depth is not None and read.site != f"blocks.{depth - 1}.input":
+        raise SparsightError(
+            f"pruning.steering: its SAE reads {read.site!r}, but heads are steered at the last block's input, "
+            f"blocks.{depth - 1}.input"
+        )
     for name, policy in run.policies.items():
         if policy.backbone != steered:
             raise SparsightError(

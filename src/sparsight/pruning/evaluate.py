@@ -18,13 +18,14 @@ from torch import Tensor
 
 from sparsight import config, tables
 from sparsight.backbones import Backbone
+from sparsight.errors import SparsightError
 from sparsight.images import Manifest, Split
 from sparsight.progress import Progress, say
 from sparsight.pruning.policy import HeadPolicy
 from sparsight.sae.base import SAE
 from sparsight.sae.base import load as load_sae
 from sparsight.statistics import paired, wilson
-from sparsight.steering.evaluate import check_site, unit_edit
+from sparsight.steering.controls import unit_edit
 from sparsight.steering.latents import ClassLatents
 from sparsight.work import Work, write_json
 
@@ -77,7 +78,7 @@ def evaluate(
     those that cost at most ``section.tolerance`` of the unsteered policy's accuracy.
     """
     for one in steered:
-        check_site(one.sae, backbone)
+        _check_site(one.sae, backbone)
     train_shift = class_shift(backbone, policy, manifest.split("train"), len(manifest.classes), section.batch_size)
     every = _rows(section, [one.name for one in steered])
     runner = _Runner(backbone, policy, {one.name: one for one in steered}, train_shift, section.batch_size)
@@ -110,6 +111,14 @@ def evaluate(
         say(
             f"{line['strategy']} x{line['strength']:g} ({line['labels']} labels, {line['sae'] or 'no SAE'}): "
             f"accuracy {line['accuracy']:.4f}, usage last {line['usage_last']:.3f}, all {line['usage_all']:.3f}"
+        )
+
+
+def _check_site(sae: SAE, backbone: Backbone) -> None:
+    site, tokens, wanted = sae.about["site"], sae.about["tokens"], f"blocks.{backbone.n_blocks - 1}.input"
+    if (site, tokens) != (wanted, "cls"):
+        raise SparsightError(
+            f"pruning: the SAE reads {site}, tokens {tokens}; heads are steered at {wanted}, tokens cls"
         )
 
 

@@ -1,4 +1,4 @@
-"""Edits of equal size that the class latents are compared with.
+"""Class latents as a steering method, and edits of equal size that they are compared with.
 
 Shapes: B batch, D width (d_in), C classes, M latents per class.
 """
@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from sparsight.sae.base import SAE
-from sparsight.steering.latents import ClassLatents
+from sparsight.steering.edits import Batch, Edit, of_size
+from sparsight.steering.latents import ClassLatents, class_edit
 
 
 def random_edit(sae: SAE, classes_B: Tensor, found: ClassLatents, size_B: Tensor) -> Tensor:
@@ -18,14 +19,33 @@ def random_edit(sae: SAE, classes_B: Tensor, found: ClassLatents, size_B: Tensor
     """
     mean_CM = found.mean_activation.mean(dim=0)[found.random_latents]
     push_CD = torch.einsum("cm,cmd->cd", mean_CM, sae.W_dec[found.random_latents])
-    return _scaled(push_CD[classes_B], size_B)
+    return of_size(push_CD[classes_B], size_B)
 
 
 def mean_difference_edit(classes_B: Tensor, found: ClassLatents, size_B: Tensor) -> Tensor:
     """SAE-free: towards the class's mean activation from the mean of all, scaled to ``size_B``; (B, D)."""
-    return _scaled((found.class_mean - found.mean)[classes_B], size_B)
+    return of_size((found.class_mean - found.mean)[classes_B], size_B)
 
 
-def _scaled(direction_BD: Tensor, size_B: Tensor) -> Tensor:
-    norm_B1 = direction_BD.norm(dim=1, keepdim=True).clamp(min=torch.finfo(direction_BD.dtype).tiny)
-    return direction_BD / norm_B1 * size_B[:, None]
+def unit_edit(method: str, sae: SAE, cls_BD: Tensor, classes_B: Tensor, found: ClassLatents) -> Tensor:
+    """The edit of factor 2 by a method's name, (B, D); every method has the size of class-latents."""
+    edit = class_edit(sae, sae.encode(cls_BD).dense(), classes_B, found)
+    if method == "class-latents":
+        return edit
+    if method == "random-latents":
+        return random_edit(sae, classes_B, found, edit.norm(dim=1))
+    assert method == "mean-difference", method
+    return mean_difference_edit(classes_B, found, edit.norm(dim=1))
+
+
+def edits(sae: SAE, found: ClassLatents) -> dict[str, Edit]:
+    """Class latents and their controls, by name; strength is the factor on the latents."""
+
+    def named(method: str) -> Edit:
+        def apply(batch: Batch, factor: float) -> Tensor:
+            assert batch.classes is not None
+            return batch.x + (factor - 1) * unit_edit(method, sae, batch.x, batch.classes, found)
+
+        return Edit(apply, ("predicted", "oracle"))
+
+    return {method: named(method) for method in ("class-latents", "random-latents", "mean-difference")}
