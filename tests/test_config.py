@@ -80,7 +80,7 @@ def test_default_configuration_is_valid_and_names_its_saes() -> None:
         ("steering/class-latents/sae", "topk-s0", "steering.class-latents.sae: there is no 'topk-s0'; known: topk"),
         ("steering/class-latents/latents", 200, "do not fit into d_sae = 384"),
         ("pruning/strategies", ["class-latents"], "pruning.strategies: 'none' must be among them"),
-        ("pruning/strengths", [3, 2], "pruning.strengths: give at least one factor, rising"),
+        ("pruning/strengths", [3, 2], "pruning.strengths: give at least one, rising"),
         ("pruning/tolerance", "much", "pruning.tolerance: expected float, got 'much'"),
         ("run", "../up", "the name '../up' becomes a folder"),
         ("seed", "zero", "seed: expected int, got 'zero'"),

@@ -47,7 +47,7 @@ def write_page(section: config.Report, run: str, inputs: dict[str, Any], device:
         sae_metrics=sae_metrics,
         sae_figure=figures.sae_training(saes, {name: (m["fvu"], m["fvu_pca_k"]) for name, m in sae_metrics.items()}),
         chains=[_chain(path.parent) for path in inputs["chains"]],
-        steerings=[{"name": path.stem, "rows": _test_rows(path)} for path in inputs["steerings"]],
+        steerings=[_steering(path) for path in inputs["steerings"]],
         policies=policies,
         latent_sae=first,
         latents=_latents(sae.load(saes[first]).to(device), stores, manifest, section.latents, section.images),
@@ -76,8 +76,15 @@ def _chain(folder: Path) -> dict[str, Any]:
     }
 
 
-def _test_rows(path: Path) -> list[dict[str, Any]]:
-    return [row for row in tables.read(path) if row["split"] == "test"]
+def _steering(path: Path) -> dict[str, Any]:
+    rows, summary = tables.read(path), json.loads(path.with_suffix(".json").read_text())
+    classes = tables.read(path.with_name(f"{path.stem}-classes.parquet"))
+    return {
+        "name": path.stem,
+        "rows": [row for row in rows if row["split"] == "test"],
+        "summary": summary,
+        "figure": figures.steering(rows, classes, summary["gate"]),
+    }
 
 
 def _policy(folder: Path) -> dict[str, Any]:
