@@ -35,7 +35,7 @@ def changed(path: str, value: Any) -> dict[str, Any]:
 
 def test_default_configuration_is_valid_and_names_its_saes() -> None:
     run = load_run(PARAMS)
-    assert list(run.sae_names) == ["topk-s0", "topk-s1", "topk-s2", "switch-s0"]
+    assert list(run.sae_names) == [*(f"topk-s{i}" for i in range(3)), "switch-s0", *(f"final-s{i}" for i in range(3))]
     assert list(run.chains) == ["resae-s0", "plain-s0"]
     assert run.grids["plain"] == [f"plain-s0/blocks.{i}.input" for i in (1, 3, 5)]
 
@@ -110,9 +110,19 @@ def test_missing_image_folder_is_found_before_any_work() -> None:
 
 def test_overlay_drops_a_named_section_with_null() -> None:
     config = changed("backbones/other", PARAMS["backbones"]["vit"])
-    assert set(load_run(config).backbones) == {"vit", "other"}
+    assert set(load_run(config).backbones) == {"vit", "clip", "other"}
     config["backbones"]["other"] = None
-    assert set(load_run(config).backbones) == {"vit"}
+    assert set(load_run(config).backbones) == {"vit", "clip"}
+
+
+def test_what_reads_a_dropped_section_goes_with_it() -> None:
+    config = changed("backbones/clip", None)
+    run = load_run(config)
+    assert "final" not in run.saes and list(run.steering) == ["class-latents"]
+    config["saes"]["final"]["backbone"] = "vit"
+    assert list(load_run(config).steering) == ["class-latents", "vs2"]
+    with pytest.raises(SparsightError, match=r"pruning\.steering: there is no 'class-latents'; known: vs2"):
+        load_run(changed("saes/topk", None))
 
 
 def test_number_without_dot_is_a_float_although_yaml_reads_a_string() -> None:

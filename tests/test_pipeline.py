@@ -19,6 +19,7 @@ import zarr
 from conftest import ROOT, make_folder, snakemake, workspace
 from safetensors.numpy import load_file
 
+BACKBONES, SPLITS = ("vit", "clip"), ("train", "val", "test")
 # Files with times and hosts; everything else is byte-equal between equal runs.
 VARYING = ("timings.json", "provenance.json", "logs/")
 
@@ -113,16 +114,19 @@ def test_one_command_makes_every_promised_file_and_leaves_no_working_state(run_f
     made = set(contents(run_folder))
     promised = {
         "images/manifest.parquet",
-        *(f"backbones/vit/{name}" for name in ("model.safetensors", "config.json", "training.jsonl")),
-        *(f"activations/vit/{split}.json" for split in ("train", "val", "test")),
-        *(f"activations/vit/{split}.zarr/zarr.json" for split in ("train", "val", "test")),
+        *(f"backbones/{b}/{f}" for b in BACKBONES for f in ("model.safetensors", "config.json", "training.jsonl")),
+        *(f"activations/{b}/{s}{f}" for b in BACKBONES for s in SPLITS for f in (".json", ".zarr/zarr.json")),
         *(
             f"saes/{name}/{f}"
-            for name in ("topk-s0", "switch-s0", "resae-s0/blocks.1.input", "resae-s0/blocks.2.input")
+            for name in ("topk-s0", "switch-s0", "final-s0", "resae-s0/blocks.1.input", "resae-s0/blocks.2.input")
             for f in ("sae.safetensors", "config.json", "metrics.json", "training.jsonl")
         ),
         *(f"saes/resae-s0/{f}" for f in ("affine.safetensors", "metrics.json")),
-        *(f"steering/class-latents-s0{f}" for f in (".safetensors", ".parquet", "-classes.parquet", ".json")),
+        *(
+            f"steering/{name}-s0{f}"
+            for name in ("class-latents", "vs2")
+            for f in (".safetensors", ".parquet", "-classes.parquet", ".json")
+        ),
         *(f"pruning/heads/{t}.parquet" for t in ("overall", "per_class", "per_head", "validation")),
         *(f"pruning/heads/{f}" for f in ("policy.safetensors", "config.json", "training.jsonl", "metrics.json")),
         "report/index.html",
@@ -212,7 +216,7 @@ def test_fvu_is_reproduced_from_the_files_without_sparsight(run_folder: Path) ->
     run = run_folder / "results" / "tiny"
     command = [sys.executable, "-c", FVU_BY_HAND, str(run)]
     lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
-    assert len(lines) == 4
+    assert len(lines) == 5
     for line in lines:
         name, fvu = line.split()
         metrics = json.loads((run / "saes" / name / "metrics.json").read_text())

@@ -65,7 +65,8 @@ class Run:
 def load_run(config: Mapping[str, Any]) -> Run:
     """Validate a merged configuration (params.yaml with its overlays).
 
-    Named sections (backbones, saes, policies, steering) set to null in an overlay are dropped.
+    Named sections (backbones, saes, policies, steering) set to null in an overlay are dropped, and with them the
+    sections that read them.
 
     Raises:
         SparsightError: unknown key, wrong type, refused value, or sections that do not fit together.
@@ -90,15 +91,31 @@ def load_run(config: Mapping[str, Any]) -> Run:
     named: dict[str, type] = {"backbones": Backbone, "saes": Sae, "policies": Policy, "steering": Steering}
     for name, cls in single.items():
         values[name] = parse(cls, config[name], name)
+    dropped: dict[str, set[str]] = {}
     for name, cls in named.items():
         if not isinstance(config[name], Mapping):
             raise SparsightError(f"{name}: expected named sections, got {config[name]!r}")
-        values[name] = {
-            key: parse(cls, section, f"{name}.{key}") for key, section in config[name].items() if section is not None
-        }
+        left = _left(name, config, dropped)
+        values[name] = {key: parse(cls, section, f"{name}.{key}") for key, section in left.items()}
     run = Run(**values)
     _check_links(run)
     return run
+
+
+_READS = {"saes": ("backbone", "backbones"), "policies": ("backbone", "backbones"), "steering": ("sae", "saes")}
+"""By kind of section, the key that names the section it reads, and of which kind that is."""
+
+
+def _left(kind: str, config: Mapping[str, Any], dropped: dict[str, set[str]]) -> dict[str, Any]:
+    """The named sections of a kind that are not dropped; adds those that are to ``dropped``."""
+    key, of = _READS.get(kind, ("", ""))
+    gone = {
+        name
+        for name, section in config[kind].items()
+        if section is None or (isinstance(section, Mapping) and section.get(key) in dropped.get(of, ()))
+    }
+    dropped[kind] = gone
+    return {name: section for name, section in config[kind].items() if name not in gone}
 
 
 def _check_links(run: Run) -> None:
