@@ -37,7 +37,8 @@ def fit(
     folded into the saved weights.
 
     Raises:
-        SparsightError: a site the store does not hold, or activations that are not finite.
+        SparsightError: a site the store does not hold, no activations, such that are constant or not finite, or
+            training that diverges.
     """
     rows = store.rows(section.site)
     mean, scale = _moments(store, section.site)
@@ -47,11 +48,13 @@ def fit(
     )  # fmt: skip
     saes = {f"{name}-s{number}": number for number in section.seeds}
     grid = {one: _create(section, rows.shape[1], derive_seed(seed, "sae", one, "init")).to(device) for one in saes}
-    for one in grid.values():
+    for one_name, one in grid.items():
+        one.about["name"] = one_name  # what errors call it
         one.start(one.d_in)  # E||x - mean||^2 of the scaled activations
         one.set_center(mean / scale)
-    training.train(_Training(section, grid, scale), batches, section.epochs, order, work)
-    _split_log(work.out, list(grid))
+    log_path = work.state / "training.jsonl"  # of all; kept beside the checkpoint that it belongs to
+    training.train(_Training(section, grid, scale), batches, section.epochs, order, work.state, log_path)
+    _split_log(log_path, work.out, list(grid))
     for one_name, one in grid.items():
         one.fold_scale(scale)
         about = {
@@ -70,24 +73,24 @@ def _create(section: config.Sae, d_in: int, seed: int) -> SAE:
     return sae.create(section.kind, d_in, section.d_sae, section.k, seed, **section.options())
 
 
-def _split_log(out: Path, names: Sequence[str]) -> None:
+def _split_log(joint: Path, out: Path, names: Sequence[str]) -> None:
     """Give each SAE the lines about it: ``<name>/training.jsonl`` from the log of all."""
-    joint = out / "training.jsonl"
     lines = [json.loads(line) for line in joint.read_text().splitlines()]
     for name in names:
         (out / name).mkdir(exist_ok=True)
         own = [{key.removeprefix(f"{name}."): value for key, value in line.items() if key in training.POSITION
                 or key.startswith(f"{name}.")} for line in lines]  # fmt: skip
         (out / name / "training.jsonl").write_text("".join(json.dumps(line) + "\n" for line in own))
-    joint.unlink()
 
 
 def _moments(store: ActivationStore, site: str) -> tuple[np.ndarray, float]:
     """Mean per dimension, (D,), and standard deviation over all dimensions around it, from the manifest.
 
     Raises:
-        SparsightError: activations that are constant or not finite.
+        SparsightError: no activations, or such that are constant or not finite.
     """
+    if len(store.rows(site)) == 0:
+        raise SparsightError(f"{store.path}: site {site!r} holds no activations; extract a split that has images")
     about = store.manifest["sites"][site]
     mean = np.array(about["mean"])
     variance = about["rms"] ** 2 - float(np.square(mean).mean())
