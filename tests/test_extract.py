@@ -160,6 +160,26 @@ def test_extraction_killed_at_twenty_random_moments_gives_the_same_bytes(
     assert contents(out) == reference
 
 
+READING = """
+import sys, time
+from pathlib import Path
+from sparsight.images import Manifest, Preprocess
+
+split, preprocess = Manifest(Path(sys.argv[1])).split("train"), Preprocess((16, 16), 3, (0,) * 3, (1,) * 3)
+for _ in split.stream([slice(0, 2)] * 100, preprocess, workers=2):
+    print("read", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_workers_end_with_a_stage_that_is_terminated(manifest: Path) -> None:
+    command = [sys.executable, "-c", READING, str(manifest)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+        assert process.stdout is not None and process.stdout.readline() == "read\n"
+        process.terminate()
+        process.communicate(timeout=60)  # the pipe ends with the last process that holds it
+
+
 def test_a_full_disk_is_named_and_the_store_resumes(
     split: Split, reference: dict[str, bytes], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

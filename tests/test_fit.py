@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,37 @@ def test_a_flipped_byte_in_any_shard_stops_training_and_is_named(tmp_path: Path)
         with pytest.raises(SparsightError, match=rf"{SITE}/c/{shard}/0: damaged \(chunk 0 does not match its checksum"):
             train(path, tmp_path / str(shard))
         file.write_bytes(whole)
+
+
+def test_a_loss_that_diverges_is_told_with_sae_step_and_checkpoint(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failed = r"^step 2 of 64: SAE 'grid-s0' \(topk\): loss .*, gradient norm .*; lower lr, .*; "
+    with pytest.raises(SparsightError, match=f"{failed}no checkpoint was written before$"):
+        train(store, tmp_path / "a", lr=1e30)
+    monkeypatch.setattr("sparsight.training._Checkpoint.due", True)
+    with pytest.raises(SparsightError, match=rf"{failed}the last good checkpoint is .*\.safetensors, after step 1$"):
+        train(store, tmp_path / "b", lr=1e30)
+
+
+def test_progress_shows_rows_and_the_mean_over_the_saes(
+    store: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    folder = train(store, tmp_path, seeds=(0, 1, 2))
+    *_, line = capfd.readouterr().err.splitlines()
+    match = re.fullmatch(rf"{2 * N}/{2 * N} rows, [0-9.]+ rows/s, 0 s left, fvu (\S+), aux 0, l0 4, dead 0", line)
+    assert match is not None, line
+    lasts = [json.loads((path / "training.jsonl").read_text().splitlines()[-1])["fvu"] for path in folder.iterdir()]
+    assert len(set(lasts)) == 3 and float(match[1]) == pytest.approx(sum(lasts) / 3, rel=1e-3)
+
+
+def test_an_empty_store_is_refused(tmp_path: Path) -> None:
+    path = write_store(tmp_path, 16, {SITE: (4,)})
+    array = path / SITE / "zarr.json"
+    size = array.stat().st_size
+    array.write_text(json.dumps(json.loads(array.read_text()) | {"shape": [0, 4]}).ljust(size))
+    with pytest.raises(SparsightError, match=rf"train.zarr: site '{SITE}' holds no activations; extract a split"):
+        train(path, tmp_path / "out")
 
 
 def test_a_constant_site_is_refused(tmp_path: Path) -> None:

@@ -60,7 +60,7 @@ KILLED = {
     "images": "lock",
     "backbone-vit": "out/training.jsonl",
     "extract-vit-train-0": "state/shard-3.json",
-    "sae-topk": "out/training.jsonl",
+    "sae-topk": "state/training.jsonl",
     "pruning-heads": "out/validation.parquet",
 }
 

@@ -1,11 +1,7 @@
-"""Working folders: locks, promotion, stages that are killed and continued."""
+"""Working folders: locks, promotion, interrupted promotion."""
 
-import os
-import signal
 import subprocess
 import sys
-import textwrap
-import time
 from pathlib import Path
 
 import pytest
@@ -79,69 +75,3 @@ def test_atomic_write_leaves_the_old_file_if_writing_fails(tmp_path: Path) -> No
     with pytest.raises(OSError):
         write_atomic(tmp_path / "f", fail)
     assert (tmp_path / "f").read_text() == "old"
-
-
-TRAIN = """
-import sys, time
-from pathlib import Path
-import torch
-from safetensors.torch import save_file
-from sparsight import training
-from sparsight.batches import RowNumbers
-from sparsight.work import Work
-
-training._CHECKPOINT_SECONDS = 0.0
-slow = float(sys.argv[2])
-
-class Loop:
-    def __init__(self):
-        torch.manual_seed(0)
-        self.model = torch.nn.Linear(4, 1)
-        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=0.01)
-    def step(self, rows, progress, generator):
-        time.sleep(slow)
-        x = torch.randn(len(rows), 4, generator=generator) + torch.from_numpy(rows)[:, None] % 7
-        loss = (self.model(x)[:, 0] - x.sum(dim=1)).square().mean()
-        self.optimizer.zero_grad(); loss.backward(); self.optimizer.step()
-        return {"loss": loss}
-    def epoch_end(self):
-        return {"weight": float(self.model.weight.sum())}
-    def state(self):
-        return training.module_state(self.model) | training.optimizer_state(self.optimizer)
-    def restore(self, state):
-        training.restore_module(self.model, state); training.restore_optimizer(self.optimizer, state)
-
-with Work(Path(sys.argv[1]) / "work", "key") as work:
-    loop = Loop()
-    training.train(loop, RowNumbers(103, 10, seed=0), 30, seed=0, work=work)
-    save_file(loop.state(), work.out / "weights.safetensors")
-    work.finish(Path(sys.argv[1]) / "out")
-"""
-
-
-def test_training_killed_again_and_again_gives_the_bytes_of_training_left_alone(tmp_path: Path) -> None:
-    (tmp_path / "train.py").write_text(textwrap.dedent(TRAIN))
-
-    def start(name: str, slow: float) -> subprocess.Popen[bytes]:
-        command = [sys.executable, str(tmp_path / "train.py"), str(tmp_path / name), str(slow)]
-        return subprocess.Popen(command, stderr=subprocess.DEVNULL)
-
-    assert start("undisturbed", 0).wait() == 0
-    for kills in range(2):
-        process = start("killed", 0.03)
-        checkpoint = tmp_path / "killed" / "work" / "state" / "checkpoint.safetensors"
-        seen = checkpoint.stat().st_mtime_ns if checkpoint.exists() else 0
-        while not checkpoint.exists() or checkpoint.stat().st_mtime_ns == seen:
-            assert process.poll() is None, f"finished before kill {kills}"
-            time.sleep(0.02)
-        time.sleep(0.1)
-        os.kill(process.pid, signal.SIGKILL)
-        process.wait()
-        assert not (tmp_path / "killed" / "out").exists()
-    assert start("killed", 0).wait() == 0
-    names = sorted(p.name for p in (tmp_path / "undisturbed" / "out").iterdir())
-    assert names == ["training.jsonl", "weights.safetensors"]
-    for name in names:
-        assert (tmp_path / "killed" / "out" / name).read_bytes() == (
-            tmp_path / "undisturbed" / "out" / name
-        ).read_bytes()

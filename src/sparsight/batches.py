@@ -13,7 +13,7 @@ from collections.abc import Callable, Generator, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -30,6 +30,18 @@ class Batches(Protocol[T_co]):
     """A data set cut into batches, epoch after epoch."""
 
     @property
+    def unit(self) -> str:
+        """What its rows are, for messages."""
+
+    @property
+    def n_rows(self) -> int:
+        """Rows in an epoch."""
+
+    @property
+    def batch_size(self) -> int:
+        """Rows in every batch but the last of an epoch."""
+
+    @property
     def per_epoch(self) -> int:
         """Batches in an epoch."""
 
@@ -39,11 +51,12 @@ class Batches(Protocol[T_co]):
 
 @dataclass(frozen=True)
 class RowNumbers:
-    """Row numbers, int64 (B,), of a data set that is at hand: one permutation an epoch, the tail kept."""
+    """Row numbers, int64 (B,), of images that are at hand: one permutation an epoch, the tail kept."""
 
     n_rows: int
     batch_size: int
     seed: int
+    unit: ClassVar[str] = "images"
 
     @property
     def per_epoch(self) -> int:
@@ -100,6 +113,8 @@ class StoreBatches:
     Raises:
         SparsightError: no rows, sites with different numbers of rows, or memory for less than two chunks.
     """
+
+    unit = "rows"
 
     def __init__(
         self, sites: Mapping[str, Source], batch_size: int, seed: int, memory: int,

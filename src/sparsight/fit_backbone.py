@@ -61,7 +61,8 @@ def fit(
 
     recipe = _recipe(section, backbone, train, val, names, templates)
     steps_seed = derive_seed(seed, "backbone", name)
-    training.train(recipe, RowNumbers(len(train), section.batch_size, steps_seed), section.epochs, steps_seed, work)
+    batches, log_path = RowNumbers(len(train), section.batch_size, steps_seed), work.out / "training.jsonl"
+    training.train(recipe, batches, section.epochs, steps_seed, work.state, log_path)
     with recipe.averaged():
         accuracy = accuracies()
         state = {

@@ -6,6 +6,8 @@ Shapes: B batch, H height, W width, C channels.
 import hashlib
 import json
 import multiprocessing
+import os
+import threading
 from collections import defaultdict
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -265,6 +267,7 @@ class Split:
             batch_size=None,
             num_workers=workers,
             multiprocessing_context=context,
+            worker_init_fn=_end_with_parent,
         )
         for pixels in loader:
             if isinstance(pixels, str):
@@ -292,6 +295,18 @@ class _Windows:
             return torch.from_numpy(self.split.batch(self.windows[number], self.preprocess))
         except SparsightError as error:  # raised here, it would arrive wrapped in a traceback
             return str(error)
+
+
+def _end_with_parent(_: int) -> None:
+    """End this worker when a signal ends its parent: torch watches the fork server, which lives on for its workers."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def wait() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 class Pixels:

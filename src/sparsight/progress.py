@@ -20,7 +20,7 @@ class Progress:
         self.total, self.unit, self.done = total, unit, start
         self._start, self._begin = start, time.monotonic()
         self._said = self._begin
-        self._bar = tqdm(total=total, unit=unit, initial=start) if sys.stderr.isatty() else None
+        self._bar = tqdm(total=total, unit=f" {unit}", initial=start) if sys.stderr.isatty() else None
 
     def __enter__(self) -> "Progress":
         return self

@@ -1,26 +1,35 @@
 """The loop that trains everything: seeded order, JSON-lines log, checkpoints, exact resumption.
 
 Nothing random has a state to save: order and noise are derived from (seed, epoch) and (seed, step). A
-checkpoint is written only where a log line ends, so a resumed run writes the same log.
+checkpoint holds the sums of the log line in progress, so a resumed run writes the same log.
 """
 
 import json
+import signal
+import threading
 import time
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from sparsight.batches import Batches
 from sparsight.errors import SparsightError
-from sparsight.progress import Progress
+from sparsight.progress import Progress, say
 from sparsight.seeds import derive_seed
-from sparsight.work import Work, write_atomic
+from sparsight.work import write_atomic
 
 _CHECKPOINT_SECONDS = 15.0
+_PAUSE = 20  # times what the last checkpoint took, so that writing large states is 5 % of the time at most
 _LOG_LINES = 200
+_POSITION, _SUM = "loop.position", "loop.sum."
 
 
 B_contra = TypeVar("B_contra", contravariant=True)
@@ -30,7 +39,7 @@ B = TypeVar("B")
 class Trainable(Protocol[B_contra]):
     """What the loop needs of the thing it trains."""
 
-    def step(self, batch: B_contra, progress: float, generator: torch.Generator) -> dict[str, torch.Tensor]:
+    def step(self, batch: B_contra, progress: float, generator: torch.Generator) -> dict[str, Tensor]:
         """One optimiser step on ``batch``; ``progress`` in [0, 1) is the share of training done.
 
         ``generator`` is a CPU generator seeded for this step. Returns scalars to log.
@@ -39,70 +48,156 @@ class Trainable(Protocol[B_contra]):
     def epoch_end(self) -> dict[str, float]:
         """Scalars to log after each epoch, e.g. validation accuracy."""
 
-    def state(self) -> dict[str, torch.Tensor]:
+    def state(self) -> dict[str, Tensor]:
         """Every tensor that the next step depends on."""
 
-    def restore(self, state: dict[str, torch.Tensor]) -> None:
+    def restore(self, state: dict[str, Tensor]) -> None:
         """Take over what :meth:`state` returned."""
 
 
-def train(trainable: Trainable[B], batches: Batches[B], epochs: int, seed: int, work: Work) -> None:
-    """Run all epochs, continuing from ``work`` if it holds a checkpoint.
+def train(trainable: Trainable[B], batches: Batches[B], epochs: int, seed: int, state: Path, log_path: Path) -> None:
+    """Run all epochs, continuing from the checkpoint in ``state`` if there is one.
 
-    Writes ``training.jsonl`` to ``work.out``: one line per logging step with the means since the last
-    one, and one per epoch. Raises SparsightError if a logged value is not finite.
+    SIGTERM stops it with status 143 after the step in progress and a checkpoint.
+
+    Args:
+        trainable: what is trained.
+        batches: on what.
+        epochs: passes over the data.
+        seed: of the noise that steps ask for.
+        state: folder of the checkpoint.
+        log_path: the log, which belongs to the checkpoint: one line per logging step with the means since
+            the last one, and one per epoch.
+
+    Raises:
+        SparsightError: a step that is refused, or a mean that is not finite; names the last checkpoint.
     """
-    per_epoch = batches.per_epoch
-    total = per_epoch * epochs
+    per_epoch, total = batches.per_epoch, batches.per_epoch * epochs
     log_every = max(1, total // _LOG_LINES)
-    checkpoint, log_path = work.state / "checkpoint.safetensors", work.out / "training.jsonl"
-    step, log_bytes = 0, 0
-    if checkpoint.exists():
-        state = load_file(checkpoint)
-        step, log_bytes = (int(v) for v in state.pop("loop.position"))
-        trainable.restore(state)
-    with log_path.open("ab") as log, Progress(total, "steps", start=step) as progress:
+    checkpoint = _Checkpoint(state / "checkpoint.safetensors")
+    step = log_bytes = count = 0
+    sums: dict[str, Tensor] = {}
+    if saved := checkpoint.load():
+        step, log_bytes, count = (int(v) for v in saved.pop(_POSITION))
+        sums = {name.removeprefix(_SUM): saved.pop(name) for name in list(saved) if name.startswith(_SUM)}
+        trainable.restore(saved)
+    note = ""
+    with (
+        log_path.open("ab") as log,
+        Progress(_rows(batches, total), batches.unit, start=_rows(batches, step)) as progress,
+        _sigterm_noted() as signals,
+    ):
         log.truncate(log_bytes)
-        sums: dict[str, torch.Tensor] = {}
-        count, saved = 0, time.monotonic()
+        log.seek(log_bytes)
         while step < total:
             epoch = step // per_epoch
             for batch in batches.epoch(epoch, skip=step % per_epoch):
                 generator = torch.Generator().manual_seed(derive_seed(seed, "noise", step))
-                scalars = trainable.step(batch, step / total, generator)
-                step, count = step + 1, count + 1
-                for name, value in scalars.items():
-                    sums[name] = sums[name] + value.detach() if name in sums else value.detach().clone()
+                share, step, count = step / total, step + 1, count + 1
                 last = step % per_epoch == 0
-                if step % log_every == 0 or last:
-                    line: dict[str, Any] = {"step": step, "epoch": round(step / per_epoch, 4)}
-                    line |= {name: value.item() / count for name, value in sums.items()}
-                    _write(log, line)
-                    sums, count = {}, 0
-                    if last and (extra := trainable.epoch_end()):
-                        _write(log, {"step": step, "epoch": step // per_epoch, **extra})
-                    progress(
-                        step - progress.done, ", ".join(f"{k} {v:.4g}" for k, v in line.items() if k not in POSITION)
-                    )
-                    if time.monotonic() - saved > _CHECKPOINT_SECONDS:
-                        log.flush()
-                        position = torch.tensor([step, log.tell()])
-                        state = {**trainable.state(), "loop.position": position}
-                        write_atomic(checkpoint, partial(save_file, state))
-                        saved = time.monotonic()
+                line_ends = step % log_every == 0 or last
+                try:
+                    scalars = trainable.step(batch, share, generator)
+                    sums = {name: value.detach() + sums.get(name, 0) for name, value in scalars.items()}
+                    stop = bool(signals)
+                    save = stop or checkpoint.due
+                    means = _means(sums, count) if line_ends or save else {}
+                except SparsightError as error:
+                    raise SparsightError(f"step {step} of {total}: {error}; {checkpoint}") from None
+                if line_ends:
+                    _write(log, {"step": step, "epoch": round(step / per_epoch, 4), **means})
+                    sums, count, note = {}, 0, _note(means)
+                if last and (extra := trainable.epoch_end()):
+                    _write(log, {"step": step, "epoch": step // per_epoch, **extra})
+                progress(_rows(batches, step) - progress.done, note)
+                if save:
+                    log.flush()
+                    own = {_POSITION: torch.tensor([step, log.tell(), count])}
+                    own |= {f"{_SUM}{name}": value for name, value in sums.items()}
+                    checkpoint.save(step, {**trainable.state(), **own})
+                if stop:
+                    say(f"stopped by SIGTERM after step {step} of {total}; the same command continues there")
+                    raise SystemExit(128 + signal.SIGTERM)
 
 
 POSITION = ("step", "epoch")
 """Keys of a log line that say where it stands."""
 
 
+class _Checkpoint:
+    """The file from which training continues."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self._step = path, 0
+        self._next = time.monotonic() + _CHECKPOINT_SECONDS
+
+    def load(self) -> dict[str, Tensor]:
+        """What :meth:`save` wrote; nothing if there is no file yet."""
+        if not self.path.exists():
+            return {}
+        state = load_file(self.path)
+        self._step = int(state[_POSITION][0])
+        return state
+
+    @property
+    def due(self) -> bool:
+        return time.monotonic() > self._next
+
+    def save(self, step: int, state: dict[str, Tensor]) -> None:
+        begin = time.monotonic()
+        write_atomic(self.path, partial(save_file, state))
+        self._step, end = step, time.monotonic()
+        self._next = end + max(_CHECKPOINT_SECONDS, _PAUSE * (end - begin))
+
+    def __str__(self) -> str:
+        if self._step == 0:
+            return "no checkpoint was written before"
+        return f"the last good checkpoint is {self.path}, after step {self._step}"
+
+
+@contextmanager
+def _sigterm_noted() -> Iterator[list[int]]:
+    """Inside ``with``, SIGTERM does no more than to grow this list. Only a main thread may handle signals."""
+    noted: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield noted
+        return
+    before = signal.signal(signal.SIGTERM, lambda number, _: noted.append(number))
+    try:
+        yield noted
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _rows(batches: Batches[Any], step: int) -> int:
+    """Rows that so many steps have seen."""
+    epochs, steps = divmod(step, batches.per_epoch)
+    return epochs * batches.n_rows + steps * batches.batch_size
+
+
+def _means(sums: Mapping[str, Tensor], count: int) -> dict[str, float]:
+    means = {name: value.item() / count for name, value in sums.items()}
+    for name, value in means.items():
+        if not np.isfinite(value):
+            raise SparsightError(
+                f"{name} {value} (mean of {count} steps); lower lr, or look for extreme values in the inputs"
+            )
+    return means
+
+
+def _note(means: Mapping[str, float]) -> str:
+    """A log line for the eye: of what several SAEs have (``topk-s0.fvu``, ``topk-s1.fvu``) their mean."""
+    values: dict[str, list[float]] = defaultdict(list)
+    for name, value in means.items():
+        values[name.rpartition(".")[2]].append(value)
+    return ", ".join(f"{name} {np.mean(same):.4g}" for name, same in values.items())
+
+
 def _write(log: Any, line: dict[str, Any]) -> None:
-    if not all(np.isfinite(value) for value in line.values()):
-        raise SparsightError(f"training diverged at {line}; lower lr, or look for extreme values in the inputs")
     log.write((json.dumps(line) + "\n").encode())
 
 
-def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """The optimiser's tensors under flat names, for safetensors."""
     return {
         f"optimizer.{index}.{name}": value
@@ -111,7 +206,7 @@ def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]
     }
 
 
-def restore_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, torch.Tensor]) -> None:
+def restore_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Tensor]) -> None:
     """Take over what :func:`optimizer_state` returned."""
     plain = optimizer.state_dict()
     plain["state"] = {}
@@ -122,12 +217,12 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, torch.T
     optimizer.load_state_dict(plain)
 
 
-def module_state(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+def module_state(module: torch.nn.Module) -> dict[str, Tensor]:
     """A module's parameters and buffers under flat names beside those of the optimiser."""
     return {f"module.{name}": value.contiguous() for name, value in module.state_dict().items()}
 
 
-def restore_module(module: torch.nn.Module, state: dict[str, torch.Tensor]) -> None:
+def restore_module(module: torch.nn.Module, state: dict[str, Tensor]) -> None:
     """Take over what :func:`module_state` returned."""
     module.load_state_dict({k.removeprefix("module."): v for k, v in state.items() if k.startswith("module.")})
 

@@ -44,7 +44,8 @@ def fit(
     policy = HeadPolicy(backbone.d_in, backbone.n_heads, blocks).to(backbone.device)
     loop = _Training(section, policy, backbone, Pixels(train, backbone.preprocess, threads), val, mean_PD, std_PD)
     seed = derive_seed(seed, "policy", name)
-    training.train(loop, RowNumbers(len(train), section.batch_size, seed), section.epochs, seed, work)
+    batches, log_path = RowNumbers(len(train), section.batch_size, seed), work.out / "training.jsonl"
+    training.train(loop, batches, section.epochs, seed, work.state, log_path)
     folded = loop.folded()
     about = {"name": name, "backbone": section.backbone, "training": dataclasses.asdict(section), "record": record}
     folded.save(work.out, **about)

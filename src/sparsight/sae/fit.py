@@ -43,8 +43,13 @@ def fit(
         labels: int (N,), the class of every stored image; used where the section has a PASS term.
 
     Raises:
-        SparsightError: a site the store does not hold, or activations that are not finite.
+        SparsightError: a site the store does not hold, no activations, such that are constant or not finite, or
+            training that diverges.
     """
+    rows = {site: store.rows(site) for site in section.places}
+    for site, own in rows.items():
+        if len(own) == 0:
+            raise SparsightError(f"{store.path}: site {site!r} holds no activations; extract a split that has images")
     names = [f"{name}-s{number}" for number in section.seeds]
     chain, seen = _chain(section, store, device) if section.sites else (None, _moments(store, section.places[0]))
     grid: dict[str, tuple[str, SAE]] = {}
@@ -54,16 +59,17 @@ def fit(
             folder = f"{one}/{site}" if chain else one
             mean, scale = seen[site]
             one_sae = _create(section, len(mean), derive_seed(seed, "sae", folder, "init")).to(device)
+            one_sae.about["name"] = folder  # what errors call it
             one_sae.start(one_sae.d_in)  # E||x - mean||^2 of the scaled activations
             one_sae.set_center(mean / scale)
             grid[folder] = site, one_sae
     order = derive_seed(seed, "sae", name)
-    rows = {site: store.rows(site) for site in section.places}
     batches = StoreBatches(rows, section.batch_size, order, section.memory_mb * 2**20, device=device)
     scales = {site: scale for site, (_, scale) in seen.items()}
     inputs = _Inputs(store, chain, scales, labels if section.prototype_weight else None)
-    training.train(_Training(section, grid, inputs), batches, section.epochs, order, work)
-    _split_log(work.out, grid)
+    log_path = work.state / "training.jsonl"  # of all; kept beside the checkpoint that it belongs to
+    training.train(_Training(section, grid, inputs), batches, section.epochs, order, work.state, log_path)
+    _split_log(log_path, work.out, grid)
     about = {
         "backbone": section.backbone,
         "tokens": store.tokens,
@@ -98,7 +104,6 @@ def _moments(store: ActivationStore, site: str) -> _Statistics:
     Raises:
         SparsightError: activations that are constant or not finite.
     """
-    store.rows(site)  # complains about a site that is not there
     about = store.manifest["sites"][site]
     mean = np.array(about["mean"])
     variance = about["rms"] ** 2 - float(np.square(mean).mean())
@@ -107,16 +112,14 @@ def _moments(store: ActivationStore, site: str) -> _Statistics:
     return {site: (mean, float(np.sqrt(variance)))}
 
 
-def _split_log(out: Path, names: Iterable[str]) -> None:
+def _split_log(joint: Path, out: Path, names: Iterable[str]) -> None:
     """Give each SAE the lines about it: ``<name>/training.jsonl`` from the log of all."""
-    joint = out / "training.jsonl"
     lines = [json.loads(line) for line in joint.read_text().splitlines()]
     for name in names:
         (out / name).mkdir(exist_ok=True, parents=True)
         own = [{key.removeprefix(f"{name}."): value for key, value in line.items() if key in training.POSITION
                 or key.startswith(f"{name}.")} for line in lines]  # fmt: skip
         (out / name / "training.jsonl").write_text("".join(json.dumps(line) + "\n" for line in own))
-    joint.unlink()
 
 
 class _Inputs:
