@@ -18,10 +18,13 @@ def main() -> None:
     metrics, pruning = read("metrics.json"), read("pruning/heads/metrics.json")
     policy, unpruned = pruning["policy"], pruning["unpruned"]["accuracy"]
     worst_fvu = max(metrics[f"sae.topk-s{seed}.fvu"] for seed in (0, 1, 2))
+    online_loss = metrics["backbone.vit.accuracy"] - metrics["chain.resae-s0.accuracy_online"]
     bars = [
         ("ViT accuracy at least 0.95", metrics["backbone.vit.accuracy"], metrics["backbone.vit.accuracy"] >= 0.95),
         ("worst TopK FVU under 0.3", worst_fvu, worst_fvu < 0.3),
         ("Switch FVU under 0.3", metrics["sae.switch-s0.fvu"], metrics["sae.switch-s0.fvu"] < 0.3),
+        ("ReSAE FVU, mean over sites, under 0.3", metrics["chain.resae-s0.fvu"], metrics["chain.resae-s0.fvu"] < 0.3),
+        ("ReSAE online within 0.03 of the untouched model", -online_loss, online_loss <= 0.03),
         ("policy within 0.03 of unpruned", policy["accuracy"] - unpruned, unpruned - policy["accuracy"] <= 0.03),
         ("all-block usage at most 0.7", policy["usage_all"], policy["usage_all"] <= 0.7),
         ("policy is not static", pruning["distinct_masks_last"], not pruning["static_policy"]),

@@ -36,7 +36,7 @@ def train(store: Path, folder: Path, **options: Any) -> Path:
     section = config.Sae(**{**values, **options})
     with Work(folder / "work", "key") as work:
         opened = ActivationStore.open(store)
-        labels = np.arange(len(opened.rows(opened.sites[0]))) % 3
+        labels = np.arange(len(opened.rows(opened.sites[0]))) % 3 if section.prototype_weight else None
         fit(section, opened, labels, "grid", 0, work, torch.device("cpu"), {})
         work.finish(folder / "saes")
     return folder / "saes"

@@ -96,35 +96,55 @@ def test_stopped_by_sigterm_in_any_step_it_continues_with_the_next(
 def test_a_second_sigterm_while_the_checkpoint_is_written_does_no_harm(
     undisturbed: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def interrupted(state: dict[str, torch.Tensor], path: Path) -> None:
-        Path(path).write_bytes(b"half of it")
+    def impatient(state: dict[str, torch.Tensor], path: Path) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
         save_file(state, path)
 
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
-        patch.setattr(training, "save_file", interrupted)
+        patch.setattr(training, "save_file", impatient)
         train(Loop(terminate_in(7)), tmp_path)
     loop = Loop()
     train(loop, tmp_path)
     assert loop.steps[0] == 8 and result(loop, tmp_path) == undisturbed
 
 
+def test_killed_while_a_checkpoint_is_written_it_continues_from_the_one_before(
+    undisturbed: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def half(state: dict[str, torch.Tensor], path: Path) -> None:
+        Path(path).write_bytes(b"half of it")
+        raise KeyboardInterrupt
+
+    def due(step: int) -> None:
+        patch.setattr(training._Checkpoint, "due", step % 8 == 0)
+        patch.setattr(training, "save_file", half if step == 16 else save_file)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        train(Loop(due), tmp_path)
+    loop = Loop()
+    train(loop, tmp_path)
+    assert loop.steps[0] == 9 and result(loop, tmp_path) == undisturbed
+
+
 def test_interrupted_between_checkpoints_it_repeats_the_steps_since_the_last(
     undisturbed: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupt(step: int) -> None:
-        monkeypatch.setattr(training._Checkpoint, "due", step % 8 == 0)
+        patch.setattr(training._Checkpoint, "due", step % 8 == 0)
         if step == last:
             raise KeyboardInterrupt
 
-    for first, last in ((1, 7), (1, 21), (17, 30), (25, 300)):
-        loop = Loop(interrupt)
-        with pytest.raises(KeyboardInterrupt):
-            train(loop, tmp_path)
-        assert loop.steps == list(range(first, last + 1))
+    with monkeypatch.context() as patch:
+        for first, last in ((1, 7), (1, 21), (17, 30), (25, 309)):
+            loop = Loop(interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                train(loop, tmp_path)
+            assert loop.steps == list(range(first, last + 1))
+    with pytest.raises(SystemExit):
+        train(Loop(terminate_in(305)), tmp_path)  # before it has written a line where the log was cut
     loop = Loop()
     train(loop, tmp_path)
-    assert loop.steps[0] == 297 and result(loop, tmp_path) == undisturbed
+    assert loop.steps[0] == 306 and result(loop, tmp_path) == undisturbed
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ for GRID in RUN.saes:
         threads: THREADS
         params:
             name=GRID,
-            out=f"{R}/saes",
+            out=subpath(output[0], ancestor=2 + RUN.grids[GRID][0].count("/")),
             work=f"{R}/.work/sae-{GRID}",
             flags=flags(RUN.saes[GRID]),
         shell:
@@ -83,7 +83,7 @@ for CHAIN, SECTION in RUN.chains.items():
         threads: THREADS
         params:
             name=CHAIN,
-            out=f"{R}/saes/{CHAIN}",
+            out=subpath(output[0], parent=True),
             work=f"{R}/.work/evaluate-{CHAIN}",
             flags=flags(),
         shell:

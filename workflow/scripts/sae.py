@@ -13,7 +13,8 @@ def main(job: stage.Stage) -> None:
     from sparsight.store import ActivationStore
 
     device = job.device
-    store, labels = ActivationStore.open(job.inputs["store"]), Manifest(job.inputs["images"]).split("train").labels
+    store = ActivationStore.open(job.inputs["store"])
+    labels = Manifest(job.inputs["images"]).split("train").labels if job.config.prototype_weight else None
     fit(job.config, store, labels, job.name, job.seed, job.work, device, job.record())
 
 
@@ -22,6 +23,6 @@ if __name__ == "__main__":
         main,
         __doc__,
         Sae,
-        images="manifest.parquet of the images stage",
+        images="manifest.parquet of the images stage; read for the labels of a PASS term only",
         store="train.json, the manifest of the train split's store",
     )

@@ -29,7 +29,7 @@ _Statistics = dict[str, tuple[np.ndarray, float]]
 
 
 def fit(
-    section: config.Sae, store: ActivationStore, labels: np.ndarray, name: str, seed: int, work: Work,
+    section: config.Sae, store: ActivationStore, labels: np.ndarray | None, name: str, seed: int, work: Work,
     device: torch.device, record: dict[str, Any],
 ) -> None:  # fmt: skip
     """Train the SAEs of a section, one per seed (and site of a chain), on one reading of a store.
@@ -40,7 +40,7 @@ def fit(
     an SAE sees is scaled to unit variance per dimension while training; the scale is folded into the saved weights.
 
     Args:
-        labels: int (N,), the class of every stored image; used where the section has a PASS term.
+        labels: int (N,), the class of every stored image, for the PASS term of a section that has one.
 
     Raises:
         SparsightError: a site the store does not hold, no activations, such that are constant or not finite, or
@@ -66,7 +66,7 @@ def fit(
     order = derive_seed(seed, "sae", name)
     batches = StoreBatches(rows, section.batch_size, order, section.memory_mb * 2**20, device=device)
     scales = {site: scale for site, (_, scale) in seen.items()}
-    inputs = _Inputs(store, chain, scales, labels if section.prototype_weight else None)
+    inputs = _Inputs(store, chain, scales, labels)
     log_path = work.state / "training.jsonl"  # of all; kept beside the checkpoint that it belongs to
     training.train(_Training(section, grid, inputs), batches, section.epochs, order, work.state, log_path)
     _split_log(log_path, work.out, grid)
