@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ.setdefault("GOMP_SPINCOUNT", "20000")  # as the stages do
 os.environ.setdefault("TRITON_INTERPRET", "1")  # the kernels of the CUDA backend, on CPU tensors
 
 import numpy as np
