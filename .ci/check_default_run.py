@@ -19,8 +19,10 @@ def main() -> None:
     policy, unpruned = pruning["policy"], pruning["unpruned"]["accuracy"]
     worst_fvu = max(metrics[f"sae.topk-s{seed}.fvu"] for seed in (0, 1, 2))
     online_loss = metrics["backbone.vit.accuracy"] - metrics["chain.resae-s0.accuracy_online"]
+    clip = metrics["backbone.clip.accuracy"]
     bars = [
         ("ViT accuracy at least 0.95", metrics["backbone.vit.accuracy"], metrics["backbone.vit.accuracy"] >= 0.95),
+        ("image-text model between 0.6 and 0.95: steering has something to do", clip, 0.6 <= clip <= 0.95),
         ("worst TopK FVU under 0.3", worst_fvu, worst_fvu < 0.3),
         ("Switch FVU under 0.3", metrics["sae.switch-s0.fvu"], metrics["sae.switch-s0.fvu"] < 0.3),
         ("ReSAE FVU, mean over sites, under 0.3", metrics["chain.resae-s0.fvu"], metrics["chain.resae-s0.fvu"] < 0.3),
