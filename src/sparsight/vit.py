@@ -18,7 +18,7 @@ from sparsight import attention, sites
 from sparsight.attention import HeadMode
 from sparsight.errors import SparsightError
 from sparsight.families import Tower, timm_tower
-from sparsight.images import Preprocess
+from sparsight.preprocess import Preprocess
 
 
 class BlockPolicy(Protocol):
