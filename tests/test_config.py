@@ -4,6 +4,7 @@ import argparse
 import copy
 import dataclasses
 import shlex
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import yaml
 from conftest import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
+from snakemake.utils import update_config
 
 from sparsight import schema
 from sparsight.config import Activations, Backbone, Compute, Images, Policy, Pruning, Report, Sae, Steering
@@ -33,6 +35,14 @@ def changed(path: str, value: Any) -> dict[str, Any]:
 
 def test_default_configuration_is_valid_and_names_its_saes() -> None:
     assert list(load_run(PARAMS).sae_names) == ["topk-s0", "topk-s1", "topk-s2", "switch-s0"]
+
+
+@pytest.mark.parametrize("overlay", sorted((ROOT / "experiments").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_experiment_is_valid_laid_over_the_default_configuration(overlay: Path, tmp_path: Path) -> None:
+    config = copy.deepcopy(PARAMS)
+    update_config(config, yaml.safe_load(overlay.read_text()))
+    config["images"]["path"] = str(tmp_path)  # the data may be elsewhere
+    assert load_run(config).run == overlay.stem
 
 
 @pytest.mark.parametrize(

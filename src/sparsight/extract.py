@@ -125,8 +125,8 @@ def _plan(backbone: Backbone, section: Activations, n_images: int) -> Plan:
     if section.tokens == "cls" and not backbone.class_positions:
         raise SparsightError("activations.tokens: the backbone has no class token; use patches, all or mean")
     n_tokens = {"patches": backbone.n_patches, "all": backbone.n_prefix + backbone.n_patches}.get(section.tokens)
-    d = backbone.d_in
-    shapes = {site: (d,) if n_tokens is None or site == "embedding" else (n_tokens, d) for site in section.sites}
+    token = (backbone.d_in,) if n_tokens is None else (n_tokens, backbone.d_in)
+    shapes = {site: (backbone.d_embedding,) if site == "embedding" else token for site in section.sites}
     return Plan(n_images, shapes, section.dtype, shard_size(n_images, section.shard_images))
 
 

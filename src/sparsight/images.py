@@ -225,9 +225,9 @@ class Split:
             place[:] = preprocess.pixels(self._picture(row, reader))
 
         def begin(rows: Rows) -> tuple[np.ndarray, Iterator[None]]:
-            numbers = np.arange(len(self))[rows]
+            numbers = range(len(self))[rows] if isinstance(rows, slice) else rows.tolist()
             pixels = np.empty((len(numbers), *preprocess.size, preprocess.channels), np.uint8)
-            return pixels, pool.map(put, numbers.tolist(), pixels)
+            return pixels, pool.map(put, numbers, pixels)
 
         with ThreadPoolExecutor(threads) as pool:
             begun = map(begin, windows)

@@ -106,8 +106,8 @@ def _check_links(run: Run) -> None:
             )
     for name, backbone in run.backbones.items():
         for site in run.activations.sites:
-            if "depth" in backbone.architecture:
-                sites.check(site, backbone.architecture["depth"], f"activations.sites (backbone {name!r})")
+            if backbone.depth is not None:
+                sites.check(site, backbone.depth, f"activations.sites (backbone {name!r})")
     for name, section in run.saes.items():
         known(section.backbone, run.backbones, f"saes.{name}.backbone")
         known(section.site, run.activations.sites, f"saes.{name}.site")
@@ -121,7 +121,7 @@ def _check_links(run: Run) -> None:
                 f"steering.{name}.latents: {steering.latents} latents and as many random others do not fit into "
                 f"d_sae = {section.d_sae}; lower latents"
             )
-        depth = run.backbones[section.backbone].architecture.get("depth")
+        depth = run.backbones[section.backbone].depth
         if depth is not None and section.site != f"blocks.{depth - 1}.input":
             raise SparsightError(
                 f"steering.{name}.sae: {steering.sae!r} reads {section.site!r}, but heads are steered at the last "

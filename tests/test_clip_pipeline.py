@@ -1,0 +1,48 @@
+"""The whole pipeline through Snakemake on an open_clip model, which classifies by prompts."""
+
+import json
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import zarr
+from conftest import ROOT, make_folder, snakemake, workspace
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The results of a run."""
+    folder = workspace(tmp_path_factory.mktemp("clip"), ROOT / "tests" / "tiny-clip.yaml")
+    make_folder(folder / "images", per_class=60)
+    done = snakemake(folder, "--cores", "2")
+    assert done.returncode == 0, done.stderr[-5000:]
+    return folder / "results" / "tiny"
+
+
+def test_every_stage_classifies_by_the_same_prompts(run: Path) -> None:
+    about = json.loads((run / "backbones" / "clip" / "config.json").read_text())
+    accuracy = about["accuracy"]["test"]["accuracy"]
+    assert accuracy > 0.8 and about["templates"] == ["a photo of a {}.", "one {}."]
+    assert 0 <= about["accuracy"]["test_held_out"]["accuracy"] <= 1
+    assert json.loads((run / "saes" / "topk-s0" / "metrics.json").read_text())["accuracy_untouched"] == accuracy
+    assert json.loads((run / "pruning" / "heads" / "metrics.json").read_text())["unpruned"]["accuracy"] == accuracy
+    steering = pq.read_table(run / "steering" / "class-latents-s0.parquet").to_pylist()
+    (none,) = (row for row in steering if row["method"] == "none" and row["split"] == "test")
+    assert none["accuracy"] == accuracy
+
+
+def test_heads_of_the_image_tower_are_pruned_and_timed(run: Path) -> None:
+    overall = pq.read_table(run / "pruning" / "heads" / "overall.parquet").to_pylist()
+    assert {row["strategy"] for row in overall} >= {"none", "class-latents", "random-latents", "logit-bias"}
+    assert all(0 <= row["usage_all"] <= 1 and row["macs"] > 0 for row in overall)
+    metrics = json.loads((run / "pruning" / "heads" / "metrics.json").read_text())
+    assert metrics["gathered_against_masked"]["max_abs_logit_difference"] < 1e-3
+    timings = json.loads((run / "timings.json").read_text())
+    assert [row["kept"] for row in timings["heads"]["clip"]] == list(range(7))
+
+
+def test_the_report_shows_the_model_and_its_saes(run: Path) -> None:
+    assert zarr.open_group(run / "activations" / "clip" / "test.zarr", mode="r")["embedding"].shape == (24, 24)
+    page = (run / "report" / "index.html").read_text()
+    for name in ("open_clip/ViT-B-32", "topk-s0", "switch-s0", "bright", "dark"):
+        assert name in page
