@@ -14,9 +14,10 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The results of a run."""
     folder = workspace(tmp_path_factory.mktemp("clip"), ROOT / "tests" / "tiny-clip.yaml")
     make_folder(folder / "images", per_class=60)
-    done = snakemake(folder, "--cores", "2")
+    results = Path("results", "tiny")
+    done = snakemake(folder, "--cores", "2", str(results / "report" / "index.html"), str(results / "metrics.json"))
     assert done.returncode == 0, done.stderr[-5000:]
-    return folder / "results" / "tiny"
+    return folder / results
 
 
 def test_every_stage_classifies_by_the_same_prompts(run: Path) -> None:
@@ -31,18 +32,16 @@ def test_every_stage_classifies_by_the_same_prompts(run: Path) -> None:
     assert none["accuracy"] == accuracy
 
 
-def test_heads_of_the_image_tower_are_pruned_and_timed(run: Path) -> None:
+def test_heads_of_the_image_tower_are_pruned(run: Path) -> None:
     overall = pq.read_table(run / "pruning" / "heads" / "overall.parquet").to_pylist()
     assert {row["strategy"] for row in overall} >= {"none", "class-latents", "random-latents", "logit-bias"}
     assert all(0 <= row["usage_all"] <= 1 and row["macs"] > 0 for row in overall)
     metrics = json.loads((run / "pruning" / "heads" / "metrics.json").read_text())
     assert metrics["gathered_against_masked"]["max_abs_logit_difference"] < 1e-3
-    timings = json.loads((run / "timings.json").read_text())
-    assert [row["kept"] for row in timings["heads"]["clip"]] == list(range(7))
 
 
-def test_the_report_shows_the_model_and_its_saes(run: Path) -> None:
+def test_the_report_shows_the_model_and_its_sae(run: Path) -> None:
     assert zarr.open_group(run / "activations" / "clip" / "test.zarr", mode="r")["embedding"].shape == (24, 24)
     page = (run / "report" / "index.html").read_text()
-    for name in ("open_clip/ViT-B-32", "topk-s0", "switch-s0", "bright", "dark"):
+    for name in ("open_clip/ViT-B-32", "topk-s0", "bright", "dark"):
         assert name in page

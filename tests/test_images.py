@@ -2,6 +2,8 @@
 
 import hashlib
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +62,15 @@ def test_splits_of_the_folder_are_kept(tmp_path: Path) -> None:
     m = manifest(tmp_path / "images", tmp_path / "m.parquet")
     assert all("/test/" in uri for uri in m.split("test").uris(slice(None)))
     assert len(m.split("test")) == 20 and len(m.split("val")) == 2, "val is drawn from train"
+
+
+def test_images_are_listed_and_checked_without_torch(tmp_path: Path) -> None:
+    make_folder(tmp_path / "images")
+    code = "import sys; from pathlib import Path; from sparsight import config; from sparsight.images import *\n"
+    code += "write_manifest(config.Images('folder', sys.argv[1]), 0, {}, 2, Path(sys.argv[2]))\n"
+    code += "print('torch' in sys.modules)"
+    command = [sys.executable, "-c", code, str(tmp_path / "images"), str(tmp_path / "m.parquet")]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "False\n"
 
 
 def test_corrupt_image_is_named(tmp_path: Path) -> None:
