@@ -20,6 +20,9 @@ from sparsight.errors import SparsightError
 from sparsight.run import load_run
 
 PARAMS = yaml.safe_load((ROOT / "params.yaml").read_text())
+CLIP = {
+    "model": "open_clip/ViT-B-32", "architecture": {"vision.layers": 4}, "epochs": 1, "training": "contrastive",
+}  # fmt: skip
 SECTIONS = [Compute, Images, Backbone, Activations, Sae, Policy, Steering, Pruning, Report]
 
 
@@ -61,6 +64,7 @@ def test_every_experiment_is_valid_laid_over_the_default_configuration(overlay: 
         ("saes/topk/backbone", "vti", "saes.topk.backbone: there is no 'vti'; known: vit"),
         ("activations/sites", ["blocks.five.input"], "'blocks.five.input' is no site"),
         ("activations/sites", ["blocks.6.input"], "'blocks.6.input' does not exist; the blocks are numbered 0 to 5"),
+        ("backbones/vit", CLIP, "'blocks.5.input' does not exist; the blocks are numbered 0 to 3"),
         ("backbones/vit/weights", "nowhere.safetensors", "backbones.vit.weights: there is no file"),
         ("backbones/vit/epochs", 0, "backbones.vit.epochs: random weights need training"),
         ("steering/class-latents/sae", "topk-s0", "steering.class-latents.sae: there is no 'topk-s0'; known: topk"),
