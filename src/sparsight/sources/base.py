@@ -15,6 +15,8 @@ from PIL import Image, ImageOps
 SPLITS = ("train", "val", "test")
 MAX_PIXELS = 200_000_000
 """Pictures with more pixels are taken for damaged or hostile files and refused before they are decoded."""
+_BAND = 128
+"""Rows that are copied out of Pillow at a time; np.array would fill as much memory twice more."""
 Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit warns at a number of its own; the one above decides
 
 
@@ -93,13 +95,20 @@ def decode_file(data: bytes) -> np.ndarray:
         if image.width * image.height > MAX_PIXELS:
             raise ValueError(f"{image.width} x {image.height} pixels, more than {MAX_PIXELS:,}")
         image.load()
-        image = ImageOps.exif_transpose(image)
+        ImageOps.exif_transpose(image, in_place=True)
     except (OSError, ValueError):
         raise
     except Exception as error:  # Pillow's plugins raise whatever they stumble on in a damaged file
         raise OSError(None, f"{type(error).__name__}: {error}") from None
-    pixels = np.array(_eight_bit(image))
-    return pixels[:, :, None] if pixels.ndim == 2 else pixels
+    return _array(_eight_bit(image))
+
+
+def _array(image: Image.Image) -> np.ndarray:
+    pixels = np.empty((image.height, image.width, len(image.getbands())), np.uint8)
+    for top in range(0, image.height, _BAND):
+        band = image.crop((0, top, image.width, min(top + _BAND, image.height)))
+        pixels[top : top + _BAND] = np.asarray(band).reshape(band.height, image.width, -1)
+    return pixels
 
 
 def _eight_bit(image: Image.Image) -> Image.Image:
