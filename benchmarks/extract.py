@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,8 @@ from sparsight import backbones, config, machine
 from sparsight.backbones import Backbone
 from sparsight.config import Compute
 from sparsight.extract import extract, precision
-from sparsight.images import Manifest, Preprocess, Split, write_manifest
+from sparsight.images import Manifest, Split, write_manifest
+from sparsight.preprocess import Preprocess
 from sparsight.sources.packaged import Mnist5000
 from sparsight.stage import prepare_torch
 from sparsight.windows import in_order
@@ -51,7 +52,7 @@ class Decoded(Split):
         super().__init__(Mnist5000(), names, names, np.zeros(len(pixels), np.int32), ["only"])
         object.__setattr__(self, "pixels", pixels)
 
-    def stream(self, windows: list[slice], *_: Any) -> Iterator[np.ndarray]:
+    def stream(self, windows: Sequence[Any], *_: Any) -> Iterator[np.ndarray]:
         """The batches, from memory."""
         return iter([self.pixels[rows] for rows in windows])  # type: ignore[attr-defined]
 
@@ -131,7 +132,7 @@ def decode(compute: Compute) -> None:
         waits: list[float] = []
         stream = Split.stream
 
-        def timed(self: Split, windows: list[slice], preprocess: Preprocess, *rest: int) -> Iterator[np.ndarray]:
+        def timed(self: Split, windows: Sequence[Any], preprocess: Preprocess, *rest: int) -> Iterator[np.ndarray]:
             batches = stream(self, windows, preprocess, *rest)
             while True:
                 begin = time.perf_counter()

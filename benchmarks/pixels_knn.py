@@ -10,7 +10,8 @@ import numpy as np
 import torch
 
 from sparsight.config import Compute
-from sparsight.images import Manifest, Preprocess, Split
+from sparsight.images import Manifest, Split
+from sparsight.preprocess import Preprocess
 from sparsight.stage import prepare_torch
 from sparsight.statistics import wilson
 

@@ -62,12 +62,12 @@ def make_folder(path: Path, per_class: int = 12, size: int = 16) -> Path:
     return path
 
 
-def workspace(path: Path) -> Path:
-    """A folder in which snakemake runs as in the repository, with results of its own."""
+def workspace(path: Path, overlay: Path = TINY) -> Path:
+    """A folder in which snakemake runs ``overlay`` as in the repository, with results of its own."""
     path.mkdir(parents=True, exist_ok=True)
     for name in ("Snakefile", "workflow", "profiles", "src", "params.yaml"):
         (path / name).symlink_to(ROOT / name)
-    shutil.copy(TINY, path / "tiny.yaml")
+    shutil.copy(overlay, path / "tiny.yaml")
     return path
 
 

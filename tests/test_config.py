@@ -20,6 +20,9 @@ from sparsight.errors import SparsightError
 from sparsight.run import load_run
 
 PARAMS = yaml.safe_load((ROOT / "params.yaml").read_text())
+CLIP = {
+    "model": "open_clip/ViT-B-32", "architecture": {"vision.layers": 4}, "epochs": 1, "training": "contrastive",
+}  # fmt: skip
 SECTIONS = [Compute, Images, Backbone, Activations, Sae, Policy, Steering, Pruning, Report]
 
 
@@ -38,6 +41,14 @@ def test_default_configuration_is_valid_and_names_its_saes() -> None:
     assert list(run.sae_names) == [*(f"topk-s{i}" for i in range(3)), "switch-s0", *(f"final-s{i}" for i in range(3))]
     assert list(run.chains) == ["resae-s0", "plain-s0"]
     assert run.grids["plain"] == [f"plain-s0/blocks.{i}.input" for i in (1, 3, 5)]
+
+
+@pytest.mark.parametrize("overlay", sorted((ROOT / "experiments").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_experiment_is_valid_laid_over_the_default_configuration(overlay: Path, tmp_path: Path) -> None:
+    config = copy.deepcopy(PARAMS)
+    update_config(config, yaml.safe_load(overlay.read_text()))
+    config["images"]["path"] = str(tmp_path)  # the data may be elsewhere
+    assert load_run(config).run == overlay.stem
 
 
 @pytest.mark.parametrize(
@@ -75,6 +86,7 @@ def test_default_configuration_is_valid_and_names_its_saes() -> None:
         ("steering/class-latents/sae", "resae", "'resae' is a chain; steering takes an SAE of one site"),
         ("activations/sites", ["blocks.five.input"], "'blocks.five.input' is no site"),
         ("activations/sites", ["blocks.6.input"], "'blocks.6.input' does not exist; the blocks are numbered 0 to 5"),
+        ("backbones/vit", CLIP, "'blocks.5.input' does not exist; the blocks are numbered 0 to 3"),
         ("backbones/vit/weights", "nowhere.safetensors", "backbones.vit.weights: there is no file"),
         ("backbones/vit/epochs", 0, "backbones.vit.epochs: random weights need training"),
         ("steering/class-latents/sae", "topk-s0", "steering.class-latents.sae: there is no 'topk-s0'; known: topk"),

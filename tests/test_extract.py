@@ -11,7 +11,7 @@ import pytest
 import zarr
 from conftest import make_backbone, make_folder
 
-from sparsight import config
+from sparsight import backbones, config
 from sparsight.config import Compute
 from sparsight.errors import SparsightError
 from sparsight.extract import extract
@@ -83,10 +83,24 @@ def test_every_value_read_with_plain_zarr_is_the_model_s_own(split: Split, tmp_p
         np.testing.assert_allclose(group[site][:], expected.numpy(), atol=1e-5)
 
 
+def test_an_embedding_of_another_width_than_the_residual_stream_is_stored(split: Split, tmp_path: Path) -> None:
+    sizes = {"vision.image_size": 16, "vision.patch_size": 8, "vision.width": 24, "vision.head_width": 8}
+    small = {"vision.layers": 2, "vision.attn_pooler_heads": 2, "text.width": 16, "text.heads": 2, "text.layers": 1}
+    backbone = backbones.load("open_clip/coca_ViT-B-32", None, embed_dim=16, **sizes, **small)
+    section = config.Activations(sites=("blocks.1.input", "embedding"), batch_size=8)
+    with Work(tmp_path / "work", "key") as work:
+        extract(backbone, split, section, Compute(), work, tmp_path / "train.zarr", 0, {})
+        work.finish(tmp_path)
+    group = zarr.open_group(finish(tmp_path), mode="r")
+    assert group["blocks.1.input"].shape == (len(split), 24) and group["embedding"].shape == (len(split), 16)
+
+
 @pytest.mark.parametrize(("parts", "workers"), [(1, 1), (1, 2), (3, 0), (3, 1), (3, 2), (8, 0), (8, 1), (8, 2)])
 def test_parts_and_workers_change_no_byte(
-    split: Split, reference: dict[str, bytes], tmp_path: Path, parts: int, workers: int
+    split: Split, reference: dict[str, bytes], tmp_path: Path, parts: int, workers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    if workers:
+        monkeypatch.setattr(Split, "_picture", None)  # this process decodes nothing
     assert sum(name.startswith("train.zarr/embedding/c/") for name in reference) >= 24
     store = make_store(split, tmp_path, Compute(workers=workers), parts=parts)
     assert contents(store.parent) == reference

@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,10 @@ from PIL import Image
 
 from sparsight import config
 from sparsight.errors import SparsightError
-from sparsight.images import Manifest, Preprocess, write_manifest
+from sparsight.images import Manifest, write_manifest
+from sparsight.preprocess import Preprocess
 from sparsight.sources import SOURCES, Source
-from sparsight.sources.base import open_image
+from sparsight.sources.base import decode_file
 
 Expected = dict[str, tuple[str, str | None]]
 RGB = Preprocess((8, 8), 3, (0.5,) * 3, (0.5,) * 3)
@@ -31,6 +33,10 @@ def picture(seed: int, size: tuple[int, int] = (8, 8), form: str = "PNG", **opti
     pixels = np.random.default_rng(seed).integers(0, 255, (*size, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(buffer := io.BytesIO(), form, **options)
     return buffer.getvalue()
+
+
+def is_picture(pixels: np.ndarray) -> bool:
+    return pixels.dtype == np.uint8 and pixels.ndim == 3 and pixels.shape[2] in (1, 3)
 
 
 def put(path: Path, seed: int, form: str = "JPEG") -> str:
@@ -58,7 +64,7 @@ def check(source: str, path: Path, tmp_path: Path, expected: Expected) -> Manife
         assert split is None or row["split"] == split or (split == "train" and row["split"] == "val")
         data = again.read(uri)
         assert hashlib.sha256(data).hexdigest() == row["sha256"]
-        assert again.decode(data).mode in ("L", "RGB")
+        assert is_picture(again.decode(data))
     assert found.split("train").batch(slice(0, 2), RGB).shape == (2, 8, 8, 3)
     return found
 
@@ -104,21 +110,65 @@ def test_one_parquet_file_without_metadata_or_splits(tmp_path: Path) -> None:
     check("parquet", tmp_path / "all.parquet", tmp_path, expected)
 
 
-def test_parquet_reads_each_row_group_once_when_read_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    table(tmp_path / "all.parquet", [(picture(i), 0) for i in range(40)], ["a"])
-    source = SOURCES["parquet"](str(tmp_path / "all.parquet"))
+def count_reads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The row groups that are read from now on."""
     reads: list[int] = []
     plain = pq.ParquetFile.read_row_group
 
     def counted(self: pq.ParquetFile, i: int, **options: Any) -> pa.Table:
+        assert options["columns"] == ["image"], "nothing but the images is read"
         reads.append(i)
         return plain(self, i, **options)
 
     monkeypatch.setattr(pq.ParquetFile, "read_row_group", counted)
     monkeypatch.setattr("sparsight.sources.parquet._CACHE_BYTES", 1)
-    for item in source.items():
-        source.read(item.uri)
+    return reads
+
+
+@pytest.mark.parametrize("n_windows", [1, 4])
+def test_parquet_reads_each_row_group_once_per_window_of_a_random_order(
+    n_windows: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table(tmp_path / "all.parquet", [(picture(i), 0) for i in range(200)], ["a"])
+    metadata = pq.ParquetFile(tmp_path / "all.parquet").metadata
+    n_bytes = sum(metadata.row_group(i).total_byte_size for i in range(40))
+    monkeypatch.setattr("sparsight.sources.parquet._WINDOW_BYTES", n_bytes // n_windows + 1)
+    reads = count_reads(monkeypatch)
+    order = np.random.default_rng(0).permutation(200)
+    uris = [f"all.parquet:{i}" for i in order]
+    reader = SOURCES["parquet"](str(tmp_path / "all.parquet")).reader(uris)
+    with ThreadPoolExecutor(3) as pool:
+        assert list(pool.map(reader.read, uris)) == [picture(i) for i in order]
+    assert len(reads) <= 40 * n_windows and set(reads) == set(range(40))
+    ends = [i for i in range(1, len(reads)) if reads[i] <= reads[i - 1]]
+    assert len(ends) == n_windows - 1, "in a window the row groups come in their order, each once"
+
+
+def test_a_manifest_of_parquet_tables_reads_each_row_group_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table(tmp_path / "all.parquet", [(picture(i), i % 2) for i in range(40)], ["a", "b"])
+    reads = count_reads(monkeypatch)
+    found = manifest("parquet", tmp_path / "all.parquet", tmp_path / "m.parquet")
     assert reads == list(range(8))
+    del reads[:]
+    train = found.split("train")
+    pixels = np.concatenate(list(train.batches(RGB, 4)))
+    assert reads == list(range(8)), "batches share a window"
+    assert np.array_equal(pixels, np.stack([RGB.pixels(train.picture(i)) for i in range(len(train))]))
+    twice = train.batch(np.array([3, 3, 0]), RGB)
+    assert np.array_equal(twice, pixels[[3, 3, 0]])
+
+
+def test_an_image_that_a_table_lacks_is_named(tmp_path: Path) -> None:
+    images = [{"bytes": picture(i), "path": None} for i in range(24)] + [{"bytes": None, "path": "far/away.png"}]
+    pq.write_table(pa.table({"image": images, "label": [0] * 25}), tmp_path / "t.parquet")
+    with pytest.raises(SparsightError, match=r"image t.parquet:24: the table holds a path but no bytes"):
+        manifest("parquet", tmp_path / "t.parquet", tmp_path / "m.parquet")
+    train = manifest("parquet", tmp_path / "t.parquet", tmp_path / "m.parquet", on_error="skip").split("train")
+    pq.write_table(pa.table({"image": images[:1], "label": [0]}), tmp_path / "t.parquet")
+    with pytest.raises(SparsightError, match=r"image t.parquet:\d+: No such image in .*t.parquet; put it back"):
+        pickle.loads(pickle.dumps(train)).batch(slice(0, 3), RGB)
 
 
 def test_tables_of_another_layout_are_refused_and_damaged_ones_named(tmp_path: Path) -> None:
@@ -180,7 +230,7 @@ def test_cifar_pickles_through_torchvision_s_loader(name: str, tmp_path: Path, m
     split = found.split("test")
     theirs = getattr(datasets, name.upper())(tmp_path / "d", train=False)
     image, label = theirs[int(split.uris(slice(4))[3].rpartition(":")[2])]
-    assert np.array_equal(np.asarray(split.picture(3)), np.asarray(image)) and split.labels[3] == label
+    assert np.array_equal(split.picture(3), np.asarray(image)) and split.labels[3] == label
 
 
 def stl10(root: Path, monkeypatch: pytest.MonkeyPatch) -> Expected:
@@ -445,37 +495,39 @@ def test_duplicates_across_splits_are_reported(tmp_path: Path, capsys: pytest.Ca
 
 
 def test_one_pixel_and_108_megapixels_are_pictures_like_others() -> None:
-    assert RGB.pixels(open_image(picture(0, (1, 1)))).shape == (8, 8, 3)
-    assert RGB.pixels(open_image(huge(12_000, 9_000))).shape == (8, 8, 3)
+    assert RGB.pixels(decode_file(picture(0, (1, 1)))).shape == (8, 8, 3)
+    assert RGB.pixels(decode_file(huge(12_000, 9_000))).shape == (8, 8, 3)
 
 
-def encoded(image: Image.Image, form: str, **options: Any) -> Image.Image:
+def encoded(image: Image.Image, form: str, **options: Any) -> np.ndarray:
     image.save(buffer := io.BytesIO(), form, **options)
-    return open_image(buffer.getvalue())
+    return decode_file(buffer.getvalue())
 
 
 def test_every_mode_becomes_eight_bits_of_grey_or_rgb() -> None:
-    grey = np.arange(64, dtype=np.uint8).reshape(8, 8) * 4
-    assert np.array_equal(np.asarray(encoded(Image.fromarray(grey), "PNG")), grey)
-    wide = Image.fromarray(grey.astype(np.uint16) * 257)
+    grey = np.arange(64, dtype=np.uint8).reshape(8, 8, 1) * 4
+    assert np.array_equal(encoded(Image.fromarray(grey[:, :, 0]), "PNG"), grey)
+    wide = Image.fromarray(grey[:, :, 0].astype(np.uint16) * 257)
     for form in ("PNG", "TIFF"):
-        assert np.array_equal(np.asarray(encoded(wide, form)), grey), "16 bits are scaled, not clipped"
-    one = encoded(Image.fromarray(grey).point(lambda v: 255 * (v > 100), "1"), "PNG")
-    assert one.mode == "L" and set(np.unique(np.asarray(one))) == {0, 255}
-    color = np.stack([grey, grey[::-1], grey.T], axis=-1)
+        assert np.array_equal(encoded(wide, form), grey), "16 bits are scaled, not clipped"
+    one = encoded(Image.fromarray(grey[:, :, 0]).point(lambda v: 255 * (v > 100), "1"), "PNG")
+    assert one.shape == (8, 8, 1) and set(np.unique(one)) == {0, 255}
+    color = np.concatenate([grey, grey[::-1], grey.transpose(1, 0, 2)], axis=-1)
+    for options in ({"form": "PNG"}, {"form": "WEBP", "lossless": True}):
+        assert np.array_equal(encoded(Image.fromarray(color), **options), color)
     rgba = np.dstack([color, np.full((8, 8), 255, np.uint8)])
     rgba[0, :, 3] = 0
-    flat = np.asarray(encoded(Image.fromarray(rgba), "PNG"))
+    flat = encoded(Image.fromarray(rgba), "PNG")
     assert (flat[0] == 255).all() and np.array_equal(flat[1:], color[1:]), "transparent is white"
-    la = np.dstack([grey, rgba[:, :, 3]])
-    assert encoded(Image.fromarray(la, "LA"), "PNG").mode == "L"
+    la = np.concatenate([grey, rgba[:, :, 3:]], axis=-1)
+    assert encoded(Image.fromarray(la, "LA"), "PNG").shape == (8, 8, 1)
     palette = Image.fromarray(color).quantize(64)
     assert encoded(palette, "PNG").tobytes() == palette.convert("RGB").tobytes()
-    assert encoded(palette, "PNG", transparency=bytes(range(64))).mode == "RGB"
+    assert encoded(palette, "PNG", transparency=bytes(range(64))).shape == (8, 8, 3)
     cmyk = Image.fromarray(color).convert("CMYK")
-    assert np.abs(np.asarray(encoded(cmyk, "TIFF")).astype(int) - color).max() <= 1
+    assert np.abs(encoded(cmyk, "TIFF").astype(int) - color).max() <= 1
     with pytest.raises(ValueError, match="32-bit pixels"):
-        encoded(Image.fromarray(grey.astype(np.float32)), "TIFF")
+        encoded(Image.fromarray(grey[:, :, 0].astype(np.float32)), "TIFF")
 
 
 def test_exif_orientation_is_followed() -> None:
@@ -483,7 +535,7 @@ def test_exif_orientation_is_followed() -> None:
     pixels[:, 8:] = 255
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned 90 degrees clockwise
-    turned = np.asarray(encoded(Image.fromarray(pixels), "PNG", exif=exif))
+    turned = encoded(Image.fromarray(pixels), "PNG", exif=exif)
     assert turned.shape == (16, 8, 3) and (turned[:8] == 0).all() and (turned[8:] == 255).all()
 
 
@@ -498,10 +550,10 @@ def test_damaged_files_raise_nothing_but_what_is_documented(form: str, cut: int,
     for place, value in edits:
         data[place % len(data)] = value
     try:
-        image = open_image(bytes(data[: len(data) - cut] if cut else data))
+        image = decode_file(bytes(data[: len(data) - cut] if cut else data))
     except (OSError, ValueError):
         return
-    assert image.mode in ("L", "RGB")
+    assert is_picture(image)
 
 
 # --- the data at hand

@@ -10,7 +10,7 @@ from torch import nn
 
 from sparsight import checkpoints
 from sparsight.errors import SparsightError, reason
-from sparsight.images import Preprocess
+from sparsight.preprocess import Preprocess
 from sparsight.vit import Backbone, BlockPolicy
 
 __all__ = ["Backbone", "BlockPolicy", "load", "open_folder"]

@@ -6,13 +6,14 @@ Shapes: B batch, T tokens, D width.
 import dataclasses
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -57,6 +58,7 @@ def extract(
     pixels = split.stream(
         [rows for shard in todo for rows in windows[shard]], backbone.preprocess, compute.threads, compute.workers
     )
+    images = _normalized(backbone, pixels)
     free = [_buffers(plan, backbone.device) for _ in todo[:2]]  # one is filled while the other is written
     writing: Future[None] | None = None
 
@@ -73,7 +75,7 @@ def extract(
             buffers, start = free.pop(), plan.shards[shard].start
             for rows in windows[shard]:
                 with precision(compute, backbone.device):
-                    taps = backbone.taps(backbone.normalize(next(pixels)), section.sites)
+                    taps = backbone.taps(next(images), section.sites)
                 for site, x in taps.items():
                     stored = _pick(x, section.tokens, backbone.n_prefix).to(_DTYPES[section.dtype])
                     buffers[site][rows.start - start : rows.stop - start].copy_(stored, non_blocking=True)
@@ -104,14 +106,27 @@ def precision(compute: Compute, device: torch.device) -> AbstractContextManager[
     return torch.autocast(device.type, torch.bfloat16, enabled=compute.precision == "bf16")
 
 
+def _normalized(backbone: Backbone, batches: Iterator[np.ndarray]) -> Iterator[Tensor]:
+    """Batches as the model wants them; a GPU gets the next one while it works on the last."""
+    if backbone.device.type != "cuda":
+        yield from map(backbone.normalize, batches)
+        return
+    copies = torch.cuda.Stream(backbone.device)
+    for pixels in batches:
+        with torch.cuda.stream(copies):
+            images = backbone.normalize(pixels)
+        torch.cuda.synchronize(backbone.device)  # so that no more than two batches are there
+        yield images
+
+
 def _plan(backbone: Backbone, section: Activations, n_images: int) -> Plan:
     for site in section.sites:
         sites.check(site, backbone.n_blocks, "activations.sites")
     if section.tokens == "cls" and not backbone.class_positions:
         raise SparsightError("activations.tokens: the backbone has no class token; use patches, all or mean")
     n_tokens = {"patches": backbone.n_patches, "all": backbone.n_prefix + backbone.n_patches}.get(section.tokens)
-    d = backbone.d_in
-    shapes = {site: (d,) if n_tokens is None or site == "embedding" else (n_tokens, d) for site in section.sites}
+    token = (backbone.d_in,) if n_tokens is None else (n_tokens, backbone.d_in)
+    shapes = {site: (backbone.d_embedding,) if site == "embedding" else token for site in section.sites}
     return Plan(n_images, shapes, section.dtype, shard_size(n_images, section.shard_images))
 
 

@@ -5,26 +5,23 @@ Shapes: B batch, H height, W width, C channels.
 
 import hashlib
 import json
-import multiprocessing
-import os
-import threading
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from PIL import Image
 
 from sparsight import config, schema
 from sparsight.errors import SparsightError
+from sparsight.preprocess import Preprocess
 from sparsight.progress import Progress, say
 from sparsight.seeds import derive_seed
-from sparsight.sources import SOURCES, SPLITS, Item, Source
+from sparsight.sources import SOURCES, SPLITS, Item, Reader, Source
 from sparsight.windows import in_order
 
 
@@ -41,10 +38,11 @@ def write_manifest(section: config.Images, seed: int, record: dict[str, Any], th
     """
     source = SOURCES[section.source](section.path)
     items = source.items()
+    reader = source.reader(item.uri for item in items)
 
     def checksum(item: Item) -> str | SparsightError:
         try:
-            data = source.read(item.uri)
+            data = reader.read(item.uri)
             _decode(source, item.uri, data)
         except OSError as error:
             return SparsightError(f"image {item.uri}: {error.strerror}; put it back or take it off the list")
@@ -161,38 +159,8 @@ class Manifest:
         )
 
 
-@dataclass(frozen=True)
-class Preprocess:
-    """How a picture becomes a model's input; the numbers come from the model's own configuration."""
-
-    size: tuple[int, int]
-    """Height and width in pixels."""
-    channels: int
-    """1 (grey) or 3 (RGB)."""
-    mean: tuple[float, ...]
-    """Subtracted per channel after scaling to [0, 1]."""
-    std: tuple[float, ...]
-    """Divided by per channel."""
-    interpolation: str = "bicubic"
-    """Filter of the resize."""
-    crop_pct: float = 1.0
-    """Share of the resized short side that the centre crop keeps."""
-    squash: bool = False
-    """Resize both sides to ``size``, whatever the picture's shape (SigLIP), instead of cropping."""
-
-    def pixels(self, image: Image.Image) -> np.ndarray:
-        """Resize the short side, crop the centre: uint8 (H, W, C)."""
-        image = image.convert("L" if self.channels == 1 else "RGB")
-        height, width = self.size
-        scale = max(height / image.height, width / image.width) / self.crop_pct
-        resized = (max(width, round(image.width * scale)), max(height, round(image.height * scale)))
-        if self.squash:
-            resized = (width, height)
-        if resized != image.size:
-            image = image.resize(resized, Image.Resampling[self.interpolation.upper()])
-        left, top = (image.width - width) // 2, (image.height - height) // 2
-        image = image.crop((left, top, left + width, top + height))
-        return np.asarray(image).reshape(height, width, self.channels)
+Rows = np.ndarray | slice
+"""Numbers of images of a split."""
 
 
 @dataclass(frozen=True)
@@ -209,104 +177,69 @@ class Split:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def uris(self, rows: slice) -> list[str]:
+    def uris(self, rows: Rows) -> list[str]:
         """Where the images of ``rows`` come from."""
-        return self._uris[rows].to_pylist()
+        return (self._uris[rows] if isinstance(rows, slice) else self._uris.take(rows)).to_pylist()
 
-    def picture(self, row: int) -> Image.Image:
-        """Decode one image, checked against its sha256.
+    def picture(self, row: int) -> np.ndarray:
+        """Decode one image, checked against its sha256: uint8 (H, W, C), as large as it is.
 
         Raises:
             SparsightError: the image is gone, changed, or cannot be decoded.
         """
+        return self._picture(row, self.source)
+
+    def _picture(self, row: int, reader: Reader) -> np.ndarray:
         uri = self._uris[row].as_py()
         try:
-            data = self.source.read(uri)
+            data = reader.read(uri)
         except OSError as error:
             raise SparsightError(f"image {uri}: {error.strerror}; put it back or run the images stage again") from None
         if hashlib.sha256(data).hexdigest() != self._sha256[row].as_py():
             raise SparsightError(f"image {uri}: changed since the manifest was made; run the images stage again")
         return _decode(self.source, uri, data)
 
-    def batch(self, rows: np.ndarray | slice, preprocess: Preprocess, threads: int = 1) -> np.ndarray:
+    def batch(self, rows: Rows, preprocess: Preprocess, threads: int = 1) -> np.ndarray:
         """Decoded images of ``rows``: uint8 (B, H, W, C)."""
-        numbers = np.arange(len(self))[rows]
-        with ThreadPoolExecutor(threads) as pool:
-            return np.stack(list(pool.map(lambda row: preprocess.pixels(self.picture(int(row))), numbers)))
+        return next(self.stream([rows], preprocess, threads))
 
     def stream(
-        self, windows: list[slice], preprocess: Preprocess, threads: int = 1, workers: int = 0
+        self, windows: Sequence[Rows], preprocess: Preprocess, threads: int = 1, workers: int = 0
     ) -> Iterator[np.ndarray]:
         """The images of each window, uint8 (B, H, W, C); the next ones are decoded meanwhile.
 
         Args:
             windows: rows of each batch.
             preprocess: how pictures become pixels.
-            threads: that decode one batch, where there are no workers.
+            threads: that decode, where there are no workers.
             workers: processes that decode a batch each.
         """
         if workers:
-            yield from self._from_workers(windows, preprocess, workers)
+            from sparsight.workers import stream  # torch is not needed, and slow, where images are only listed
+
+            yield from stream(self, windows, preprocess, workers)
             return
-        with ThreadPoolExecutor(1) as pool:
-            waiting = None
-            for rows in windows:
-                ready, waiting = waiting, pool.submit(self.batch, rows, preprocess, threads)
-                if ready is not None:
-                    yield ready.result()
-            if waiting is not None:
-                yield waiting.result()
+        reader = self.source.reader(uri for rows in windows for uri in self.uris(rows))
 
-    def _from_workers(self, windows: list[slice], preprocess: Preprocess, workers: int) -> Iterator[np.ndarray]:
-        import torch.utils.data as data  # not needed, and slow, where images are only listed
+        def put(row: int, place: np.ndarray) -> None:
+            place[:] = preprocess.pixels(self._picture(row, reader))
 
-        context = multiprocessing.get_context("forkserver")  # a plain fork would copy the locks of torch's threads
-        context.set_forkserver_preload(["sparsight.images", "torch.utils.data"])
-        loader: data.DataLoader[Any] = data.DataLoader(
-            cast("data.Dataset[Any]", _Windows(self, windows, preprocess)),
-            batch_size=None,
-            num_workers=workers,
-            multiprocessing_context=context,
-            worker_init_fn=_end_with_parent,
-        )
-        for pixels in loader:
-            if isinstance(pixels, str):
-                raise SparsightError(pixels)
-            yield pixels.numpy()
+        def begin(rows: Rows) -> tuple[np.ndarray, Iterator[None]]:
+            numbers = range(len(self))[rows] if isinstance(rows, slice) else rows.tolist()
+            pixels = np.empty((len(numbers), *preprocess.size, preprocess.channels), np.uint8)
+            return pixels, pool.map(put, numbers, pixels)
+
+        with ThreadPoolExecutor(threads) as pool:
+            begun = map(begin, windows)
+            ahead = next(begun, None)
+            while ahead is not None:
+                (pixels, done), ahead = ahead, next(begun, None)
+                list(done)  # waits, and raises what an image raised
+                yield pixels
 
     def batches(self, preprocess: Preprocess, batch_size: int, threads: int = 1) -> Iterator[np.ndarray]:
         """All images in order, uint8 (B, H, W, C) at a time."""
         return self.stream(list(in_order(len(self), batch_size)), preprocess, threads)
-
-
-class _Windows:
-    """The batches of :meth:`Split.stream`, by number, as torch's DataLoader wants them."""
-
-    def __init__(self, split: Split, windows: list[slice], preprocess: Preprocess) -> None:
-        self.split, self.windows, self.preprocess = split, windows, preprocess
-
-    def __len__(self) -> int:
-        return len(self.windows)
-
-    def __getitem__(self, number: int) -> Any:
-        import torch
-
-        try:
-            return torch.from_numpy(self.split.batch(self.windows[number], self.preprocess))
-        except SparsightError as error:  # raised here, it would arrive wrapped in a traceback
-            return str(error)
-
-
-def _end_with_parent(_: int) -> None:
-    """End this worker when a signal ends its parent: torch watches the fork server, which lives on for its workers."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def wait() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=wait, daemon=True).start()
 
 
 class Pixels:
@@ -322,7 +255,7 @@ class Pixels:
         return self.split.batch(rows, self._preprocess, self._threads) if self._all is None else self._all[rows]
 
 
-def _decode(source: Source, uri: str, data: bytes) -> Image.Image:
+def _decode(source: Source, uri: str, data: bytes) -> np.ndarray:
     try:
         return source.decode(data)
     except (OSError, SyntaxError, ValueError) as error:  # Pillow raises all three on broken files

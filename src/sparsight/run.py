@@ -131,8 +131,8 @@ def _check_links(run: Run) -> None:
             )
     for name, backbone in run.backbones.items():
         for site in run.activations.sites:
-            if "depth" in backbone.architecture:
-                sites.check(site, backbone.architecture["depth"], f"activations.sites (backbone {name!r})")
+            if backbone.depth is not None:
+                sites.check(site, backbone.depth, f"activations.sites (backbone {name!r})")
     for name, section in run.saes.items():
         known(section.backbone, run.backbones, f"saes.{name}.backbone")
         for site in section.places:
@@ -165,7 +165,7 @@ def _check_links(run: Run) -> None:
     if run.steering[run.pruning.steering].kind != "class-latents":
         raise SparsightError(f"pruning.steering: {run.pruning.steering!r} is of kind vs2; heads need class-latents")
     read = run.saes[run.steering[run.pruning.steering].sae]
-    steered, depth = read.backbone, run.backbones[read.backbone].architecture.get("depth")
+    steered, depth = read.backbone, run.backbones[read.backbone].depth
     if depth is not None and read.site != f"blocks.{depth - 1}.input":
         raise SparsightError(
             f"pruning.steering: its SAE reads {read.site!r}, but heads are steered at the last block's input, "

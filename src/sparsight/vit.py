@@ -18,7 +18,7 @@ from sparsight import attention, sites
 from sparsight.attention import HeadMode
 from sparsight.errors import SparsightError
 from sparsight.families import Tower, timm_tower
-from sparsight.images import Preprocess
+from sparsight.preprocess import Preprocess
 
 
 class BlockPolicy(Protocol):
@@ -68,6 +68,11 @@ class Backbone(nn.Module):
     def d_in(self) -> int:
         """D, the width of the residual stream."""
         return self.tower.d_in
+
+    @property
+    def d_embedding(self) -> int:
+        """Width of ``embedding``; an attention pool may change it (CoCa)."""
+        return self.taps(self._blank, ["embedding"])["embedding"].shape[1]
 
     @property
     def n_prefix(self) -> int:
@@ -277,11 +282,14 @@ class Backbone(nn.Module):
         return attention.parts(self._switchable(0), **self.tower.shared()[0]).proj.in_features // self.n_heads
 
     @property
+    def _blank(self) -> Tensor:
+        return torch.zeros(1, self.preprocess.channels, *self.tower.image_size, device=self.device)
+
+    @property
     def macs_outside_attention(self) -> int:
         """Multiply-accumulates of one image outside the blocks' attention, counted on a forward pass."""
-        image = torch.zeros(1, self.preprocess.channels, *self.tower.image_size, device=self.device)
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            self.forward(image)
+            self.forward(self._blank)
         products = sum(n for op, n in counter.get_flop_counts()["Global"].items() if "scaled_dot" not in str(op))
         tokens = self.n_prefix + self.n_patches
         linear = self.n_blocks * self.n_heads * self._head_dim * tokens * 4 * self.d_in

@@ -102,6 +102,11 @@ class Backbone:
     flip: bool = False
     """Augmentation: mirror half of the images."""
 
+    @property
+    def depth(self) -> int | None:
+        """Number of blocks, where ``architecture`` says so."""
+        return self.architecture.get("vision.layers" if self.model.startswith("open_clip/") else "depth")
+
     def __post_init__(self) -> None:
         clip = self.model.startswith("open_clip/")
         if not clip and not self.model.startswith("timm/"):

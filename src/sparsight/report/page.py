@@ -158,12 +158,12 @@ def _latents(
     return chosen
 
 
-def _thumbnail(image: Image.Image) -> str:
+def _thumbnail(picture: np.ndarray) -> str:
     """A PNG data URI of at most _THUMBNAIL pixels a side; small images are enlarged by whole factors."""
+    image = Image.fromarray(picture[:, :, 0] if picture.shape[2] == 1 else picture)
     factor = max(1, _THUMBNAIL // max(image.size))
     if factor > 1:
         image = image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
-    image = image.convert("RGB" if image.mode not in ("L", "RGB") else image.mode)
     image.thumbnail((_THUMBNAIL, _THUMBNAIL))
     buffer = io.BytesIO()
     image.save(buffer, format="PNG")

@@ -2,12 +2,12 @@
 
 from collections.abc import Callable
 
-from sparsight.sources.base import SPLITS, Item, Source
+from sparsight.sources.base import SPLITS, Item, Reader, Source
 from sparsight.sources.folders import Cub200, Folder, TinyImageNet
 from sparsight.sources.packaged import TORCHVISION, Mnist5000
 from sparsight.sources.parquet import ParquetTables
 
-__all__ = ["SOURCES", "SPLITS", "Item", "Source"]
+__all__ = ["SOURCES", "SPLITS", "Item", "Reader", "Source"]
 
 SOURCES: dict[str, Callable[[str | None], Source]] = {
     "mnist-5000": Mnist5000,

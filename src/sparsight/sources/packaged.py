@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from sparsight.errors import SparsightError, reason
 from sparsight.prompts import readable
-from sparsight.sources.base import Item, Reopening, open_image
+from sparsight.sources.base import Item, Reopening
 
 
 class Mnist5000(Reopening):
@@ -35,8 +34,8 @@ class Mnist5000(Reopening):
     def read(self, uri: str) -> bytes:
         return self._table[int(uri.partition(":")[2]), :-1].tobytes()
 
-    def decode(self, data: bytes) -> Image.Image:
-        return Image.frombytes("L", (28, 28), data)
+    def decode(self, data: bytes) -> np.ndarray:
+        return np.frombuffer(data, np.uint8).reshape(28, 28, 1)
 
 
 @dataclass(frozen=True)
@@ -64,7 +63,7 @@ KNOWN = {
 _ARRAYS = ("cifar10", "cifar100", "stl10")
 
 
-class Torchvision:
+class Torchvision(Reopening):
     """A data set of torchvision by name, under ``path`` as torchvision's own download leaves it.
 
     CIFAR and STL-10 are arrays (uri ``cifar10:train:17``, the bytes are the pixels); the others are files. Those
@@ -130,11 +129,11 @@ class Torchvision:
         pixels: np.ndarray = self._parts[split].data[int(row)]
         return (pixels.transpose(1, 2, 0) if self.name == "stl10" else pixels).tobytes()
 
-    def decode(self, data: bytes) -> Image.Image:
+    def decode(self, data: bytes) -> np.ndarray:
         if self.name not in _ARRAYS:
-            return open_image(data)
+            return super().decode(data)
         side = round((len(data) / 3) ** 0.5)
-        return Image.frombytes("RGB", (side, side), data)
+        return np.frombuffer(data, np.uint8).reshape(side, side, 3)
 
 
 TORCHVISION: dict[str, Callable[[str | None], Torchvision]] = {name: partial(Torchvision, name) for name in KNOWN}

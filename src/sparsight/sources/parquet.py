@@ -3,8 +3,12 @@
 import json
 import re
 import threading
-from collections import OrderedDict
+from bisect import bisect_right
+from collections import OrderedDict, defaultdict
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +16,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from sparsight.errors import SparsightError, reason
-from sparsight.sources.base import Item, Reopening
+from sparsight.sources.base import Item, Reader, Reopening
 
 _CACHE_BYTES = 128 * 2**20
 """Row groups kept decoded; a row group larger than this is kept alone."""
+_WINDOW_BYTES = 256 * 2**20
+"""Images fetched together; as much again is fetched meanwhile."""
 _SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "dev": "val", "test": "test"}
 
 
@@ -105,21 +111,41 @@ class ParquetTables(Reopening):
             return sorted(values)
         return [str(number) for number in range(max(values, default=-1) + 1)]
 
-    def read(self, uri: str) -> bytes:
-        name, _, row = uri.rpartition(":")
-        group, offset = self._place(name, int(row))
-        data = self._group(name, group)[offset]["bytes"].as_py()
-        if data is None:
-            raise OSError(None, "the table holds a path but no bytes")
-        return bytes(data)
+    def reader(self, uris: Iterable[str]) -> Reader:
+        """A window of images at a time, see :class:`_Ahead`."""
+        return _Ahead(self, uris)
 
-    def _place(self, name: str, row: int) -> tuple[int, int]:
-        """Row group of a row, and its position in it."""
-        if name not in self._starts:
-            raise FileNotFoundError(None, f"No such file in {self.path}")
-        starts = self._starts[name]
-        group = next(i for i in range(len(starts) - 1) if starts[i] <= row < starts[i + 1])
-        return group, row - starts[group]
+    def read(self, uri: str) -> bytes:
+        return _bytes(self.fetch([uri])[uri])
+
+    def fetch(self, uris: list[str]) -> dict[str, bytes | OSError]:
+        """The bytes of every image, or why it has none; each row group is read once."""
+        found: dict[str, bytes | OSError] = {}
+        places: dict[tuple[str, int], list[tuple[str, int]]] = defaultdict(list)
+        for uri in uris:
+            name, _, row = uri.rpartition(":")
+            if name not in self._starts or int(row) >= self._starts[name][-1]:
+                found[uri] = FileNotFoundError(None, f"No such image in {self.path}")
+                continue
+            number = bisect_right(self._starts[name], int(row)) - 1
+            places[name, number].append((uri, int(row) - self._starts[name][number]))
+        for place, images in sorted(places.items()):
+            try:
+                group = self._group(*place)
+            except OSError as error:
+                found |= {uri: error for uri, _ in images}
+                continue
+            for uri, offset in images:
+                data = group[offset]["bytes"].as_py()
+                found[uri] = OSError(None, "the table holds a path but no bytes") if data is None else data
+        return found
+
+    @cached_property
+    def window(self) -> int:
+        """The number of images of average size that fill _WINDOW_BYTES."""
+        tables = [file.metadata for file in self._files.values()]
+        n_bytes = sum(table.row_group(i).total_byte_size for table in tables for i in range(table.num_row_groups))
+        return max(1, _WINDOW_BYTES * sum(table.num_rows for table in tables) // n_bytes)
 
     @cached_property
     def _starts(self) -> dict[str, list[int]]:
@@ -147,3 +173,33 @@ class ParquetTables(Reopening):
                     self._groups.popitem(last=False)
             self._groups.move_to_end(key)
             return self._groups[key]
+
+
+class _Ahead:
+    """Reads images a window at a time, each row group once per window, and the next window meanwhile.
+
+    Images come in random order: one at a time, each would cost its whole row group.
+    """
+
+    def __init__(self, tables: ParquetTables, uris: Iterable[str]) -> None:
+        self._tables, self._uris = tables, iter(uris)
+        self._lock, self._pool = threading.Lock(), ThreadPoolExecutor(1)
+        self._found: dict[str, bytes | OSError] = {}
+        self._next = self._pool.submit(self._fetch)
+
+    def _fetch(self) -> dict[str, bytes | OSError]:
+        return self._tables.fetch(list(islice(self._uris, self._tables.window)))
+
+    def read(self, uri: str) -> bytes:
+        with self._lock:
+            if uri not in self._found:
+                self._found |= self._next.result()
+                self._next = self._pool.submit(self._fetch)
+            data = self._found.pop(uri, None)
+        return self._tables.read(uri) if data is None else _bytes(data)
+
+
+def _bytes(found: bytes | OSError) -> bytes:
+    if isinstance(found, OSError):
+        raise found
+    return found

@@ -1,0 +1,70 @@
+"""The whole pipeline on an open_clip model, which classifies by prompts."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import zarr
+from conftest import ROOT, make_folder, snakemake, workspace
+
+IN_ONE_PROCESS = """
+import runpy, shlex, sys
+
+for command in sys.stdin.read().splitlines():
+    _, *sys.argv = shlex.split(command)
+    runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The results of Snakemake's commands, run one after the other by a process that imports open_clip once."""
+    folder = workspace(tmp_path_factory.mktemp("clip"), ROOT / "tests" / "tiny-clip.yaml")
+    make_folder(folder / "images", per_class=60)
+    plan = snakemake(folder, "--dry-run", "--printshellcmds")
+    assert plan.returncode == 0, plan.stderr
+    commands = re.findall(r"(python workflow/scripts/.*) > ", plan.stdout + plan.stderr)
+    python = [sys.executable, "-c", IN_ONE_PROCESS]
+    done = subprocess.run(python, cwd=folder, input="\n".join(commands), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-5000:]
+    return folder / "results" / "tiny"
+
+
+def head_macs(d_in: int, head_dim: int, tokens: int) -> int:
+    """Query, key, value and projection of one head, its scores and its sum over values."""
+    return 4 * tokens * d_in * head_dim + 2 * tokens * tokens * head_dim
+
+
+def test_every_stage_classifies_by_the_same_prompts(run: Path) -> None:
+    about = json.loads((run / "backbones" / "clip" / "config.json").read_text())
+    accuracy = about["accuracy"]["test"]["accuracy"]
+    assert accuracy > 0.8 and about["templates"] == ["a photo of a {}.", "one {}."]
+    assert set(about["accuracy"]) == {"val", "test", "test_held_out"}
+    assert json.loads((run / "saes" / "topk-s0" / "metrics.json").read_text())["accuracy_untouched"] == accuracy
+    assert json.loads((run / "pruning" / "heads" / "metrics.json").read_text())["unpruned"]["accuracy"] == accuracy
+    steering = pq.read_table(run / "steering" / "class-latents-s0.parquet").to_pylist()
+    (none,) = (row for row in steering if row["method"] == "none" and row["split"] == "test")
+    assert none["accuracy"] == accuracy
+
+
+def test_heads_of_the_image_tower_are_pruned_and_timed(run: Path) -> None:
+    overall = pq.read_table(run / "pruning" / "heads" / "overall.parquet").to_pylist()
+    assert {row["strategy"] for row in overall} >= {"none", "class-latents", "random-latents", "logit-bias"}
+    usage, macs = np.array([(row["usage_all"], row["macs"]) for row in overall]).T
+    np.testing.assert_allclose(macs - macs[0], (usage - usage[0]) * 18 * head_macs(24, 4, 17), atol=1)
+    metrics = json.loads((run / "pruning" / "heads" / "metrics.json").read_text())
+    assert metrics["gathered_against_masked"]["max_abs_logit_difference"] < 1e-3
+    timings = json.loads((run / "timings.json").read_text())
+    assert [row["kept"] for row in timings["heads"]["clip"]] == list(range(7))
+
+
+def test_the_report_shows_the_model_and_its_saes(run: Path) -> None:
+    assert zarr.open_group(run / "activations" / "clip" / "test.zarr", mode="r")["embedding"].shape == (24, 24)
+    page = (run / "report" / "index.html").read_text()
+    for name in ("open_clip/ViT-B-32", "topk-s0", "switch-s0", "bright", "dark"):
+        assert name in page
