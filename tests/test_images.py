@@ -169,6 +169,6 @@ def test_grey_and_colour_become_each_other() -> None:
     assert again.shape == (16, 16, 3) and (again == grey).all()
 
 
-def test_a_filter_without_antialiasing_is_refused() -> None:
-    with pytest.raises(SparsightError, match="'nearest'; give bicubic or bilinear"):
+def test_another_filter_is_refused() -> None:
+    with pytest.raises(SparsightError, match="asks for the filter 'nearest'; bicubic and bilinear are known"):
         Preprocess((16, 16), 1, (0.5,), (0.5,), "nearest")

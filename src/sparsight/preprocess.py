@@ -37,7 +37,8 @@ class Preprocess:
     def __post_init__(self) -> None:
         if self.interpolation not in ("bicubic", "bilinear"):
             raise SparsightError(
-                f"preprocess: the model is resized for with {self.interpolation!r}; give bicubic or bilinear"
+                f"preprocess: the model's configuration asks for the filter {self.interpolation!r}; bicubic and "
+                "bilinear are known, use another model or tag"
             )
 
     def pixels(self, picture: np.ndarray) -> np.ndarray:
