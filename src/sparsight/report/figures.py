@@ -30,6 +30,7 @@ _COLOURS = {
     "mean-extrapolation": "#009E73",
     "pca-extrapolation": "#CC79A7",
 }
+_CYCLE = ("#0072B2", "#E69F00", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#000000")
 _MARKERS = {"none": "s", "predicted": "o", "oracle": "^"}
 
 
@@ -120,11 +121,11 @@ def class_by_head(per_head: list[dict[str, Any]], shown: list[tuple[str, str]]) 
 
 def sae_training(saes: dict[str, Path], levels: dict[str, tuple[float, float]]) -> str:
     """FVU on the training batches, with the test FVU of each SAE and of PCA as levels, by name of the SAE."""
-    figure = Figure(figsize=(6, 3), layout="constrained")
+    figure = Figure(figsize=(7.6, 3), layout="constrained")
     axis = figure.subplots()
     for i, (name, folder) in enumerate(saes.items()):
         lines = _log(folder / "training.jsonl")
-        colour = list(_COLOURS.values())[2 + i % 3]
+        colour = _CYCLE[i % len(_CYCLE)]
         axis.plot(
             [line["epoch"] for line in lines], [line["fvu"] for line in lines], color=colour, label=f"{name}, train"
         )
@@ -134,7 +135,7 @@ def sae_training(saes: dict[str, Path], levels: dict[str, tuple[float, float]]) 
     axis.plot([], [], color="#666666", linestyle=":", label="PCA with k components, test")
     axis.plot([], [], color="#000000", linestyle="--", label="SAE, test")
     axis.set(yscale="log", xlabel="epoch", ylabel="FVU")
-    axis.legend(frameon=False, fontsize=8)
+    axis.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize=8)
     return _svg(figure)
 
 
