@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import sparsight as ss
+from sparsight import kernels
 from sparsight.errors import SparsightError
 from sparsight.steering import retrieval
 from sparsight.steering.retrieval import Neighbours
@@ -172,6 +173,23 @@ def test_contrast_decodes_the_difference_of_mean_codes(kind: str) -> None:
         empty = torch.zeros(20)
         means = [codes[row[of]].mean(dim=0) if of.any() else empty for of in (side, ~side)]
         assert torch.allclose(vector, (means[0] - means[1]) @ sae.W_dec, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", kernels.BACKENDS)
+def test_every_backend_gives_the_same(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = np.random.default_rng(3)
+    bank = np.concatenate([ONE.repeat(16, axis=0), generator.standard_normal((40, 2))])  # later windows add nothing
+    monkeypatch.setattr(retrieval, "_WINDOW", 16)
+    expected = retrieval.nearest(ONE, bank, 4, CPU)
+    monkeypatch.setenv("SPARSIGHT_KERNELS", backend)
+    found = retrieval.nearest(ONE, bank, 4, CPU)
+    assert found.indices.tolist() == expected.indices.tolist() == [[0, 1, 2, 3]]
+    assert retrieval.embedding_steering(bank, found, torch.ones(1, 4, dtype=torch.bool)).tolist() == [[3.0, 4.0]]
+
+
+def test_neighbours_of_another_bank_are_refused() -> None:
+    with pytest.raises(SparsightError, match="neighbour 4 in a bank of 4 rows"):
+        retrieval.embedding_steering(OTHER, neighbours([[0, 4]]), torch.ones(1, 2, dtype=torch.bool))
 
 
 def test_embedding_steering_by_hand() -> None:

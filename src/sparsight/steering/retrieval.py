@@ -9,8 +9,8 @@ the order of the sum, |s' - s| <= D u to first order. If n rows have s' >= m, th
 least m - (D + 1) u, so every row among the n best has s' >= m - (2 D + 2) u. For m serves the n-th largest among the
 similarities kept so far and maxima over disjoint groups of columns, which leaves one pass over the block.
 
-Shapes: Q queries, B rows of the bank, N neighbours of a query, W rows of a window of the bank, D width, F latents
-(d_sae), G groups of columns, P columns of a group, M candidates.
+Shapes: Q queries, B rows of the bank, N neighbours of a query, W rows of a window of the bank, D width, G groups of
+columns, P columns of a group, M candidates.
 """
 
 from collections.abc import Callable
@@ -29,6 +29,7 @@ from sparsight.windows import in_order
 _QUERIES = 256
 _WINDOW = 8192  # with _QUERIES: a block of similarities stays in the cache
 _GROUP = 16
+_SLACK = 8  # in units of u: terms of second order, norms not quite 1, rounding of the floor itself
 _ENCODED = 4096
 
 
@@ -106,7 +107,7 @@ def contrast(sae: SAE, bank: Rows | np.ndarray, neighbours: Neighbours, positive
         positives_QN: see :func:`positives`.
 
     Raises:
-        SparsightError: activations of another width, NaN or infinite.
+        SparsightError: a bank too short for the neighbours; activations of another width, NaN or infinite.
     """
 
     def decoded(x_WD: Tensor) -> Tensor:
@@ -124,6 +125,9 @@ def embedding_steering(bank: Rows | np.ndarray, neighbours: Neighbours, positive
         bank: embeddings (B, D) of the space that is steered, in the order of the bank that was searched.
         neighbours: of the Q queries.
         positives_QN: see :func:`positives`.
+
+    Raises:
+        SparsightError: a bank too short for the neighbours.
     """
     return _weighted(_difference_of_means(positives_QN), neighbours, bank)
 
@@ -140,6 +144,9 @@ def weighted_retrieval(
         bank: embeddings (B, D) of the same space, r, in the order of the bank that was searched.
         neighbours: of the Q queries.
         query_weight: a, from 0 to 1.
+
+    Raises:
+        SparsightError: a bank too short for the neighbours.
     """
     similarity_QN = neighbours.similarity.clamp(min=0)
     sum_Q1 = similarity_QN.sum(dim=1, keepdim=True)
@@ -183,7 +190,7 @@ def _candidates(s_QPG: Tensor, kept_QN: Tensor, d_in: int) -> tuple[Tensor, Tens
     n_queries, _, n_groups = s_QPG.shape
     maxima_QG = s_QPG.amax(dim=1)
     reached_Q1 = torch.cat([kept_QN, maxima_QG], dim=1).topk(kept_QN.shape[1], dim=1).values[:, -1:]
-    floor_Q1 = (reached_Q1 - 2 * (d_in + 8) * 2.0**-24).clamp(min=-2)
+    floor_Q1 = (reached_Q1 - 2 * (d_in + _SLACK) * 2.0**-24).clamp(min=-2)
     rows, groups = (maxima_QG >= floor_Q1).nonzero(as_tuple=True)
     hits, places = (s_QPG[rows, :, groups] >= floor_Q1[rows]).nonzero(as_tuple=True)
     rows, columns = rows[hits], places * n_groups + groups[hits]
@@ -205,6 +212,10 @@ def _weighted(
     weights_QN: Tensor, neighbours: Neighbours, bank: Rows | np.ndarray, of: Callable[[Tensor], Tensor] = Tensor.float
 ) -> Tensor:
     """Per query the weighted sum of what ``of`` makes of its neighbours' rows, (Q, D)."""
+    if (last := int(neighbours.indices.max())) >= len(bank):
+        raise SparsightError(
+            f"retrieval: neighbour {last} in a bank of {len(bank)} rows; give the one that was searched"
+        )
     total_QD = weights_QN.new_zeros(len(weights_QN), bank.shape[1])
     for window in in_order(len(bank), _ENCODED):
         vectors_WD = of(torch.tensor(bank[window], device=weights_QN.device))
