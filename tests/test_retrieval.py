@@ -24,7 +24,7 @@ from sparsight.store import ActivationStore, Rows
 
 CPU = torch.device("cpu")
 BLOCKS = st.fixed_dictionaries({
-    "_QUERIES": st.integers(1, 12), "_WINDOW": st.integers(1, 60), "_GROUP": st.integers(1, 9),
+    "_QUERIES": st.integers(1, 8), "_WINDOW": st.integers(3, 60), "_GROUP": st.integers(1, 9),
 })  # fmt: skip
 ONE, OTHER = np.array([[3.0, 4.0]]), np.array([[1.0, 0.0], [6.0, 8.0], [0.0, 1.0], [-3.0, -4.0]])
 
@@ -55,7 +55,7 @@ def neighbours(indices: list[list[int]], similarity: list[list[float]] | None = 
 
 @settings(deadline=None)
 @given(
-    n_queries=st.integers(1, 20), n_bank=st.integers(1, 80), width=st.integers(1, 9), seed=st.integers(0, 99),
+    n_queries=st.integers(1, 8), n_bank=st.integers(1, 60), width=st.integers(1, 9), seed=st.integers(0, 99),
     blocks=BLOCKS, data=st.data(),
 )  # fmt: skip
 def test_nearest_equals_sorting_all_similarities_whatever_the_blocks(

@@ -26,8 +26,8 @@ from sparsight.sae.base import SAE
 from sparsight.store import Rows
 from sparsight.windows import in_order
 
-_QUERIES = 256
-_WINDOW = 8192  # with _QUERIES: a block of similarities stays in the cache
+_QUERIES = 1024  # with _WINDOW: 64 MiB of similarities; in smaller blocks, starting operations costs more than cache
+_WINDOW = 16384
 _GROUP = 16
 _SLACK = 8  # in units of u: terms of second order, norms not quite 1, rounding of the floor itself
 _ENCODED = 4096
@@ -190,7 +190,7 @@ def _candidates(s_QPG: Tensor, kept_QN: Tensor, d_in: int) -> tuple[Tensor, Tens
     n_queries, _, n_groups = s_QPG.shape
     maxima_QG = s_QPG.amax(dim=1)
     reached_Q1 = torch.cat([kept_QN, maxima_QG], dim=1).topk(kept_QN.shape[1], dim=1).values[:, -1:]
-    floor_Q1 = (reached_Q1 - 2 * (d_in + _SLACK) * 2.0**-24).clamp(min=-2)
+    floor_Q1 = reached_Q1 - 2 * (d_in + _SLACK) * 2.0**-24
     rows, groups = (maxima_QG >= floor_Q1).nonzero(as_tuple=True)
     hits, places = (s_QPG[rows, :, groups] >= floor_Q1[rows]).nonzero(as_tuple=True)
     rows, columns = rows[hits], places * n_groups + groups[hits]
