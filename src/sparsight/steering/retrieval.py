@@ -30,7 +30,7 @@ _QUERIES = 1024  # with _WINDOW: 64 MiB of similarities; in smaller blocks, star
 _WINDOW = 16384
 _GROUP = 16
 _SLACK = 8  # in units of u: terms of second order, norms not quite 1, rounding of the floor itself
-_ENCODED = 4096
+_ENCODED = 4096  # rows whose codes, dense for some SAEs, exist at a time
 
 
 @dataclass(frozen=True)
@@ -167,26 +167,26 @@ def _unit(rows: Rows | np.ndarray, window: slice, name: str, device: torch.devic
 
 def _search(q_QD: Tensor, bank_WD: Tensor, first: int, kept: Neighbours) -> None:
     """Let the rows of a window, which begins at row ``first`` of the bank, take the places that they deserve."""
-    n, width = kept.indices.shape[1], len(bank_WD)
-    group = max(1, min(_GROUP, width // n))
-    n_groups = -(-width // group)
+    n, n_rows = kept.indices.shape[1], len(bank_WD)
+    group = max(1, min(_GROUP, n_rows // n))
+    n_groups = -(-n_rows // group)
     # Reused, as fresh memory costs page faults; columns that only fill up the groups keep their -inf.
     s_QW = q_QD.new_full((min(_QUERIES, len(q_QD)), group * n_groups), -torch.inf)
-    exact_WD, no_bias = bank_WD.double(), bank_WD.new_zeros(width, dtype=torch.float64)
+    exact_WD, no_bias = bank_WD.double(), bank_WD.new_zeros(n_rows, dtype=torch.float64)
     for block in in_order(len(q_QD), _QUERIES):
         q, similarity, indices = q_QD[block], kept.similarity[block], kept.indices[block]
         s = s_QW[: len(q)]
-        torch.mm(q, bank_WD.T, out=s[:, :width])
-        columns_QM, is_one_QM = _candidates(s.view(len(q), group, n_groups), similarity, q.shape[1])
+        torch.mm(q, bank_WD.T, out=s[:, :n_rows])
+        columns_QM, real_QM = _candidates(s.view(len(q), group, n_groups), similarity, q.shape[1])
         exact_QM = kernels.encode_at(q.double(), exact_WD.T, no_bias, columns_QM).float()
-        every_s = torch.cat([similarity, exact_QM.masked_fill(~is_one_QM, -torch.inf)], dim=1)
+        every_s = torch.cat([similarity, exact_QM.masked_fill(~real_QM, -torch.inf)], dim=1)
         best, order = every_s.sort(dim=1, descending=True, stable=True)  # stable: columns are in the bank's order
         similarity.copy_(best[:, :n])
         indices.copy_(torch.cat([indices, first + columns_QM], dim=1).gather(1, order[:, :n]))
 
 
 def _candidates(s_QPG: Tensor, kept_QN: Tensor, d_in: int) -> tuple[Tensor, Tensor]:
-    """Columns, (Q, M) in their order, among which are all that belong to the N best; and which are no padding."""
+    """Columns, (Q, M) in their order, among which are all that belong to the N best; and which of them are real."""
     n_queries, _, n_groups = s_QPG.shape
     maxima_QG = s_QPG.amax(dim=1)
     reached_Q1 = torch.cat([kept_QN, maxima_QG], dim=1).topk(kept_QN.shape[1], dim=1).values[:, -1:]
@@ -196,8 +196,8 @@ def _candidates(s_QPG: Tensor, kept_QN: Tensor, d_in: int) -> tuple[Tensor, Tens
     rows, columns = rows[hits], places * n_groups + groups[hits]
     order = (rows * s_QPG[0].numel() + columns).argsort()
     count_Q = torch.bincount(rows, minlength=n_queries)
-    is_one_QM = torch.arange(int(count_Q.max()), device=rows.device) < count_Q[:, None]
-    return rows.new_zeros(is_one_QM.shape).masked_scatter_(is_one_QM, columns[order]), is_one_QM
+    real_QM = torch.arange(int(count_Q.max()), device=rows.device) < count_Q[:, None]
+    return rows.new_zeros(real_QM.shape).masked_scatter_(real_QM, columns[order]), real_QM
 
 
 def _difference_of_means(positives_QN: Tensor) -> Tensor:
