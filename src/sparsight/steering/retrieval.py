@@ -26,10 +26,11 @@ from sparsight.sae.base import SAE
 from sparsight.store import Rows
 from sparsight.windows import in_order
 
-_QUERIES = 1024  # with _WINDOW: 64 MiB of similarities; in smaller blocks, starting operations costs more than cache
-_WINDOW = 16384
+_QUERIES = 512  # larger blocks are a little faster, and take more memory where most rows of the bank are alike
+_WINDOW = 8192
 _GROUP = 16
 _SLACK = 8  # in units of u: terms of second order, norms not quite 1, rounding of the floor itself
+_LAST = 2**32 - 1  # row that a key can name
 _ENCODED = 4096  # rows whose codes, dense for some SAEs, exist at a time
 
 
@@ -69,13 +70,10 @@ def nearest(queries: Rows | np.ndarray, bank: Rows | np.ndarray, n: int, device:
     q_QD = torch.empty(queries.shape, device=device)
     for block in in_order(len(queries), _WINDOW):
         q_QD[block] = _unit(queries, block, "queries", device)
-    kept = Neighbours(
-        torch.zeros(len(queries), n, dtype=torch.int64, device=device),
-        torch.full((len(queries), n), -torch.inf, device=device),
-    )
+    keys_QN = _key(torch.full((len(queries), n), -torch.inf, device=device), torch.zeros((), dtype=torch.int64))
     for window in in_order(len(bank), _WINDOW):
-        _search(q_QD, _unit(bank, window, "bank", device), window.start, kept)
-    return kept
+        _search(q_QD, _unit(bank, window, "bank", device), window.start, keys_QN)
+    return Neighbours(_LAST - (keys_QN & _LAST), _similarity(keys_QN))
 
 
 def positives(labels_QN: Tensor, label_Q: Tensor | None = None) -> Tensor:
@@ -165,39 +163,51 @@ def _unit(rows: Rows | np.ndarray, window: slice, name: str, device: torch.devic
     return (x_WD / norm_W1).float()
 
 
-def _search(q_QD: Tensor, bank_WD: Tensor, first: int, kept: Neighbours) -> None:
+def _search(q_QD: Tensor, bank_WD: Tensor, first: int, keys_QN: Tensor) -> None:
     """Let the rows of a window, which begins at row ``first`` of the bank, take the places that they deserve."""
-    n, n_rows = kept.indices.shape[1], len(bank_WD)
+    n, n_rows = keys_QN.shape[1], len(bank_WD)
     group = max(1, min(_GROUP, n_rows // n))
     n_groups = -(-n_rows // group)
     # Reused, as fresh memory costs page faults; columns that only fill up the groups keep their -inf.
     s_QW = q_QD.new_full((min(_QUERIES, len(q_QD)), group * n_groups), -torch.inf)
     exact_WD, no_bias = bank_WD.double(), bank_WD.new_zeros(n_rows, dtype=torch.float64)
     for block in in_order(len(q_QD), _QUERIES):
-        q, similarity, indices = q_QD[block], kept.similarity[block], kept.indices[block]
+        q, kept_QN = q_QD[block], keys_QN[block]
         s = s_QW[: len(q)]
         torch.mm(q, bank_WD.T, out=s[:, :n_rows])
-        columns_QM, real_QM = _candidates(s.view(len(q), group, n_groups), similarity, q.shape[1])
+        columns_QM, real_QM = _candidates(s.view(len(q), group, n_groups), _similarity(kept_QN), q.shape[1])
         exact_QM = kernels.encode_at(q.double(), exact_WD.T, no_bias, columns_QM).float()
-        every_s = torch.cat([similarity, exact_QM.masked_fill(~real_QM, -torch.inf)], dim=1)
-        best, order = every_s.sort(dim=1, descending=True, stable=True)  # stable: columns are in the bank's order
-        similarity.copy_(best[:, :n])
-        indices.copy_(torch.cat([indices, first + columns_QM], dim=1).gather(1, order[:, :n]))
+        found_QM = _key(exact_QM.masked_fill(~real_QM, -torch.inf), first + columns_QM)
+        keys_QN[block] = torch.cat([kept_QN, found_QM], dim=1).topk(n, dim=1).values
 
 
 def _candidates(s_QPG: Tensor, kept_QN: Tensor, d_in: int) -> tuple[Tensor, Tensor]:
-    """Columns, (Q, M) in their order, among which are all that belong to the N best; and which of them are real."""
-    n_queries, _, n_groups = s_QPG.shape
+    """Columns, (Q, M), among which are all that belong to the N best; and which of them are real."""
     maxima_QG = s_QPG.amax(dim=1)
     reached_Q1 = torch.cat([kept_QN, maxima_QG], dim=1).topk(kept_QN.shape[1], dim=1).values[:, -1:]
     floor_Q1 = reached_Q1 - 2 * (d_in + _SLACK) * 2.0**-24
     rows, groups = (maxima_QG >= floor_Q1).nonzero(as_tuple=True)
     hits, places = (s_QPG[rows, :, groups] >= floor_Q1[rows]).nonzero(as_tuple=True)
-    rows, columns = rows[hits], places * n_groups + groups[hits]
-    order = (rows * s_QPG[0].numel() + columns).argsort()
-    count_Q = torch.bincount(rows, minlength=n_queries)
+    count_Q = torch.bincount(rows[hits], minlength=len(s_QPG))
     real_QM = torch.arange(int(count_Q.max()), device=rows.device) < count_Q[:, None]
-    return rows.new_zeros(real_QM.shape).masked_scatter_(real_QM, columns[order]), real_QM
+    columns_QM = rows.new_zeros(real_QM.shape)
+    return columns_QM.masked_scatter_(real_QM, places * s_QPG.shape[2] + groups[hits]), real_QM
+
+
+def _key(similarity: Tensor, rows: Tensor) -> Tensor:
+    """int64 in the order of the similarities and, where those are equal, in the reverse order of the rows."""
+    bits = (similarity + 0.0).view(torch.int32)  # no -0.0, which is equal to 0.0 and has other bits
+    return (_ordered(bits).long() << 32) + (_LAST - rows)
+
+
+def _similarity(keys: Tensor) -> Tensor:
+    """The similarities that the keys were made of."""
+    return _ordered((keys >> 32).int()).view(torch.float32)
+
+
+def _ordered(bits: Tensor) -> Tensor:
+    """Bits of fp32 numbers as integers of the same order, and back: the negative ones count downwards."""
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
 def _difference_of_means(positives_QN: Tensor) -> Tensor:
