@@ -129,6 +129,11 @@ def test_huge_and_tiny_rows_have_the_direction_that_they_have() -> None:
     assert found.similarity.tolist() == [pytest.approx([1, 0.8, 0.6, -1])]
 
 
+def test_zero_of_either_sign_ties() -> None:
+    bank = np.array([[-1e-30, 0.0, 1.0], [1e-30, 0.0, 1.0], [0.0, -1.0, 0.0]])
+    check(np.array([[1e-30, 1.0, 0.0]]), bank, 3)  # similarities of -1e-60 and 1e-60, and -1
+
+
 @given(labels=st.lists(st.lists(st.integers(0, 3), min_size=6, max_size=6), min_size=1, max_size=8))
 def test_majority_is_the_most_frequent_label_and_of_several_the_nearest_neighbours(labels: list[list[int]]) -> None:
     chosen = retrieval.positives(torch.tensor(labels))
