@@ -65,17 +65,17 @@ def spliced(
 
     def forward(x_BTD: Tensor, replace: Replacement | None) -> tuple[Tensor, list[dict[str, Tensor]]]:
         """Logits (B, C), and what arrived at each site."""
-        at, seen, before = 0, [], dict.fromkeys(positions)
+        done, seen, before = 0, [], dict.fromkeys(positions)
         for m, start in enumerate(starts):
-            x_BTD, _ = backbone.run_blocks(x_BTD, at, start)
-            at = start
-            seen.append({group: x_BTD[:, places].flatten(0, 1) for group, places in positions.items()})
+            x_BTD, _ = backbone.run_blocks(x_BTD, done, start)
+            done = start
+            seen.append({group: x_BTD[:, at].flatten(0, 1) for group, at in positions.items()})
             if replace is not None:
                 x_BTD = x_BTD.clone()
-                for group, places in positions.items():
+                for group, at in positions.items():
                     before[group] = value = replace(m, group, seen[m][group], before[group])
-                    x_BTD[:, places] = value.unflatten(0, (len(x_BTD), -1))
-        return backbone.classify(backbone.run_blocks(x_BTD, at, backbone.n_blocks)[0]), seen
+                    x_BTD[:, at] = value.unflatten(0, (len(x_BTD), -1))
+        return backbone.classify(backbone.run_blocks(x_BTD, done, backbone.n_blocks)[0]), seen
 
     for pixels in split.batches(backbone.preprocess, _IMAGES, torch.get_num_threads()):
         x_BTD, truth = backbone.tokens(backbone.normalize(pixels)), next(labels)
