@@ -47,7 +47,12 @@ def test_default_configuration_is_valid_and_names_its_saes() -> None:
 def test_every_experiment_is_valid_laid_over_the_default_configuration(overlay: Path, tmp_path: Path) -> None:
     config = copy.deepcopy(PARAMS)
     update_config(config, yaml.safe_load(overlay.read_text()))
-    config["images"]["path"] = str(tmp_path)  # the data may be elsewhere
+    (tmp_path / "weights.safetensors").touch()
+    for section in (config["images"], *config["other_images"].values()):  # the data may be elsewhere
+        section["path"] = str(tmp_path)
+    for section in filter(None, config["backbones"].values()):
+        if section.get("weights") not in (None, "pretrained"):
+            section["weights"] = str(tmp_path / "weights.safetensors")
     assert load_run(config).run == overlay.stem
 
 
@@ -55,6 +60,20 @@ def test_every_experiment_is_valid_laid_over_the_default_configuration(overlay: 
     ("path", "value", "message"),
     [
         ("saes/topk/d_seo", 64, "saes.topk: unknown key 'd_seo'; did you mean 'd_sae'?"),
+        (
+            "steering/neighbours/neighbour_backbone",
+            "dino",
+            "steering.neighbours.neighbour_backbone: there is no 'dino'",
+        ),
+        (
+            "activations/sites",
+            ["blocks.1.input", "blocks.3.input", "blocks.5.input", "blocks.5.output"],
+            "steering.neighbours: kind vs2++ compares embeddings; add embedding to activations.sites",
+        ),
+        ("steering/neighbours/neighbours", 0, "neighbours: must be more than 0, got 0"),
+        ("steering/class-latents/edit", "clamp", "heads need class-latents, amplify"),
+        ("steering/class-latents/ranking", "best", "steering.class-latents.ranking: 'best' is not one of mean-diff"),
+        ("backbones/clip/templates", ["published", "a {}."], "templates: 'published' needs one {} for the class name"),
         ("steerings", {}, "configuration: unknown key 'steerings'; did you mean 'steering'?"),
         ("saes/topk/d_sae", "wide", "saes.topk.d_sae: expected int, got 'wide'"),
         ("compute/threads", True, "compute.threads: expected int, got True"),
@@ -132,7 +151,7 @@ def test_what_reads_a_dropped_section_goes_with_it() -> None:
     run = load_run(config)
     assert "final" not in run.saes and list(run.steering) == ["class-latents"]
     config["saes"]["final"]["backbone"] = "vit"
-    assert list(load_run(config).steering) == ["class-latents", "vs2"]
+    assert list(load_run(config).steering) == ["class-latents", "vs2", "neighbours"]
     with pytest.raises(SparsightError, match=r"pruning\.steering: there is no 'class-latents'; known: vs2"):
         load_run(changed("saes/topk", None))
 
@@ -166,3 +185,24 @@ def test_flags_of_the_default_run_give_its_sections_back() -> None:
 def test_flags_carry_any_text(title: str, latents: int) -> None:
     section = Report(title=title, latents=latents)
     assert through_flags(section) == section
+
+
+def test_other_images_need_steering_that_can_be_tried_on_them(tmp_path: Path) -> None:
+    other = {"source": "folder", "path": str(tmp_path)}
+    config = changed("other_images", {"more": other})
+    assert load_run(config).transfers == ["vs2-s0", "vs2-s1", "vs2-s2"]
+    config["steering"]["vs2"] = None
+    with pytest.raises(SparsightError, match="other_images: only steering of kind vs2 on an open_clip model is tried"):
+        load_run(config)
+    with pytest.raises(SparsightError, match=r"other_images\.more\.path: source 'folder' needs path"):
+        load_run(changed("other_images", {"more": {"source": "folder"}}))
+
+
+def test_dropping_the_model_that_finds_neighbours_drops_what_asks_it() -> None:
+    config = changed("steering/neighbours/neighbour_backbone", "vit")
+    config["backbones"]["vit"] = None
+    config["pruning"]["steering"] = "again"
+    config["steering"]["again"] = {"sae": "again"}
+    config["saes"]["again"] = {**config["saes"]["topk"], "backbone": "clip", "site": "blocks.5.input"}
+    config["policies"]["heads"]["backbone"] = "clip"
+    assert list(load_run(config).steering) == ["vs2", "again"]
