@@ -51,8 +51,9 @@ def spliced(
 
     Returns:
         ``accuracy_untouched``; per mode ``accuracy_<mode>`` with 95 % interval ``_lo`` and ``_hi``, the paired
-        difference ``<mode>_delta`` with ``_lo`` and ``_hi``, and ``kl_<mode>``. Empty without positions or a classifier, and where
-        a site is not the residual stream (blocks.<i>.input or .output), which is all that later blocks read.
+        difference ``<mode>_delta`` with ``_lo`` and ``_hi``, and ``kl_<mode>``. Empty without positions or a
+        classifier, and where a site is not the residual stream (blocks.<i>.input or .output), which is all that later
+        blocks read.
     """
     places = [sites.parse(name) for name in names]
     if not positions or not backbone.n_classes or any(part not in ("input", "output") for _, part in places):
