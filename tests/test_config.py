@@ -137,6 +137,15 @@ def test_what_reads_a_dropped_section_goes_with_it() -> None:
         load_run(changed("saes/topk", None))
 
 
+def test_without_policies_there_need_be_no_pruning() -> None:
+    config = changed("policies/heads", None) | {"pruning": None}
+    run = load_run(config)
+    assert run.pruning is None and not run.policies
+    assert load_run(changed("policies/heads", None)).pruning is not None
+    with pytest.raises(SparsightError, match=r"pruning: says how the policy 'heads' is evaluated; set policies\.heads"):
+        load_run(changed("pruning", None))
+
+
 def test_number_without_dot_is_a_float_although_yaml_reads_a_string() -> None:
     section = yaml.safe_load("{backbone: vit, site: embedding, lr: 1e-3}")
     assert schema.parse(Sae, section, "sae").lr == 1e-3

@@ -26,7 +26,7 @@ class Run:
     saes: dict[str, Sae]
     policies: dict[str, Policy]
     steering: dict[str, Steering]
-    pruning: Pruning
+    pruning: Pruning | None
     report: Report
 
     @property
@@ -66,7 +66,7 @@ def load_run(config: Mapping[str, Any]) -> Run:
     """Validate a merged configuration (params.yaml with its overlays).
 
     Named sections (backbones, saes, policies, steering) set to null in an overlay are dropped, and with them the
-    sections that read them.
+    sections that read them. Without policies ``pruning`` may be null too.
 
     Raises:
         SparsightError: unknown key, wrong type, refused value, or sections that do not fit together.
@@ -90,7 +90,7 @@ def load_run(config: Mapping[str, Any]) -> Run:
     }
     named: dict[str, type] = {"backbones": Backbone, "saes": Sae, "policies": Policy, "steering": Steering}
     for name, cls in single.items():
-        values[name] = parse(cls, config[name], name)
+        values[name] = None if (name, config[name]) == ("pruning", None) else parse(cls, config[name], name)
     dropped: dict[str, set[str]] = {}
     for name, cls in named.items():
         if not isinstance(config[name], Mapping):
@@ -161,10 +161,17 @@ def _check_links(run: Run) -> None:
                 f"steering.{name}.latents: {steering.latents} latents and as many random others do not fit into "
                 f"d_sae = {section.d_sae}; lower latents"
             )
+    if run.pruning is None:
+        for name in run.policies:
+            raise SparsightError(f"pruning: says how the policy {name!r} is evaluated; set policies.{name} to null too")
+        return
     known(run.pruning.steering, run.steering, "pruning.steering")
-    if run.steering[run.pruning.steering].kind != "class-latents":
-        raise SparsightError(f"pruning.steering: {run.pruning.steering!r} is of kind vs2; heads need class-latents")
-    read = run.saes[run.steering[run.pruning.steering].sae]
+    steering = run.steering[run.pruning.steering]
+    if steering.kind != "class-latents":
+        raise SparsightError(
+            f"pruning.steering: {run.pruning.steering!r} is of kind {steering.kind}; heads need class-latents"
+        )
+    read = run.saes[steering.sae]
     steered, depth = read.backbone, run.backbones[read.backbone].depth
     if depth is not None and read.site != f"blocks.{depth - 1}.input":
         raise SparsightError(
