@@ -79,7 +79,8 @@ def test_a_run_without_policies_has_a_report_without_pruning(tmp_path: Path) -> 
     overlay = yaml.safe_load((ROOT / "tests" / "tiny-clip.yaml").read_text())
     overlay["activations"]["sites"] = ["blocks.2.output"]
     overlay["saes"] = {"topk": None, "switch": None, "final": {"site": "blocks.2.output", "epochs": 2}}
-    overlay |= {"pruning": None, "policies": {"heads": None}, "steering": {"vs2": {"strengths": [0.5, 2]}}}
+    overlay["steering"] = {"vs2": {"strengths": [0.5, 2]}, "neighbours": None}
+    overlay |= {"pruning": None, "policies": {"heads": None}}
     (tmp_path / "steering-only.yaml").write_text(yaml.safe_dump(overlay))
     run = run_in_one_process(workspace(tmp_path / "w", tmp_path / "steering-only.yaml"))
     assert sorted(path.name for path in (run / "report").iterdir()) == ["index.html"]

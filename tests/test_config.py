@@ -62,7 +62,7 @@ def make_folders(here: Path, *sections: dict[str, Any]) -> Path:
     here.mkdir()
     for section in sections:
         source, path = section["source"], section.get("path")
-        for _, folder in members(path) if source == "union" else [(source, path)]:
+        for _, folder in members(str(path)) if source == "union" else [(source, path)]:
             if folder is not None:
                 (here / folder).mkdir(parents=True, exist_ok=True)
     return here
@@ -149,7 +149,7 @@ def test_what_reads_a_dropped_section_goes_with_it() -> None:
     run = load_run(config)
     assert "final" not in run.saes and list(run.steering) == ["class-latents"]
     config["saes"]["final"]["backbone"] = "vit"
-    assert list(load_run(config).steering) == ["class-latents", "vs2"]
+    assert list(load_run(config).steering) == ["class-latents", "vs2", "neighbours"]
     with pytest.raises(SparsightError, match=r"pruning\.steering: there is no 'class-latents'; known: vs2"):
         load_run(changed("saes/topk", None))
 

@@ -208,8 +208,10 @@ def test_in_stream_steering_equals_editing_the_input_of_the_last_block(manifest:
             assert site == "blocks.2.input"
             return x_train
 
+    stores: Any = {"train": Store()}
+
     with Work(tmp_path / "w", "key") as work:
-        steer(section, one, backbone, Store(), manifest, "s", 0, work, {})  # type: ignore[arg-type]
+        steer(section, one, backbone, stores, {}, manifest, "s", 0, work, {})
         work.finish(tmp_path / "out")
     table = tables.read(tmp_path / "out" / "s.parquet")
     found = latents.ClassLatents.load(tmp_path / "out" / "s.safetensors", torch.device("cpu"))

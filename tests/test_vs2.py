@@ -18,8 +18,9 @@ from sparsight.errors import SparsightError
 from sparsight.images import Manifest, write_manifest
 from sparsight.sae import SAE
 from sparsight.steering import vs2
+from sparsight.steering.at_site import check_site
 from sparsight.steering.edits import Batch, keep_norm
-from sparsight.steering.evaluate import check_site, steer
+from sparsight.steering.evaluate import steer
 from sparsight.store import ActivationStore
 from sparsight.work import Work
 
@@ -62,8 +63,8 @@ def test_alpha_zero_changes_no_bit(store: ActivationStore) -> None:
     x = torch.from_numpy(store.rows(SITE)[:])
     one = make_sae()
     for name, edit in vs2.edits(one, vs2.Calibration.of(one, store, 0)).items():
-        assert torch.equal(edit.apply(Batch(x, None), 0.0), x), name
-        assert not torch.equal(edit.apply(Batch(x, None), 0.1), x), name
+        assert torch.equal(edit.apply(Batch(x), 0.0), x), name
+        assert not torch.equal(edit.apply(Batch(x), 0.1), x), name
 
 
 @given(gamma=st.floats(1.0, 3.0), lam=st.floats(0.0, 10.0), seed=st.integers(0, 5))
@@ -99,7 +100,7 @@ def test_edits_are_their_definitions(store: ActivationStore) -> None:
     for name, edit in edits.items():
         moved = x + alpha * expected[name]
         moved *= (x.norm(dim=1) / moved.norm(dim=1)).unsqueeze(1)
-        torch.testing.assert_close(edit.apply(Batch(x, None), alpha), moved, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(edit.apply(Batch(x), alpha), moved, rtol=1e-3, atol=1e-3)
     assert next(iter(vs2.edits(make_sae(training={"prototype_weight": 0.8}), found))) == "vs2-pass"
 
 
@@ -122,7 +123,7 @@ def test_a_gate_at_quantile_q_steers_a_share_q_of_what_it_was_calibrated_on(
 def run(folder: Path, store: ActivationStore, manifest: Manifest, one: SAE, **options: Any) -> Path:
     section = config.Steering(**{**vars(SECTION), **options})
     with Work(folder / "work", "key") as work:
-        steer(section, one, make_backbone(classes=2), store, manifest, "vs2-s0", 0, work, {})
+        steer(section, one, make_backbone(classes=2), {"train": store}, {}, manifest, "vs2-s0", 0, work, {})
         work.finish(folder / "out")
     return folder / "out"
 
@@ -143,7 +144,7 @@ def test_tables_say_what_each_image_does_alone(manifest: Manifest, store: Activa
         if row["split"] == "val" and row["method"] in ("none", "reconstruct", "vs2", "mean-extrapolation"):
             cls = x[:, 0] if row["method"] == "none" else one(x[:, 0])
             if row["method"] in edits:
-                cls = edits[row["method"]].apply(Batch(x[:, 0], None), row["strength"])
+                cls = edits[row["method"]].apply(Batch(x[:, 0]), row["strength"])
             assert row["accuracy"] == pytest.approx(float(hits(cls).double().mean())), row
             assert row["labels"] == "none" and row["n"] == len(x)
     on_test = [row for row in rows if row["split"] == "test"]

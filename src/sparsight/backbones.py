@@ -6,14 +6,18 @@ from pathlib import Path
 from typing import Any
 
 import timm
-from torch import nn
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
 
-from sparsight import checkpoints
+from sparsight import checkpoints, schema
 from sparsight.errors import SparsightError, reason
 from sparsight.preprocess import Preprocess
 from sparsight.vit import Backbone, BlockPolicy
 
-__all__ = ["Backbone", "BlockPolicy", "load", "open_folder"]
+__all__ = ["Backbone", "BlockPolicy", "keep_prompts", "load", "open_folder"]
+
+_PROMPTS = "prompts.safetensors"
 
 
 def load(name: str, weights: str | None = None, num_classes: int | None = None, **architecture: Any) -> Backbone:
@@ -94,6 +98,34 @@ def open_folder(folder: Path) -> tuple[Backbone, dict[str, Any]]:
     backbone = load(about["model"], str(folder / "model.safetensors"), n_classes, **about["architecture"])
     values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in about["preprocess"].items()}
     backbone.preprocess = Preprocess(**values)
+    backbone.class_names = about["classes"]
     if about["templates"]:
-        backbone.use_prompts(about["prompt_names"], about["templates"])
+        names, templates = about["prompt_names"], about["templates"]
+        backbone.prompts_CE = _kept_prompts(folder, names, templates)
+        if backbone.prompts_CE is None:
+            backbone.use_prompts(names, templates)
     return backbone, about
+
+
+def keep_prompts(backbone: Backbone, folder: Path, names: list[str], templates: list[str]) -> None:
+    """Write ``prompts.safetensors``: the text feature of every class, which takes minutes to compute for many classes.
+
+    It holds ``prompts`` (classes, E) under the digest of the texts and of ``model.safetensors`` in the same folder; it
+    is empty for a model with a classifier of its own.
+    """
+    tensors = {} if backbone.prompts_CE is None else {"prompts": backbone.prompts_CE.contiguous()}
+    save_file(tensors, folder / _PROMPTS, {"digest": _prompts_digest(folder, names, templates)})
+
+
+def _kept_prompts(folder: Path, names: list[str], templates: list[str]) -> Tensor | None:
+    """What :func:`keep_prompts` wrote; None where that is missing, or of other texts or weights."""
+    if not (folder / _PROMPTS).exists():
+        return None
+    with safe_open(folder / _PROMPTS, "pt") as file:
+        if file.metadata().get("digest") != _prompts_digest(folder, names, templates):
+            return None
+        return file.get_tensor("prompts")
+
+
+def _prompts_digest(folder: Path, names: list[str], templates: list[str]) -> str:
+    return schema.digest([names, list(templates), schema.file_digest(folder / "model.safetensors")])

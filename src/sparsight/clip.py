@@ -73,9 +73,11 @@ class ClipTower(Tower):
     def pool(self, x_BTD: Tensor) -> Tensor:
         return self.visual._pool(x_BTD)[0]
 
+    def read(self, pooled_BD: Tensor) -> Tensor:
+        return pooled_BD if self.visual.proj is None else pooled_BD @ self.visual.proj
+
     def head(self, x_BTD: Tensor) -> Tensor:
-        pooled = self.pool(x_BTD)
-        return pooled if self.visual.proj is None else pooled @ self.visual.proj
+        return self.read(self.pool(x_BTD))
 
 
 class ClipTimmTower(Tower):
@@ -101,6 +103,9 @@ class ClipTimmTower(Tower):
 
     def pool(self, x_BTD: Tensor) -> Tensor:
         return self.trunk.pool(x_BTD)
+
+    def read(self, pooled_BD: Tensor) -> Tensor:
+        return self.visual.head(self.trunk.read(pooled_BD))
 
     def head(self, x_BTD: Tensor) -> Tensor:
         return self.visual.head(self.trunk.head(x_BTD))

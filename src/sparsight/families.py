@@ -102,6 +102,12 @@ class Tower:
         """The stream after the last block -> what the classifier or projection reads, (B, D)."""
         return self.model.forward_head(self.model.norm(x_BTD), pre_logits=True)
 
+    def read(self, pooled_BD: Tensor) -> Tensor:
+        """What :meth:`pool` gives -> the model's output, (B, E)."""
+        if self.n_class == 2:
+            raise SparsightError("a distilled DeiT reads two class tokens: its embedding alone cannot be classified")
+        return self.model.head(pooled_BD)
+
     def head(self, x_BTD: Tensor) -> Tensor:
         """The stream after the last block -> the model's output, (B, E)."""
         return self.model.forward_head(self.model.norm(x_BTD))

@@ -24,7 +24,7 @@ def fit(
     section: config.Backbone, manifest: Manifest, name: str, seed: int, work: Work, device: torch.device,
     record: dict[str, Any],
 ) -> None:  # fmt: skip
-    """Write ``model.safetensors``, ``config.json`` and ``training.jsonl`` to ``work.out``.
+    """Write ``model.safetensors``, ``prompts.safetensors``, ``config.json`` and ``training.jsonl`` to ``work.out``.
 
     An open_clip model classifies by prompts: the class names in ``templates``. Where it was trained here it knows
     these names, so this is prompt classification, not zero-shot. The test split is used once, at the end.
@@ -40,7 +40,7 @@ def fit(
     backbone = backbones.load(
         section.model, section.weights, None if own_head else len(classes), **section.architecture
     ).to(device)
-    templates = (section.templates or templates_of(manifest.about["source"])) if clip else ()
+    templates = templates_of(manifest.about["source"], section.templates) if clip else ()
     if not clip and backbone.n_classes != len(classes):
         raise SparsightError(
             f"backbones.{name}: its classifier has {backbone.n_classes} outputs, the images "
@@ -69,6 +69,8 @@ def fit(
             key: value.clone(memory_format=torch.contiguous_format)
             for key, value in backbone.model.state_dict().items()
         }
+        if clip:
+            backbone.use_prompts(names, templates)
     say(f"{name}: accuracy " + ", ".join(f"{part} {value['accuracy']:.4f}" for part, value in accuracy.items()))
     about = {
         "format_version": 1,
@@ -82,6 +84,7 @@ def fit(
         "classes": classes,
         "prompt_names": names,
         "templates": list(templates),
+        "template_choice": list(section.templates),
         "held_out_templates": list(section.held_out_templates),
         "preprocess": dataclasses.asdict(backbone.preprocess),
         "accuracy": accuracy,
@@ -89,6 +92,7 @@ def fit(
         "record": record,
     }
     save_file(state, work.out / "model.safetensors")
+    backbones.keep_prompts(backbone, work.out, names, list(templates))
     write_json(work.out / "config.json", about)
 
 

@@ -21,6 +21,7 @@ class Run:
     seed: int
     compute: Compute
     images: Images
+    other_images: dict[str, Images]
     backbones: dict[str, Backbone]
     activations: Activations
     saes: dict[str, Sae]
@@ -53,6 +54,16 @@ class Run:
         return {f"{name}-s{seed}": s for name, s in self.saes.items() if s.sites for seed in s.seeds}
 
     @property
+    def transfers(self) -> list[str]:
+        """The steering results that are tried on other images: VS2 on a model that classifies by prompts."""
+        return [
+            name
+            for name, sae in self.steering_names.items()
+            if self.steering[name.rpartition("-s")[0]].kind == "vs2"
+            and self.backbones[self.sae_names[sae].backbone].model.startswith("open_clip/")
+        ]
+
+    @property
     def steering_names(self) -> dict[str, str]:
         """Every steering result (<section>-s<seed>) and the SAE folder it uses."""
         return {
@@ -65,8 +76,8 @@ class Run:
 def load_run(config: Mapping[str, Any]) -> Run:
     """Validate a merged configuration (params.yaml with its overlays).
 
-    Named sections (backbones, saes, policies, steering) set to null in an overlay are dropped, and with them the
-    sections that read them. Without policies ``pruning`` may be null too.
+    Named sections (other_images, backbones, saes, policies, steering) set to null in an overlay are dropped, and with
+    them the sections that read them. Without policies ``pruning`` may be null too.
 
     Raises:
         SparsightError: unknown key, wrong type, refused value, or sections that do not fit together.
@@ -88,7 +99,13 @@ def load_run(config: Mapping[str, Any]) -> Run:
         "pruning": Pruning,
         "report": Report,
     }
-    named: dict[str, type] = {"backbones": Backbone, "saes": Sae, "policies": Policy, "steering": Steering}
+    named: dict[str, type] = {
+        "other_images": Images,
+        "backbones": Backbone,
+        "saes": Sae,
+        "policies": Policy,
+        "steering": Steering,
+    }
     for name, cls in single.items():
         values[name] = None if (name, config[name]) == ("pruning", None) else parse(cls, config[name], name)
     dropped: dict[str, set[str]] = {}
@@ -102,17 +119,24 @@ def load_run(config: Mapping[str, Any]) -> Run:
     return run
 
 
-_READS = {"saes": ("backbone", "backbones"), "policies": ("backbone", "backbones"), "steering": ("sae", "saes")}
-"""By kind of section, the key that names the section it reads, and of which kind that is."""
+_READS = {
+    "saes": {"backbone": "backbones"},
+    "policies": {"backbone": "backbones"},
+    "steering": {"sae": "saes", "neighbour_backbone": "backbones"},
+}
+"""By kind of section, the keys that name a section it reads, and of which kind that is."""
 
 
 def _left(kind: str, config: Mapping[str, Any], dropped: dict[str, set[str]]) -> dict[str, Any]:
     """The named sections of a kind that are not dropped; adds those that are to ``dropped``."""
-    key, of = _READS.get(kind, ("", ""))
     gone = {
         name
         for name, section in config[kind].items()
-        if section is None or (isinstance(section, Mapping) and section.get(key) in dropped.get(of, ()))
+        if section is None
+        or (
+            isinstance(section, Mapping)
+            and any(section.get(key) in dropped[of] for key, of in _READS.get(kind, {}).items())
+        )
     }
     dropped[kind] = gone
     return {name: section for name, section in config[kind].items() if name not in gone}
@@ -123,7 +147,7 @@ def _check_links(run: Run) -> None:
         if value not in names:
             raise SparsightError(f"{where}: there is no {value!r}; known: {', '.join(names) or 'none'}")
 
-    names = [run.run, *run.backbones, *run.saes, *run.policies, *run.steering]
+    names = [run.run, *run.other_images, *run.backbones, *run.saes, *run.policies, *run.steering]
     for name in names:
         if not name or not all(c.isalnum() or c in "-_." for c in name) or name.startswith("."):
             raise SparsightError(
@@ -156,20 +180,29 @@ def _check_links(run: Run) -> None:
             raise SparsightError(
                 f"steering.{name}.sae: steers the class token; activations.tokens is {run.activations.tokens}, not cls"
             )
+        if steering.neighbour_backbone is not None:
+            known(steering.neighbour_backbone, run.backbones, f"steering.{name}.neighbour_backbone")
+        if steering.kind == "vs2++" and "embedding" not in run.activations.sites:
+            raise SparsightError(f"steering.{name}: kind vs2++ compares embeddings; add embedding to activations.sites")
         if steering.kind == "class-latents" and 2 * steering.latents > section.d_sae:
             raise SparsightError(
                 f"steering.{name}.latents: {steering.latents} latents and as many random others do not fit into "
                 f"d_sae = {section.d_sae}; lower latents"
             )
+    if run.other_images and not run.transfers:
+        raise SparsightError(
+            "other_images: only steering of kind vs2 on an open_clip model is tried on them; add one, or leave them out"
+        )
     if run.pruning is None:
         for name in run.policies:
             raise SparsightError(f"pruning: says how the policy {name!r} is evaluated; set policies.{name} to null too")
         return
     known(run.pruning.steering, run.steering, "pruning.steering")
     steering = run.steering[run.pruning.steering]
-    if steering.kind != "class-latents":
+    if (steering.kind, steering.edit) != ("class-latents", "amplify"):
         raise SparsightError(
-            f"pruning.steering: {run.pruning.steering!r} is of kind {steering.kind}; heads need class-latents"
+            f"pruning.steering: {run.pruning.steering!r} is of kind {steering.kind}, edit {steering.edit}; heads need "
+            "class-latents, amplify"
         )
     read = run.saes[steering.sae]
     steered, depth = read.backbone, run.backbones[read.backbone].depth

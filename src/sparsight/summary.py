@@ -18,7 +18,7 @@ def write_metrics(inputs: dict[str, list[Path]], path: Path) -> None:
 
     Args:
         inputs: ``backbones`` (config.json), ``saes``, ``chains`` and ``policies`` (metrics.json), ``steerings``
-            (Parquet).
+            (Parquet), ``transfers`` (JSON).
     """
     flat: dict[str, float] = {}
     for file in inputs["backbones"]:
@@ -37,6 +37,12 @@ def write_metrics(inputs: dict[str, list[Path]], path: Path) -> None:
         for row in tables.read(file):
             if row["split"] == "test":
                 flat[f"steering.{file.stem}.{row['method']}.{row['labels']}.accuracy"] = row["accuracy"]
+        flat |= _gate(f"steering.{file.stem}", file.with_suffix(".json"))
+    for file in inputs["transfers"]:
+        name = f"steering.{file.parent.name}.{file.stem}"
+        for row in tables.read(file.with_suffix(".parquet")):
+            flat[f"{name}.{row['method']}.{row['labels']}.accuracy"] = row["accuracy"]
+        flat |= _gate(name, file)
     for file in inputs["policies"]:
         policy = file.parent.name
         flat[f"pruning.{policy}.unpruned.accuracy"] = json.loads(file.read_text())["unpruned"]["accuracy"]
@@ -44,6 +50,12 @@ def write_metrics(inputs: dict[str, list[Path]], path: Path) -> None:
             for column in ("accuracy", "usage_last", "usage_all"):
                 flat[f"pruning.{policy}.{strategy}.{labels}.{column}"] = float(np.mean([row[column] for row in rows]))
     write_json(path, flat)
+
+
+def _gate(name: str, summary: Path) -> dict[str, float]:
+    """Accuracy on test and the share of images steered, by quantile of the gate; nothing where there is none."""
+    lines = [line for line in json.loads(summary.read_text())["gate"] if line["split"] == "test"]
+    return {f"{name}.gate-{line['quantile']:g}.{key}": line[key] for line in lines for key in ("accuracy", "steered")}
 
 
 def by_strategy(rows: list[dict[str, Any]]) -> dict[tuple[str, str], list[dict[str, Any]]]:

@@ -51,6 +51,8 @@ class Backbone(nn.Module):
         self.name = name
         self.tower = _tower(model)
         self.model, self.preprocess = model.eval(), preprocess or _preprocess(model, self.tower)
+        self.class_names: list[str] | None = None
+        """What its outputs stand for, where the backbone stage said so."""
         self.register_buffer("prompts_CE", None, persistent=False)
 
     @property
@@ -229,12 +231,18 @@ class Backbone(nn.Module):
 
     def classify(self, x_BTD: Tensor) -> Tensor:
         """From the residual stream after the last block to what :meth:`forward` returns."""
-        features = self.tower.head(x_BTD)
+        return self._logits(self.tower.head(x_BTD))
+
+    def classify_embedding(self, embedding_BD: Tensor) -> Tensor:
+        """The same from ``embedding``, (B, D); :class:`SparsightError` for a distilled DeiT, which reads two tokens."""
+        return self._logits(self.tower.read(embedding_BD))
+
+    def _logits(self, features_BE: Tensor) -> Tensor:
         if self.prompts_CE is None:
-            return features
+            return features_BE
         from sparsight import clip
 
-        return clip.prompt_logits(self.model, features, self.prompts_CE)
+        return clip.prompt_logits(self.model, features_BE, self.prompts_CE)
 
     def features(self, images: Tensor) -> Tensor:
         """What the model makes of images without prompts: open_clip's image features, timm's logits (B, E)."""

@@ -5,6 +5,7 @@ rule backbone:
     output:
         weights=f"{R}/backbones/{{backbone}}/model.safetensors",
         config=f"{R}/backbones/{{backbone}}/config.json",
+        prompts=f"{R}/backbones/{{backbone}}/prompts.safetensors",
         log=f"{R}/backbones/{{backbone}}/training.jsonl",
     log:
         f"{R}/logs/backbone-{{backbone}}.log",

@@ -1,5 +1,6 @@
 import ast
 import os
+import re
 import sys
 from functools import cache
 from pathlib import Path
@@ -40,6 +41,23 @@ def sae_code(name):
 def store_of(split):
     """The manifest of the store that an SAE reads."""
     return lambda wildcards: f"{R}/activations/{sae_section(wildcards).backbone}/{split}.json"
+
+
+def stores_of(backbone, splits):
+    return expand(f"{R}/activations/{{backbone}}/{{split}}.json", backbone=backbone, split=splits)
+
+
+def stores_of_steering(wildcards):
+    """VS2++ looks up the embeddings of every image, the other kinds only what the train split is like."""
+    splits = ["train", "val", "test"] if RUN.steering[wildcards.steering].kind == "vs2++" else ["train"]
+    return stores_of(sae_section(wildcards).backbone, splits)
+
+
+def stores_of_finder(wildcards):
+    """Where VS2++ finds neighbours; nothing for other kinds."""
+    section = RUN.steering[wildcards.steering]
+    backbone = section.neighbour_backbone or sae_section(wildcards).backbone
+    return stores_of(backbone, ["train", "val", "test"]) if section.kind == "vs2++" else []
 
 
 def backbone_of_sae(wildcards):

@@ -12,3 +12,20 @@ rule images:
         flags=flags(RUN.images),
     shell:
         "python workflow/scripts/images.py --out {params.out} --work {params.work}" " {params.flags} > {log} 2>&1"
+
+
+# A data set beside the run's own, which steering is tried on.
+rule other_images:
+    input:
+        code=sources("images.py"),
+    output:
+        f"{R}/images/{{other}}/manifest.parquet",
+    log:
+        f"{R}/logs/images-{{other}}.log",
+    threads: THREADS
+    params:
+        out=subpath(output[0], parent=True),
+        work=f"{R}/.work/images-{{other}}",
+        flags=lambda wildcards: flags(RUN.other_images[wildcards.other]),
+    shell:
+        "python workflow/scripts/images.py --out {params.out} --work {params.work}" " {params.flags} > {log} 2>&1"

@@ -3,6 +3,7 @@ RESULTS = {
     "saes": expand(rules.evaluate_sae.output, sae=RUN.sae_names),
     "chains": expand(f"{R}/saes/{{chain}}/metrics.json", chain=RUN.chains),
     "steerings": expand(f"{R}/steering/{{name}}.parquet", name=RUN.steering_names),
+    "transfers": expand(f"{R}/steering/{{name}}/{{other}}.json", name=RUN.transfers, other=RUN.other_images),
     "policies": expand(rules.pruning.output.metrics, policy=RUN.policies),
 }
 
@@ -24,7 +25,7 @@ rule summary:
     shell:
         "python workflow/scripts/summary.py --from-backbones {input.backbones} --from-saes {input.saes}"
         " --from-chains {input.chains}"
-        " --from-steerings {input.steerings} --from-policies {input.policies}"
+        " --from-steerings {input.steerings} --from-transfers {input.transfers} --from-policies {input.policies}"
         " --out {params.out} --work {params.work}"
         " {params.flags} > {log} 2>&1"
 
@@ -49,7 +50,7 @@ rule report:
     shell:
         "python workflow/scripts/report.py --from-backbones {input.backbones} --from-saes {input.saes}"
         " --from-chains {input.chains}"
-        " --from-steerings {input.steerings} --from-policies {input.policies}"
+        " --from-steerings {input.steerings} --from-transfers {input.transfers} --from-policies {input.policies}"
         " --from-images {input.images} --from-stores {input.stores} --name {params.name}"
         " --out {params.out} --work {params.work}"
         " {params.flags} > {log} 2>&1"

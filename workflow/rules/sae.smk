@@ -1,5 +1,3 @@
-import re
-
 SAE_WEIGHTS = f"{R}/saes/{{sae}}/sae.safetensors"
 SAE_CONFIG = f"{R}/saes/{{sae}}/config.json"
 MAPS = f"{R}/saes/{{chain}}/affine.safetensors"

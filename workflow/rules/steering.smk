@@ -1,8 +1,15 @@
+wildcard_constraints:
+    steering="|".join(map(re.escape, RUN.steering)) or "none",
+    seed=r"\d+",
+    other="|".join(map(re.escape, RUN.other_images)) or "none",
+
+
 rule steering:
     input:
         images=rules.images.output,
         backbone=backbone_of_sae,
-        store=store_of("train"),
+        stores=stores_of_steering,
+        finder=stores_of_finder,
         sae=lambda wildcards: f"{R}/saes/{sae_name(wildcards)}/sae.safetensors",
         code=lambda wildcards: sources("steering.py", sae_code(sae_name(wildcards))),
     output:
@@ -12,8 +19,6 @@ rule steering:
         summary=f"{R}/steering/{{steering}}-s{{seed}}.json",
     log:
         f"{R}/logs/steering-{{steering}}-s{{seed}}.log",
-    wildcard_constraints:
-        seed=r"\d+",
     threads: THREADS
     params:
         out=subpath(output[0], parent=True),
@@ -21,6 +26,33 @@ rule steering:
         flags=lambda wildcards: flags(RUN.steering[wildcards.steering]),
     shell:
         "python workflow/scripts/steering.py --from-images {input.images} --from-backbone {input.backbone}"
-        " --from-store {input.store} --from-sae {input.sae} --name {wildcards.steering}-s{wildcards.seed}"
+        " --from-stores {input.stores} --from-finder {input.finder} --from-sae {input.sae}"
+        " --name {wildcards.steering}-s{wildcards.seed}"
+        " --out {params.out} --work {params.work}"
+        " {params.flags} > {log} 2>&1"
+
+
+# The same vectors, strengths and thresholds on images that the SAE has not been trained for.
+rule steering_elsewhere:
+    input:
+        images=rules.other_images.output,
+        backbone=backbone_of_sae,
+        sae=lambda wildcards: f"{R}/saes/{sae_name(wildcards)}/sae.safetensors",
+        vectors=rules.steering.output.vectors,
+        home=rules.steering.output.summary,
+        code=lambda wildcards: sources("steering_elsewhere.py", sae_code(sae_name(wildcards))),
+    output:
+        table=f"{R}/steering/{{steering}}-s{{seed}}/{{other}}.parquet",
+        summary=f"{R}/steering/{{steering}}-s{{seed}}/{{other}}.json",
+    log:
+        f"{R}/logs/steering-{{steering}}-s{{seed}}-{{other}}.log",
+    threads: THREADS
+    params:
+        out=subpath(output[0], parent=True),
+        work=f"{R}/.work/steering-{{steering}}-s{{seed}}-{{other}}",
+        flags=flags(),
+    shell:
+        "python workflow/scripts/steering_elsewhere.py --from-images {input.images} --from-backbone {input.backbone}"
+        " --from-sae {input.sae} --from-vectors {input.vectors} --from-home {input.home} --name {wildcards.other}"
         " --out {params.out} --work {params.work}"
         " {params.flags} > {log} 2>&1"

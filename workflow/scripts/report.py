@@ -21,5 +21,6 @@ if __name__ == "__main__":
         chains=["metrics.json of every ReSAE chain"],
         stores=["test.json of every backbone"],
         steerings=["<name>.parquet of every steering result"],
+        transfers=["<data set>.json of every steering result on other images"],
         policies=["metrics.json of every policy"],
     )

@@ -1,4 +1,4 @@
-"""Find each class's latents and steer the unpruned model with them: steering vectors and accuracy tables."""
+"""Steer the unpruned model with an SAE and with controls: steering vectors and accuracy tables."""
 
 from sparsight import stage
 from sparsight.config import Steering
@@ -13,8 +13,11 @@ def main(job: stage.Stage) -> None:
     device = job.device
     backbone, _ = backbones.open_folder(job.inputs["backbone"].parent)
     one = sae.load(job.inputs["sae"].parent).to(device)
-    store, manifest = ActivationStore.open(job.inputs["store"]), Manifest(job.inputs["images"])
-    steer(job.config, one, backbone.to(device), store, manifest, job.name, job.seed, job.work, job.record())
+    stores, finder = (
+        {path.stem: ActivationStore.open(path) for path in job.inputs[name]} for name in ("stores", "finder")
+    )
+    manifest = Manifest(job.inputs["images"])
+    steer(job.config, one, backbone.to(device), stores, finder, manifest, job.name, job.seed, job.work, job.record())
 
 
 if __name__ == "__main__":
@@ -24,6 +27,7 @@ if __name__ == "__main__":
         Steering,
         images="manifest.parquet of the images stage",
         backbone="model.safetensors of the backbone stage",
-        store="train.json, the manifest of the train split's store",
+        stores=["train.json of the backbone; for kind vs2++ also val.json and test.json"],
+        finder=["for kind vs2++: train.json, val.json and test.json of the model that finds neighbours"],
         sae="sae.safetensors of the sae stage",
     )

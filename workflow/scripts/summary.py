@@ -18,5 +18,6 @@ if __name__ == "__main__":
         saes=["metrics.json of every SAE"],
         chains=["metrics.json of every ReSAE chain"],
         steerings=["<name>.parquet of every steering result"],
+        transfers=["<data set>.json of every steering result on other images"],
         policies=["metrics.json of every policy"],
     )

@@ -7,6 +7,7 @@ from typing import Literal
 from sparsight import sites
 from sparsight.config.checks import fraction, not_negative, positive
 from sparsight.errors import SparsightError
+from sparsight.prompts import PUBLISHED
 from sparsight.schema import FREE, parse
 
 
@@ -103,7 +104,8 @@ class Backbone:
     """``supervised``: all weights and a class head; ``probe``: a linear head on the frozen tower; ``contrastive``:
     images against captions made of class names (open_clip)."""
     templates: tuple[str, ...] = ()
-    """Captions with {} for the class name, in training and as prompts; none given: those of the image source."""
+    """Captions with {} for the class name, in training and as prompts; none given: "a photo of a {}."; the one word
+    ``published``: the ensemble that was published for the image source (docs/steering.md)."""
     held_out_templates: tuple[str, ...] = ()
     """Captions never trained on; test accuracy with them as prompts is reported beside."""
     epochs: int = 0
@@ -148,7 +150,8 @@ class Backbone:
             )
         if (self.templates or self.held_out_templates) and not clip:
             raise SparsightError("templates: only an open_clip model reads texts")
-        for template in (*self.templates, *self.held_out_templates):
+        own = () if self.templates == (PUBLISHED,) else self.templates
+        for template in (*own, *self.held_out_templates):
             if template.count("{}") != 1 or template.replace("{}", "").count("{"):
                 raise SparsightError(f"templates: {template!r} needs one {{}} for the class name")
         if not 0 <= self.ema < 1:

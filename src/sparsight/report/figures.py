@@ -29,6 +29,11 @@ _COLOURS = {
     "vs2-pass-gated": "#56B4E9",
     "mean-extrapolation": "#009E73",
     "pca-extrapolation": "#CC79A7",
+    "vs2++-majority": "#0072B2",
+    "vs2++-query": "#56B4E9",
+    "retrieval": "#CC79A7",
+    "embedding-steering": "#D55E00",
+    "nearest-neighbours": "#F0E442",
 }
 _CYCLE = ("#0072B2", "#E69F00", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#000000")
 _MARKERS = {"none": "s", "predicted": "o", "oracle": "^"}

@@ -28,7 +28,7 @@ def write_page(section: config.Report, run: str, inputs: dict[str, Any], device:
 
     Args:
         run: name of the run.
-        inputs: paths by name: images, and lists of backbones, saes, chains, stores, steerings, policies.
+        inputs: paths by name: images, and lists of backbones, saes, chains, stores, steerings, transfers, policies.
     """
     manifest = Manifest(inputs["images"])
     saes = {path.parent.name: path.parent for path in inputs["saes"]}
@@ -47,7 +47,7 @@ def write_page(section: config.Report, run: str, inputs: dict[str, Any], device:
         sae_metrics=sae_metrics,
         sae_figure=figures.sae_training(saes, {name: (m["fvu"], m["fvu_pca_k"]) for name, m in sae_metrics.items()}),
         chains=[_chain(path.parent) for path in inputs["chains"]],
-        steerings=[_steering(path) for path in inputs["steerings"]],
+        steerings=[_steering(path, inputs["transfers"]) for path in inputs["steerings"]],
         policies=policies,
         latent_sae=first,
         latents=_latents(sae.load(saes[first]).to(device), stores, manifest, section.latents, section.images),
@@ -77,7 +77,7 @@ def _chain(folder: Path) -> dict[str, Any]:
     }
 
 
-def _steering(path: Path) -> dict[str, Any]:
+def _steering(path: Path, transfers: list[Path]) -> dict[str, Any]:
     rows, summary = tables.read(path), json.loads(path.with_suffix(".json").read_text())
     classes = tables.read(path.with_name(f"{path.stem}-classes.parquet"))
     return {
@@ -85,7 +85,15 @@ def _steering(path: Path) -> dict[str, Any]:
         "rows": [row for row in rows if row["split"] == "test"],
         "summary": summary,
         "figure": figures.steering(rows, classes, summary["gate"]),
+        "elsewhere": {file.stem: _elsewhere(file) for file in transfers if file.parent.name == path.stem},
     }
+
+
+def _elsewhere(path: Path) -> dict[str, Any]:
+    """VS2 on another data set: its rows with and without steering, and the gate's curve."""
+    rows = {row["method"]: row for row in tables.read(path.with_suffix(".parquet"))}
+    steered = rows.get("vs2") or rows["vs2-pass"]
+    return {"unsteered": rows["none"], "steered": steered, **json.loads(path.read_text())}
 
 
 def _policy(folder: Path) -> dict[str, Any]:

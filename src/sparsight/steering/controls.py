@@ -3,12 +3,14 @@
 Shapes: B batch, D width (d_in), C classes, M latents per class.
 """
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
 from sparsight.sae.base import SAE
 from sparsight.steering.edits import Batch, Edit, of_size
-from sparsight.steering.latents import ClassLatents, class_edit
+from sparsight.steering.latents import ClassLatents, clamp_edit, class_edit
 
 
 def random_edit(sae: SAE, classes_B: Tensor, found: ClassLatents, size_B: Tensor) -> Tensor:
@@ -29,23 +31,30 @@ def mean_difference_edit(classes_B: Tensor, found: ClassLatents, size_B: Tensor)
 
 def unit_edit(method: str, sae: SAE, cls_BD: Tensor, classes_B: Tensor, found: ClassLatents) -> Tensor:
     """The edit of factor 2 by a method's name, (B, D); every method has the size of class-latents."""
-    edit = class_edit(sae, sae.encode(cls_BD).dense(), classes_B, found)
-    if method == "class-latents":
-        return edit
-    if method == "random-latents":
-        return random_edit(sae, classes_B, found, edit.norm(dim=1))
-    assert method == "mean-difference", method
-    return mean_difference_edit(classes_B, found, edit.norm(dim=1))
+    return _beside(method, class_edit(sae, sae.encode(cls_BD).dense(), classes_B, found), sae, classes_B, found)
 
 
-def edits(sae: SAE, found: ClassLatents) -> dict[str, Edit]:
-    """Class latents and their controls, by name; strength is the factor on the latents."""
+def edits(sae: SAE, found: ClassLatents, edit: Literal["amplify", "clamp"]) -> dict[str, Edit]:
+    """Class latents and their controls, by name; strength is the factor on the latents or on their class mean."""
 
     def named(method: str) -> Edit:
         def apply(batch: Batch, factor: float) -> Tensor:
             assert batch.classes is not None
-            return batch.x + (factor - 1) * unit_edit(method, sae, batch.x, batch.classes, found)
+            if edit == "amplify":
+                return batch.x + (factor - 1) * unit_edit(method, sae, batch.x, batch.classes, found)
+            clamped_BD = clamp_edit(sae, sae.encode(batch.x).dense(), batch.classes, found, factor)
+            return batch.x + _beside(method, clamped_BD, sae, batch.classes, found)
 
         return Edit(apply, ("predicted", "oracle"))
 
     return {method: named(method) for method in ("class-latents", "random-latents", "mean-difference")}
+
+
+def _beside(method: str, edit_BD: Tensor, sae: SAE, classes_B: Tensor, found: ClassLatents) -> Tensor:
+    """The edit itself, or a control of its size."""
+    if method == "class-latents":
+        return edit_BD
+    if method == "random-latents":
+        return random_edit(sae, classes_B, found, edit_BD.norm(dim=1))
+    assert method == "mean-difference", method
+    return mean_difference_edit(classes_B, found, edit_BD.norm(dim=1))

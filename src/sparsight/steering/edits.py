@@ -1,10 +1,11 @@
-"""What a steering method is: a change of the class token at one site.
+"""What a steering method is: a change of the class token at one site, of the embedding, or of the logits.
 
-Shapes: B batch, D width (d_in).
+Shapes: B batch, D width (d_in), C classes.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -15,9 +16,13 @@ class Batch:
     """The images that an edit sees."""
 
     x: Tensor
-    """Class token at the site, (B, D)."""
-    classes: Tensor | None
+    """What it changes: the class token at the site or the embedding, (B, D), or the logits, (B, C)."""
+    classes: Tensor | None = None
     """int64 (B,): the class that the unsteered model predicts, or the true one; None for an edit without labels."""
+    labels: str = "none"
+    """Which of these: ``none``, ``predicted``, ``oracle``."""
+    images: slice = field(default_factory=lambda: slice(None))
+    """Which images of the split these are."""
 
 
 @dataclass(frozen=True)
@@ -25,9 +30,13 @@ class Edit:
     """A steering method."""
 
     apply: Callable[[Batch, float], Tensor]
-    """The steered class token (B, D) of a batch at a strength."""
+    """What becomes of ``x`` of a batch at a strength."""
     labels: tuple[str, ...] = ("none",)
     """Which classes it takes: ``none``, or ``predicted`` and ``oracle``."""
+    at: Literal["site", "embedding", "logits"] = "site"
+    """What it changes."""
+    strength: float | None = None
+    """The one strength of a method that has none to choose."""
 
 
 def keep_norm(x_BD: Tensor, edit_BD: Tensor) -> Tensor:

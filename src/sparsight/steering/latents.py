@@ -1,12 +1,13 @@
 """Per-class latents: which SAE latents stand for a class, and the edits that amplify them.
 
-The strategy of arXiv 2603.26743; the ranking (mean difference) is our choice, the paper's is not public.
+The strategy of arXiv 2603.26743; the rankings are our choice, the paper's is not public.
 
 Shapes: B batch, N rows, D width (d_in), F latents (d_sae), C classes, M latents per class.
 """
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -25,7 +26,7 @@ class ClassLatents:
     """What steering needs to know of the train split, class by class."""
 
     latents: Tensor
-    """(C, M) int64: latents ranked by mean activation in the class minus mean activation elsewhere."""
+    """(C, M) int64: the class's latents, the highest ranked first."""
     random_latents: Tensor
     """(C, M) int64: latents drawn at random among those that fire on train and are not in ``latents``."""
     mean_activation: Tensor
@@ -49,8 +50,9 @@ class ClassLatents:
 
 @torch.no_grad()
 def find(
-    sae: SAE, rows: Rows | np.ndarray, labels: np.ndarray, n_classes: int, n_latents: int, seed: int
-) -> ClassLatents:
+    sae: SAE, rows: Rows | np.ndarray, labels: np.ndarray, n_classes: int, n_latents: int, seed: int,
+    ranking: Literal["mean-difference", "mean"] | Tensor = "mean-difference",
+) -> ClassLatents:  # fmt: skip
     """Rank the latents of every class on training activations.
 
     Args:
@@ -58,6 +60,8 @@ def find(
         labels: (N,) int.
         n_latents: M, at most half of F.
         seed: of the random latents.
+        ranking: ``mean-difference``: mean activation in the class minus mean activation elsewhere; ``mean``: the first
+            of the two alone; or the scores themselves, (C, F).
     """
     device = sae.W_dec.device
     total_CF = torch.zeros(n_classes, sae.d_sae, dtype=torch.float64, device=device)
@@ -70,7 +74,11 @@ def find(
     count_C1 = torch.from_numpy(np.bincount(labels, minlength=n_classes)).to(device)[:, None]
     mean_CF = total_CF / count_C1
     elsewhere_CF = (total_CF.sum(dim=0) - total_CF) / (len(labels) - count_C1)
-    latents = (mean_CF - elsewhere_CF).argsort(dim=1, descending=True, stable=True)[:, :n_latents]
+    if isinstance(ranking, Tensor):
+        score_CF = ranking
+    else:
+        score_CF = mean_CF - elsewhere_CF if ranking == "mean-difference" else mean_CF
+    latents = score_CF.argsort(dim=1, descending=True, stable=True)[:, :n_latents]
     generator = np.random.default_rng(seed)
     alive = np.flatnonzero(total_CF.sum(dim=0).cpu().numpy() > 0)
     every = np.arange(sae.d_sae)
@@ -98,3 +106,13 @@ def class_edit(sae: SAE, codes_BF: Tensor, classes_B: Tensor, found: ClassLatent
     latents_BM = found.latents[classes_B]
     picked_BF = torch.zeros_like(codes_BF).scatter(1, latents_BM, codes_BF.gather(1, latents_BM))
     return picked_BF @ sae.W_dec
+
+
+def clamp_edit(sae: SAE, codes_BF: Tensor, classes_B: Tensor, found: ClassLatents, factor: float) -> Tensor:
+    """Set the class's latents to ``factor`` times their mean activation in the class: x' - x, (B, D).
+
+    The image's own codes there do not matter; factor 0 ablates. As :func:`class_edit` it keeps the SAE's error.
+    """
+    latents_BM = found.latents[classes_B]
+    wanted_BM = factor * found.mean_activation[classes_B].gather(1, latents_BM)
+    return torch.einsum("bm,bmd->bd", wanted_BM - codes_BF.gather(1, latents_BM), sae.W_dec[latents_BM])

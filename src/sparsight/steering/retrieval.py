@@ -93,7 +93,9 @@ def positives(labels_QN: Tensor, label_Q: Tensor | None = None) -> Tensor:
 
 
 @torch.no_grad()
-def contrast(sae: SAE, bank: Rows | np.ndarray, neighbours: Neighbours, positives_QN: Tensor) -> Tensor:
+def contrast(
+    sae: SAE, bank: Rows | np.ndarray, neighbours: Neighbours, positives_QN: Tensor, W_dec: Tensor | None = None
+) -> Tensor:
     """W_dec^T (mean code of the positives - mean code of the negatives), (Q, D), in units of the activations.
 
     The vector of VS2++ (section 3.3) is gamma - 1 times this. A side without neighbours contributes nothing.
@@ -103,13 +105,14 @@ def contrast(sae: SAE, bank: Rows | np.ndarray, neighbours: Neighbours, positive
         bank: activations (B, D) of that site, in the order of the bank that was searched.
         neighbours: of the Q queries.
         positives_QN: see :func:`positives`.
+        W_dec: another decoder (d_sae, D) in the place of the SAE's, for controls.
 
     Raises:
         SparsightError: a bank too short for the neighbours; activations of another width, NaN or infinite.
     """
 
     def decoded(x_WD: Tensor) -> Tensor:
-        return sae.encode(x_WD).combine(sae.W_dec)
+        return sae.encode(x_WD).combine(sae.W_dec if W_dec is None else W_dec)
 
     return _weighted(_difference_of_means(positives_QN), neighbours, bank, decoded)
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sparsight.sae.base import SAE
@@ -70,6 +70,11 @@ class Calibration:
     def save(self, path: Path) -> None:
         """Write a safetensors file with these fields."""
         save_file({name: value.contiguous() for name, value in vars(self).items()}, path)
+
+    @classmethod
+    def load(cls, path: Path, device: torch.device) -> "Calibration":
+        """Read what :meth:`save` wrote."""
+        return cls(**load_file(path, device=str(device)))
 
     def threshold(self, quantile: float) -> float:
         """The FVU at or below which lies the share ``quantile`` of the train images."""

@@ -1,0 +1,31 @@
+"""Try VS2 and its gate on another data set (--name), with the strengths and thresholds found at home."""
+
+import json
+
+from sparsight import stage
+
+
+def main(job: stage.Stage) -> None:
+    from sparsight import backbones, sae
+    from sparsight.images import Manifest
+    from sparsight.steering.elsewhere import steer_elsewhere
+
+    device = job.device
+    backbone, about = backbones.open_folder(job.inputs["backbone"].parent)
+    one = sae.load(job.inputs["sae"].parent).to(device)
+    home, manifest = json.loads(job.inputs["home"].read_text()), Manifest(job.inputs["images"])
+    steer_elsewhere(
+        one, backbone.to(device), about, home, job.inputs["vectors"], manifest, job.name, job.work, job.record()
+    )
+
+
+if __name__ == "__main__":
+    stage.run(
+        main,
+        __doc__,
+        images="manifest.parquet of the other images",
+        backbone="model.safetensors of the backbone stage",
+        sae="sae.safetensors of the sae stage",
+        vectors="safetensors of the steering stage, of kind vs2",
+        home="json of the steering stage",
+    )
