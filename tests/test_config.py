@@ -53,18 +53,22 @@ def test_every_experiment_is_valid_laid_over_the_default_configuration(
 ) -> None:
     config = copy.deepcopy(PARAMS)
     update_config(config, yaml.safe_load(overlay.read_text()))
-    monkeypatch.chdir(make_folders(tmp_path / "here", config["images"], *config.get("other_images", {}).values()))
+    monkeypatch.chdir(make_data(tmp_path / "here", config))
     assert load_run(config).run == overlay.stem
 
 
-def make_folders(here: Path, *sections: dict[str, Any]) -> Path:
-    """A folder in which the data of these sections seem to lie."""
+def make_data(here: Path, config: dict[str, Any]) -> Path:
+    """A folder in which the data and the weights of a configuration seem to lie."""
     here.mkdir()
-    for section in sections:
+    for section in (config["images"], *config["other_images"].values()):
         source, path = section["source"], section.get("path")
         for _, folder in members(str(path)) if source == "union" else [(source, path)]:
-            if folder is not None:
-                (here / folder).mkdir(parents=True, exist_ok=True)
+            (here / (folder or ".")).mkdir(parents=True, exist_ok=True)
+    for section in filter(None, config["backbones"].values()):
+        if section.get("weights") not in (None, "pretrained"):
+            weights = here / section["weights"]
+            weights.parent.mkdir(parents=True, exist_ok=True)
+            weights.touch()
     return here
 
 
@@ -72,6 +76,20 @@ def make_folders(here: Path, *sections: dict[str, Any]) -> Path:
     ("path", "value", "message"),
     [
         ("saes/topk/d_seo", 64, "saes.topk: unknown key 'd_seo'; did you mean 'd_sae'?"),
+        (
+            "steering/neighbours/neighbour_backbone",
+            "dino",
+            "steering.neighbours.neighbour_backbone: there is no 'dino'",
+        ),
+        (
+            "activations/sites",
+            ["blocks.1.input", "blocks.3.input", "blocks.5.input", "blocks.5.output"],
+            "steering.neighbours: kind vs2++ compares embeddings; add embedding to activations.sites",
+        ),
+        ("steering/neighbours/neighbours", 0, "neighbours: must be more than 0, got 0"),
+        ("steering/class-latents/edit", "clamp", "heads need class-latents, amplify"),
+        ("steering/class-latents/ranking", "best", "steering.class-latents.ranking: 'best' is not one of mean-diff"),
+        ("backbones/clip/templates", ["published", "a {}."], "templates: 'published' needs one {} for the class name"),
         ("steerings", {}, "configuration: unknown key 'steerings'; did you mean 'steering'?"),
         ("saes/topk/d_sae", "wide", "saes.topk.d_sae: expected int, got 'wide'"),
         ("compute/threads", True, "compute.threads: expected int, got True"),
@@ -192,3 +210,24 @@ def test_flags_of_the_default_run_give_its_sections_back() -> None:
 def test_flags_carry_any_text(title: str, latents: int) -> None:
     section = Report(title=title, latents=latents)
     assert through_flags(section) == section
+
+
+def test_other_images_need_steering_that_can_be_tried_on_them(tmp_path: Path) -> None:
+    other = {"source": "folder", "path": str(tmp_path)}
+    config = changed("other_images", {"more": other})
+    assert load_run(config).transfers == ["vs2-s0", "vs2-s1", "vs2-s2"]
+    config["steering"]["vs2"] = None
+    with pytest.raises(SparsightError, match="other_images: only steering of kind vs2 on an open_clip model is tried"):
+        load_run(config)
+    with pytest.raises(SparsightError, match=r"other_images\.more\.path: source 'folder' needs path"):
+        load_run(changed("other_images", {"more": {"source": "folder"}}))
+
+
+def test_dropping_the_model_that_finds_neighbours_drops_what_asks_it() -> None:
+    config = changed("steering/neighbours/neighbour_backbone", "vit")
+    config["backbones"]["vit"] = None
+    config["pruning"]["steering"] = "again"
+    config["steering"]["again"] = {"sae": "again"}
+    config["saes"]["again"] = {**config["saes"]["topk"], "backbone": "clip", "site": "blocks.5.input"}
+    config["policies"]["heads"]["backbone"] = "clip"
+    assert list(load_run(config).steering) == ["vs2", "again"]

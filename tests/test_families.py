@@ -148,10 +148,13 @@ def test_embedding_is_what_the_classifier_or_the_projection_reads(case: Case) ->
     elif case.n_class == 2:
         stream = backbone.taps(x, ["blocks.1.output"])["blocks.1.output"]
         assert torch.equal(embedding, backbone.model.norm(stream)[:, :2].mean(dim=1))
+        with pytest.raises(SparsightError, match="its embedding alone cannot be classified"):
+            backbone.classify_embedding(embedding)
         return
     else:
         again = backbone.model.head(embedding)
     torch.testing.assert_close(again, backbone(x), atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(backbone.classify_embedding(embedding), backbone(x), atol=1e-6, rtol=1e-5)
 
 
 @ALL

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_folder
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from sparsight import backbones, config
+from sparsight import backbones, clip, config
 from sparsight.errors import SparsightError
 from sparsight.fit_backbone import fit
 from sparsight.images import Manifest, write_manifest
@@ -122,6 +122,34 @@ def test_moving_average_is_what_is_kept(manifest: Manifest, tmp_path: Path) -> N
     assert not np.allclose(kept, seen[-1], atol=1e-4)
 
 
+def test_prompts_are_computed_once_and_again_when_texts_or_weights_change(
+    manifest: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = run(RECIPES["contrastive"], manifest, tmp_path / "w")
+    about = json.loads((out / "config.json").read_text())
+    read: list[list[str]] = []
+    plain = clip.encode_text
+
+    def encode(model: Any, name: str, texts: list[str]) -> torch.Tensor:
+        read.append(texts)
+        return plain(model, name, texts)
+
+    monkeypatch.setattr(clip, "encode_text", encode)
+    kept = backbones.open_folder(out)[0].prompts_CE
+    assert kept is not None and not read
+    assert torch.equal(kept, load_file(out / "prompts.safetensors")["prompts"])
+    (out / "config.json").write_text(json.dumps({**about, "templates": ["a blurry {}."]}))
+    other = backbones.open_folder(out)[0].prompts_CE
+    assert read == [["a blurry bright.", "a blurry dark."]] and other is not None and not torch.allclose(kept, other)
+    (out / "config.json").write_text(json.dumps(about))
+    state = {name: value + 0.1 for name, value in load_file(out / "model.safetensors").items()}
+    save_file(state, out / "model.safetensors")
+    other = backbones.open_folder(out)[0].prompts_CE
+    assert len(read) == 2 and other is not None and not torch.allclose(kept, other)
+    timm_out = run(RECIPES["supervised"], manifest, tmp_path / "t")
+    assert load_file(timm_out / "prompts.safetensors") == {} and backbones.open_folder(timm_out)[0].prompts_CE is None
+
+
 def test_open_clip_weights_as_they_are_classify_by_prompts(manifest: Manifest, tmp_path: Path) -> None:
     first = run(RECIPES["contrastive"], manifest, tmp_path / "a")
     section = replace(RECIPES["contrastive"], weights=str(first / "model.safetensors"), epochs=0)
@@ -153,3 +181,17 @@ def test_a_classifier_for_other_classes_is_refused(manifest: Manifest, tmp_path:
     section = replace(RECIPES["supervised"], weights=str(out / "model.safetensors"), epochs=0)
     with pytest.raises(SparsightError, match="its classifier has 1000 outputs, the images 2 classes; set epochs"):
         run(section, manifest, tmp_path / "b")
+
+
+def test_weights_without_a_classifier_serve_for_their_embeddings(manifest: Manifest, tmp_path: Path) -> None:
+    trained = run(RECIPES["supervised"], manifest, tmp_path / "t")
+    options: Any = {"architecture": VIT, "weights": str(trained / "model.safetensors"), "training": "none"}
+    out = run(config.Backbone("timm/vit_tiny_patch16_224", **options), manifest, tmp_path / "n")
+    backbone, about = backbones.open_folder(out)
+    assert about["accuracy"] == {} and backbone.n_classes == 0 and backbone.class_names is None
+    assert not any(name.startswith("head.") for name in load_file(out / "model.safetensors"))
+    images = backbone.normalize(manifest.split("val").batch(slice(None), backbone.preprocess))
+    expected = backbones.open_folder(trained)[0].taps(images, ["embedding"])["embedding"]
+    assert torch.equal(backbone.taps(images, ["embedding"])["embedding"], expected)
+    with pytest.raises(SparsightError, match="'none' is for timm weights as they are; set weights, and leave epochs"):
+        config.Backbone("timm/vit_tiny_patch16_224", training="none", epochs=1)

@@ -94,11 +94,12 @@ def open_folder(folder: Path) -> tuple[Backbone, dict[str, Any]]:
         about = json.loads((folder / "config.json").read_text())
     except OSError as error:
         raise SparsightError(f"{folder}: no backbone here ({error.strerror}: config.json)") from None
-    n_classes = None if about["templates"] else len(about["classes"])
+    classifies = about["training"] != "none"
+    n_classes = None if about["templates"] else len(about["classes"]) if classifies else 0
     backbone = load(about["model"], str(folder / "model.safetensors"), n_classes, **about["architecture"])
     values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in about["preprocess"].items()}
     backbone.preprocess = Preprocess(**values)
-    backbone.class_names = about["classes"]
+    backbone.class_names = about["classes"] if classifies else None
     if about["templates"]:
         names, templates = about["prompt_names"], about["templates"]
         backbone.prompts_CE = _kept_prompts(folder, names, templates)

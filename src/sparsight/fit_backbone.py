@@ -36,18 +36,18 @@ def fit(
     classes = manifest.classes
     names = [readable(label) for label in classes]
     clip = section.model.startswith("open_clip/")
-    own_head = clip or section.epochs == 0
-    backbone = backbones.load(
-        section.model, section.weights, None if own_head else len(classes), **section.architecture
-    ).to(device)
+    classifies = section.training != "none"
+    outputs = (None if clip or section.epochs == 0 else len(classes)) if classifies else 0
+    backbone = backbones.load(section.model, section.weights, outputs, **section.architecture).to(device)
     templates = templates_of(manifest.about["source"], section.templates) if clip else ()
-    if not clip and backbone.n_classes != len(classes):
+    if classifies and not clip and backbone.n_classes != len(classes):
         raise SparsightError(
             f"backbones.{name}: its classifier has {backbone.n_classes} outputs, the images "
-            f"{len(classes)} classes; set epochs to train a new classifier with the backbone"
+            f"{len(classes)} classes; set epochs to train a new classifier with the backbone, or training: none to use "
+            "its embeddings alone"
         )
     train, val, test = (manifest.split(part) for part in ("train", "val", "test"))
-    evaluations = {"val": (val, templates), "test": (test, templates)}
+    evaluations = {"val": (val, templates), "test": (test, templates)} if classifies else {}
     if section.held_out_templates:
         evaluations["test_held_out"] = (test, section.held_out_templates)
 
@@ -71,13 +71,14 @@ def fit(
         }
         if clip:
             backbone.use_prompts(names, templates)
-    say(f"{name}: accuracy " + ", ".join(f"{part} {value['accuracy']:.4f}" for part, value in accuracy.items()))
+    for part, value in accuracy.items():
+        say(f"{name}: accuracy on {part} {value['accuracy']:.4f}")
     about = {
         "format_version": 1,
         "model": section.model,
         "weights": section.weights,
         "architecture": section.architecture,
-        "training": section.training if section.epochs else None,
+        "training": section.training if section.epochs or not classifies else None,
         "n_blocks": backbone.n_blocks,
         "n_heads": backbone.n_heads,
         "d_in": backbone.d_in,

@@ -23,7 +23,8 @@ def write_metrics(inputs: dict[str, list[Path]], path: Path) -> None:
     flat: dict[str, float] = {}
     for file in inputs["backbones"]:
         about = json.loads(file.read_text())
-        flat[f"backbone.{file.parent.name}.accuracy"] = about["accuracy"]["test"]["accuracy"]
+        if about["accuracy"]:
+            flat[f"backbone.{file.parent.name}.accuracy"] = about["accuracy"]["test"]["accuracy"]
     for file in inputs["saes"]:
         metrics = json.loads(file.read_text())
         for key in ("fvu", "fvu_pca_k", "l0", "dead_train", "accuracy_spliced"):

@@ -50,7 +50,7 @@ rule pruning:
 
 rule timings:
     input:
-        backbones=expand(rules.backbone.output.weights, backbone=RUN.backbones),
+        backbones=expand(rules.backbone.output.weights, backbone=sorted({p.backbone for p in RUN.policies.values()})),
         code=sources("timings.py"),
     output:
         f"{R}/timings.json",

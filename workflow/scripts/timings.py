@@ -13,4 +13,4 @@ def main(job: stage.Stage) -> None:
 
 
 if __name__ == "__main__":
-    stage.run(main, __doc__, backbones=["model.safetensors of every backbone"])
+    stage.run(main, __doc__, backbones=["model.safetensors of every backbone whose heads a policy switches"])

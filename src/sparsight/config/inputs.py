@@ -100,9 +100,10 @@ class Backbone:
     architecture: dict[str, int] = field(default_factory=dict)
     """Overrides of the architecture, by the library's names: img_size, patch_size, in_chans, embed_dim, depth,
     num_heads (timm); embed_dim, vision.width, vision.layers, vision.image_size, text.layers, ... (open_clip)."""
-    training: Literal["supervised", "probe", "contrastive"] = "supervised"
+    training: Literal["supervised", "probe", "contrastive", "none"] = "supervised"
     """``supervised``: all weights and a class head; ``probe``: a linear head on the frozen tower; ``contrastive``:
-    images against captions made of class names (open_clip)."""
+    images against captions made of class names (open_clip); ``none``: weights as they are, of which only embeddings
+    are wanted: no classifier."""
     templates: tuple[str, ...] = ()
     """Captions with {} for the class name, in training and as prompts; none given: "a photo of a {}."; the one word
     ``published``: the ensemble that was published for the image source (docs/steering.md)."""
@@ -144,6 +145,8 @@ class Backbone:
             raise SparsightError("epochs: random weights need training; set epochs or weights")
         if self.weights not in (None, "pretrained") and not Path(str(self.weights)).is_file():
             raise SparsightError(f"weights: there is no file {self.weights!r}; give null, pretrained or a path")
+        if self.training == "none" and (clip or self.epochs or self.weights is None):
+            raise SparsightError("training: 'none' is for timm weights as they are; set weights, and leave epochs at 0")
         if self.epochs and clip != (self.training == "contrastive"):
             raise SparsightError(
                 f"training: {self.training!r} does not suit {self.model}; contrastive is for open_clip"

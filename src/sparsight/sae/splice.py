@@ -51,11 +51,12 @@ def spliced(
 
     Returns:
         ``accuracy_untouched``; per mode ``accuracy_<mode>`` with 95 % interval ``_lo`` and ``_hi``, the paired
-        difference ``<mode>_delta`` with ``_lo`` and ``_hi``, and ``kl_<mode>``. Empty without positions, and where a
-        site is not the residual stream (blocks.<i>.input or .output), which is all that later blocks read.
+        difference ``<mode>_delta`` with ``_lo`` and ``_hi``, and ``kl_<mode>``. Empty without positions or a
+        classifier, and where a site is not the residual stream (blocks.<i>.input or .output), which is all that later
+        blocks read.
     """
     places = [sites.parse(name) for name in names]
-    if not positions or any(part not in ("input", "output") for _, part in places):
+    if not positions or not backbone.n_classes or any(part not in ("input", "output") for _, part in places):
         return {}
     starts = [int(block or 0) + (part == "output") for block, part in places]
     positions = {group: list(at) for group, at in positions.items()}

@@ -1,0 +1,175 @@
+"""VS2 and its gate on another data set, and what stops steering before it starts."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+import zarr
+from conftest import make_backbone, write_store
+from PIL import Image
+
+from sparsight import backbones, config, sae, tables
+from sparsight.backbones import Backbone
+from sparsight.errors import SparsightError
+from sparsight.images import Manifest, write_manifest
+from sparsight.preprocess import Preprocess
+from sparsight.sae import SAE
+from sparsight.steering import vs2
+from sparsight.steering.edits import Batch
+from sparsight.steering.elsewhere import steer_elsewhere
+from sparsight.steering.evaluate import gate_curve, steer
+from sparsight.steering.runner import NONE, Outcome, Row, check_images
+from sparsight.store import ActivationStore
+from sparsight.work import Work
+
+CLIP = {
+    "embed_dim": 16, "vision.width": 24, "vision.layers": 2, "vision.head_width": 8, "vision.patch_size": 8,
+    "vision.image_size": 16, "text.width": 16, "text.layers": 1, "text.heads": 2, "text.context_length": 12,
+}  # fmt: skip
+SITE, D, F, K = "blocks.1.output", 24, 48, 4
+NAMES = ["bright", "dark"]
+SECTION = config.Steering(sae="sae", kind="vs2", strengths=(0.5, 2.0), quantiles=(0.5, 0.9))
+
+
+def make_clip() -> Backbone:
+    torch.manual_seed(0)
+    backbone = backbones.load("open_clip/ViT-B-32", None, **CLIP).requires_grad_(False)
+    backbone.preprocess = Preprocess((16, 16), 3, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
+    backbone.use_prompts(NAMES, ["a photo of a {}."])
+    backbone.class_names = NAMES
+    return backbone
+
+
+def write_images(folder: Path, levels: dict[str, int], per_class: int, noise: int) -> Manifest:
+    generator = np.random.default_rng(0)
+    for name, level in levels.items():
+        (folder / "images" / name).mkdir(parents=True)
+        for i in range(per_class):
+            pixels = generator.integers(level, level + noise, (16, 16, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / "images" / name / f"{i:03}.png")
+    write_manifest(config.Images(source="folder", path=str(folder / "images")), 0, {}, 1, folder / "m.parquet")
+    return Manifest(folder / "m.parquet")
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
+    return write_images(tmp_path_factory.mktemp("home"), {"bright": 170, "dark": 30}, 40, 60)
+
+
+@pytest.fixture(scope="module")
+def away(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
+    """Three classes of another look: noise of every level."""
+    return write_images(tmp_path_factory.mktemp("away"), {"white": 10, "grey": 5, "black": 0}, 20, 240)
+
+
+def at_site(backbone: Backbone, manifest: Manifest, split: str) -> torch.Tensor:
+    images = backbone.normalize(manifest.split(split).batch(slice(None), backbone.preprocess))
+    return backbone.run_blocks(backbone.tokens(images), 0, 2)[0]
+
+
+def make_sae(backbone: Backbone, home: Manifest) -> SAE:
+    """The principal directions of the home images, either way: it fits these images and no others."""
+    x = at_site(backbone, home, "train")[:, 0]
+    one = sae.create("topk", D, F, K, seed=0).requires_grad_(False)
+    one.b_dec.copy_(x.mean(dim=0))
+    directions = torch.linalg.svd(x - x.mean(dim=0))[2]
+    one.W_dec.copy_(torch.cat([directions, -directions]))
+    one.W_enc.copy_(one.W_dec.T)
+    one.about = {"site": SITE, "tokens": "cls", "training": {"prototype_weight": 0.0}}
+    return one
+
+
+@pytest.fixture(scope="module")
+def at_home(home: Manifest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    backbone, folder = make_clip(), tmp_path_factory.mktemp("steering")
+    x = at_site(backbone, home, "train")[:, 0].numpy()
+    path = write_store(folder / "store", len(x), {SITE: (D,)}, dtype="float32")
+    zarr.open_group(path, mode="r+")[SITE][:] = x
+    store = ActivationStore.open(path)
+    with Work(folder / "w", "key") as work:
+        steer(SECTION, make_sae(backbone, home), backbone, {"train": store}, {}, home, "vs2-s0", 0, work, {})
+        work.finish(folder / "out")
+    return folder / "out"
+
+
+def elsewhere(folder: Path, backbone: Backbone, at_home: Path, home: Manifest, away: Manifest) -> Path:
+    summary = json.loads((at_home / "vs2-s0.json").read_text())
+    about: dict[str, Any] = {"template_choice": []}
+    vectors = at_home / "vs2-s0.safetensors"
+    with Work(folder / "w", "key") as work:
+        steer_elsewhere(make_sae(make_clip(), home), backbone, about, summary, vectors, away, "away", work, {})
+        work.finish(folder / "out")
+    return folder / "out"
+
+
+def test_other_images_fall_back_to_the_plain_model(
+    at_home: Path, home: Manifest, away: Manifest, tmp_path: Path
+) -> None:
+    backbone = make_clip()
+    out = elsewhere(tmp_path, backbone, at_home, home, away)
+    rows = {row["method"]: row for row in tables.read(out / "away.parquet")}
+    summary = json.loads((out / "away.json").read_text())
+    test = away.split("test")
+    assert len(backbone.prompts_CE) == 3 and summary["classes"] == 3  # type: ignore[arg-type]
+    names = ["none", "reconstruct", "vs2", "mean-extrapolation", "pca-extrapolation", "random-latents", "vs2-gated"]
+    assert list(rows) == names and all(row["n"] == len(test) for row in rows.values())
+    home_curve = json.loads((at_home / "vs2-s0.json").read_text())["gate"]
+    chosen = {line["quantile"] for line in home_curve if line["chosen"]}
+    for line in summary["gate"]:
+        (same,) = [own for own in home_curve if own["split"] == "test" and own["quantile"] == line["quantile"]]
+        assert line["threshold"] == same["threshold"] and summary["steered_at_home"][str(line["quantile"])] > 0.2
+        assert line["steered"] == 0 and line["accuracy"] == rows["none"]["accuracy"], "none is like the home images"
+        assert line["chosen"] == (line["quantile"] in chosen)
+    one, x = make_sae(make_clip(), home), at_site(make_clip(), away, "test")
+    found = vs2.Calibration.load(at_home / "vs2-s0.safetensors", torch.device("cpu"))
+    truth = torch.from_numpy(test.labels).long()
+    for method, edit in vs2.edits(one, found).items():
+        cls = edit.apply(Batch(x[:, 0]), rows[method]["strength"])
+        logits = backbone.classify(torch.cat([cls[:, None], x[:, 1:]], dim=1))
+        assert rows[method]["accuracy"] == pytest.approx(float((logits.argmax(dim=1) == truth).double().mean()))
+
+
+def test_a_model_without_texts_is_refused(at_home: Path, home: Manifest, away: Manifest, tmp_path: Path) -> None:
+    with pytest.raises(SparsightError, match="has no text tower; use an open_clip/<model>"):
+        elsewhere(tmp_path, make_backbone(classes=2), at_home, home, away)
+
+
+def test_thresholds_without_bounds_steer_nobody_and_everybody() -> None:
+    generator = np.random.default_rng(0)
+    none, one = (Outcome(generator.random(50) < 0.5, generator.random(50) < 0.8) for _ in range(2))
+    steered, fvu = Row("vs2", 1.0, "none"), generator.random(50)
+    outcomes = {NONE: none, steered: one}
+    for bound, expected, share in ((-np.inf, none, 0.0), (np.inf, one, 1.0)):
+        found = vs2.Calibration(torch.zeros(1), torch.zeros(1, 1), torch.tensor([bound]), torch.zeros(1))
+        (line,), gated = gate_curve([1.0], found, steered, outcomes, fvu)
+        assert line["threshold"] == bound and line["steered"] == share
+        assert (gated[1.0].hits == expected.hits).all() and (gated[1.0].top5 == expected.top5).all()
+
+
+def changed(manifest: Manifest, path: Path, **columns: Any) -> Manifest:
+    table = manifest.table
+    for name, values in columns.items():
+        at = table.schema.get_field_index(name)
+        table = table.set_column(at, table.schema.field(at), pa.array(values, table.schema.field(at).type))
+    pq.write_table(table, path)
+    return Manifest(path)
+
+
+def test_images_that_cannot_be_counted_stop_the_stage(home: Manifest, tmp_path: Path) -> None:
+    backbone, n = make_clip(), len(home.table)
+    check_images(backbone, home.split("val"), "val")
+    labels = home.table["label"].to_numpy().copy()
+    labels[:3] = -1
+    missing = changed(home, tmp_path / "a.parquet", label=labels, split=["train"] * n)
+    with pytest.raises(SparsightError, match=f"3 of {n} images of the train split have no label; accuracy needs all"):
+        check_images(backbone, missing.split("train"), "train")
+    with pytest.raises(SparsightError, match="the val split is empty; add images or change the fractions"):
+        check_images(backbone, missing.split("val"), "val")
+    backbone.class_names = ["bright", "dim", "dark"]
+    with pytest.raises(SparsightError, match=r"knows 3 classes and the images have 2, .*: 'dim' against 'dark'; run"):
+        check_images(backbone, home.split("val"), "val")
