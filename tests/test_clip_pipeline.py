@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import yaml
 import zarr
 from conftest import ROOT, make_folder, snakemake, workspace
 
@@ -21,10 +22,8 @@ for command in sys.stdin.read().splitlines():
 """
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def run_in_one_process(folder: Path) -> Path:
     """The results of Snakemake's commands, run one after the other by a process that imports open_clip once."""
-    folder = workspace(tmp_path_factory.mktemp("clip"), ROOT / "tests" / "tiny-clip.yaml")
     make_folder(folder / "images", per_class=60)
     plan = snakemake(folder, "--dry-run", "--printshellcmds")
     assert plan.returncode == 0, plan.stderr
@@ -33,6 +32,12 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     done = subprocess.run(python, cwd=folder, input="\n".join(commands), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-5000:]
     return folder / "results" / "tiny"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The results of tiny-clip.yaml."""
+    return run_in_one_process(workspace(tmp_path_factory.mktemp("clip"), ROOT / "tests" / "tiny-clip.yaml"))
 
 
 def head_macs(d_in: int, head_dim: int, tokens: int) -> int:
@@ -68,3 +73,18 @@ def test_the_report_shows_the_model_and_its_saes(run: Path) -> None:
     page = (run / "report" / "index.html").read_text()
     for name in ("open_clip/ViT-B-32", "topk-s0", "switch-s0", "bright", "dark"):
         assert name in page
+
+
+def test_a_run_without_policies_has_a_report_without_pruning(tmp_path: Path) -> None:
+    overlay = yaml.safe_load((ROOT / "tests" / "tiny-clip.yaml").read_text())
+    overlay["activations"]["sites"] = ["blocks.2.output"]
+    overlay["saes"] = {"topk": None, "switch": None, "final": {"site": "blocks.2.output", "epochs": 2}}
+    overlay["steering"] = {"vs2": {"strengths": [0.5, 2]}, "neighbours": None}
+    overlay |= {"pruning": None, "policies": {"heads": None}}
+    (tmp_path / "steering-only.yaml").write_text(yaml.safe_dump(overlay))
+    run = run_in_one_process(workspace(tmp_path / "w", tmp_path / "steering-only.yaml"))
+    assert sorted(path.name for path in (run / "report").iterdir()) == ["index.html"]
+    page = (run / "report" / "index.html").read_text()
+    assert "vs2-s0" in page and "pruning" not in page.lower() and not (run / "pruning").exists()
+    keys = json.loads((run / "metrics.json").read_text())
+    assert "steering.vs2-s0.vs2.none.accuracy" in keys and not any(key.startswith("pruning") for key in keys)

@@ -16,6 +16,7 @@ from snakemake.utils import update_config
 
 from sparsight import schema
 from sparsight.config import Activations, Backbone, Compute, Images, Policy, Pruning, Report, Sae, Steering
+from sparsight.config.inputs import members
 from sparsight.errors import SparsightError
 from sparsight.run import load_run
 
@@ -43,17 +44,32 @@ def test_default_configuration_is_valid_and_names_its_saes() -> None:
     assert run.grids["plain"] == [f"plain-s0/blocks.{i}.input" for i in (1, 3, 5)]
 
 
-@pytest.mark.parametrize("overlay", sorted((ROOT / "experiments").glob("*.yaml")), ids=lambda path: path.stem)
-def test_every_experiment_is_valid_laid_over_the_default_configuration(overlay: Path, tmp_path: Path) -> None:
+EXPERIMENTS = [path for path in sorted((ROOT / "experiments").glob("*.yaml")) if path.stem != "papers"]
+
+
+@pytest.mark.parametrize("overlay", EXPERIMENTS, ids=lambda path: path.stem)
+def test_every_experiment_is_valid_laid_over_the_default_configuration(
+    overlay: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = copy.deepcopy(PARAMS)
     update_config(config, yaml.safe_load(overlay.read_text()))
-    (tmp_path / "weights.safetensors").touch()
-    for section in (config["images"], *config["other_images"].values()):  # the data may be elsewhere
-        section["path"] = str(tmp_path)
+    monkeypatch.chdir(make_data(tmp_path / "here", config))
+    assert load_run(config).run == overlay.stem
+
+
+def make_data(here: Path, config: dict[str, Any]) -> Path:
+    """A folder in which the data and the weights of a configuration seem to lie."""
+    here.mkdir()
+    for section in (config["images"], *config["other_images"].values()):
+        source, path = section["source"], section.get("path")
+        for _, folder in members(str(path)) if source == "union" else [(source, path)]:
+            (here / (folder or ".")).mkdir(parents=True, exist_ok=True)
     for section in filter(None, config["backbones"].values()):
         if section.get("weights") not in (None, "pretrained"):
-            section["weights"] = str(tmp_path / "weights.safetensors")
-    assert load_run(config).run == overlay.stem
+            weights = here / section["weights"]
+            weights.parent.mkdir(parents=True, exist_ok=True)
+            weights.touch()
+    return here
 
 
 @pytest.mark.parametrize(
@@ -154,6 +170,15 @@ def test_what_reads_a_dropped_section_goes_with_it() -> None:
     assert list(load_run(config).steering) == ["class-latents", "vs2", "neighbours"]
     with pytest.raises(SparsightError, match=r"pruning\.steering: there is no 'class-latents'; known: vs2"):
         load_run(changed("saes/topk", None))
+
+
+def test_without_policies_there_need_be_no_pruning() -> None:
+    config = changed("policies/heads", None) | {"pruning": None}
+    run = load_run(config)
+    assert run.pruning is None and not run.policies
+    assert load_run(changed("policies/heads", None)).pruning is not None
+    with pytest.raises(SparsightError, match=r"pruning: says how the policy 'heads' is evaluated; set policies\.heads"):
+        load_run(changed("pruning", None))
 
 
 def test_number_without_dot_is_a_float_although_yaml_reads_a_string() -> None:

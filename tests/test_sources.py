@@ -45,7 +45,7 @@ def put(path: Path, seed: int, form: str = "JPEG") -> str:
     return path.as_posix()
 
 
-def manifest(source: str, path: Path, out: Path, **options: Any) -> Manifest:
+def manifest(source: str, path: Path | str, out: Path, **options: Any) -> Manifest:
     section = config.Images(source=source, path=str(path), **{"val_fraction": 0.25, "test_fraction": 0.25, **options})  # type: ignore[arg-type]
     write_manifest(section, 0, {}, 2, out)
     return Manifest(out)
@@ -64,7 +64,7 @@ def check(source: str, path: Path, tmp_path: Path, expected: Expected) -> Manife
         assert split is None or row["split"] == split or (split == "train" and row["split"] == "val")
         data = again.read(uri)
         assert hashlib.sha256(data).hexdigest() == row["sha256"]
-        assert is_picture(again.decode(data))
+        assert is_picture(again.decode(uri, data))
     assert found.split("train").batch(slice(0, 2), RGB).shape == (2, 8, 8, 3)
     return found
 

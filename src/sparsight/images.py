@@ -68,7 +68,7 @@ def write_manifest(section: config.Images, seed: int, record: dict[str, Any], th
     classes = source.class_names()
     numbers = {name: number for number, name in enumerate(classes)}
     label = np.array([numbers[item.label_name] for item in kept], dtype=np.int32)
-    split = _split(section, [item.split for item in kept], label, classes, seed)
+    split = _split(section, kept, label, classes, seed)
     duplicates = _duplicates(kept, sha256, split)
     if duplicates:
         say(f"images: {len(duplicates)} images are in more than one split, e.g. {', '.join(duplicates[0])}")
@@ -103,21 +103,26 @@ def _duplicates(items: list[Item], sha256: list[str], split: np.ndarray) -> list
     return [[f"{items[i].uri} ({split[i]})" for i in same] for same in rows.values() if len(set(split[same])) > 1]
 
 
-def _split(
-    section: config.Images, given: list[str | None], label: np.ndarray, classes: list[str], seed: int
-) -> np.ndarray:
-    """Keep the source's splits and draw the missing ones from what it calls train, class by class."""
-    split = np.array([name or "train" for name in given], dtype=object)
+def _split(section: config.Images, items: list[Item], label: np.ndarray, classes: list[str], seed: int) -> np.ndarray:
+    """Keep each member's splits and draw the missing ones from what it calls train, class by class.
+
+    The draw depends on the member's images alone: it is split in a union as it is by itself.
+    """
+    split = np.array([item.split or "train" for item in items], dtype=object)
+    member = np.array([item.member for item in items])
     wanted = {"val": section.val_fraction, "test": section.test_fraction}
-    for c, name in enumerate(classes):
-        rows = np.flatnonzero((label == c) & (split == "train"))
-        rows = np.random.default_rng(derive_seed(seed, "images", "split", name)).permutation(rows)
-        start = 0
-        for part, fraction in wanted.items():
-            if part not in given:
-                count = round(fraction * len(rows))
-                split[rows[start : start + count]] = part
-                start += count
+    for number in np.unique(member):
+        given = set(split[member == number])
+        train = np.flatnonzero((member == number) & (split == "train"))
+        for c in np.unique(label[train]):
+            rows = train[label[train] == c]
+            rows = np.random.default_rng(derive_seed(seed, "images", "split", classes[c])).permutation(rows)
+            start = 0
+            for part, fraction in wanted.items():
+                if part not in given:
+                    count = round(fraction * len(rows))
+                    split[rows[start : start + count]] = part
+                    start += count
     for part in SPLITS:
         if not (split == part).any():
             raise SparsightError(f"images: the {part} split is empty; add images or change the fractions")
@@ -257,7 +262,7 @@ class Pixels:
 
 def _decode(source: Source, uri: str, data: bytes) -> np.ndarray:
     try:
-        return source.decode(data)
+        return source.decode(uri, data)
     except (OSError, SyntaxError, ValueError) as error:  # Pillow raises all three on broken files
         reason = str(error).splitlines()[0]
         raise SparsightError(f"image {uri}: cannot be decoded ({reason}); repair or remove it") from None

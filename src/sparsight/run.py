@@ -27,7 +27,7 @@ class Run:
     saes: dict[str, Sae]
     policies: dict[str, Policy]
     steering: dict[str, Steering]
-    pruning: Pruning
+    pruning: Pruning | None
     report: Report
 
     @property
@@ -77,7 +77,7 @@ def load_run(config: Mapping[str, Any]) -> Run:
     """Validate a merged configuration (params.yaml with its overlays).
 
     Named sections (other_images, backbones, saes, policies, steering) set to null in an overlay are dropped, and with
-    them the sections that read them.
+    them the sections that read them. Without policies ``pruning`` may be null too.
 
     Raises:
         SparsightError: unknown key, wrong type, refused value, or sections that do not fit together.
@@ -107,7 +107,7 @@ def load_run(config: Mapping[str, Any]) -> Run:
         "steering": Steering,
     }
     for name, cls in single.items():
-        values[name] = parse(cls, config[name], name)
+        values[name] = None if (name, config[name]) == ("pruning", None) else parse(cls, config[name], name)
     dropped: dict[str, set[str]] = {}
     for name, cls in named.items():
         if not isinstance(config[name], Mapping):
@@ -193,6 +193,10 @@ def _check_links(run: Run) -> None:
         raise SparsightError(
             "other_images: only steering of kind vs2 on an open_clip model is tried on them; add one, or leave them out"
         )
+    if run.pruning is None:
+        for name in run.policies:
+            raise SparsightError(f"pruning: says how the policy {name!r} is evaluated; set policies.{name} to null too")
+        return
     known(run.pruning.steering, run.steering, "pruning.steering")
     steering = run.steering[run.pruning.steering]
     if (steering.kind, steering.edit) != ("class-latents", "amplify"):
@@ -200,7 +204,7 @@ def _check_links(run: Run) -> None:
             f"pruning.steering: {run.pruning.steering!r} is of kind {steering.kind}, edit {steering.edit}; heads need "
             "class-latents, amplify"
         )
-    read = run.saes[run.steering[run.pruning.steering].sae]
+    read = run.saes[steering.sae]
     steered, depth = read.backbone, run.backbones[read.backbone].depth
     if depth is not None and read.site != f"blocks.{depth - 1}.input":
         raise SparsightError(

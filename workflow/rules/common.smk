@@ -11,7 +11,11 @@ os.environ.update(PATH=os.pathsep.join([str(Path(sys.executable).parent), os.get
 THREADS = RUN.compute.threads  # what a stage takes; Snakemake's {threads} shrinks with --cores
 
 # What pruning steers with: steering result -> SAE.
-STEERED = {name: sae for name, sae in RUN.steering_names.items() if name.rpartition("-s")[0] == RUN.pruning.steering}
+STEERED = {
+    name: sae
+    for name, sae in RUN.steering_names.items()
+    if RUN.pruning and name.rpartition("-s")[0] == RUN.pruning.steering
+}
 
 
 def flags(section=None):

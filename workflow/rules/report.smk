@@ -38,7 +38,7 @@ rule report:
         code=sources("report.py", "src/sparsight/report/page.html.j2", *map(sae_code, RUN.sae_names)),
     output:
         page=f"{R}/report/index.html",
-        figure=f"{R}/report/accuracy-usage.svg",
+        figure=[f"{R}/report/accuracy-usage.svg"] if RUN.policies else [],
     log:
         f"{R}/logs/report.log",
     threads: THREADS

@@ -156,7 +156,7 @@ class Steering:
 
 @dataclass(frozen=True)
 class Pruning:
-    """The evaluation of steered head policies."""
+    """The evaluation of steered head policies; null where there are none."""
 
     steering: str
     """Name of the steering section whose latents steer the head policies."""

@@ -24,7 +24,7 @@ _IMAGES = 256  # whose tokens are encoded at a time
 
 
 def write_page(section: config.Report, run: str, inputs: dict[str, Any], device: torch.device, out: Path) -> None:
-    """Write ``index.html`` and, for use elsewhere, ``accuracy-usage.svg`` of the first policy.
+    """Write ``index.html`` and, for use elsewhere, ``accuracy-usage.svg`` of the first policy, if there is one.
 
     Args:
         run: name of the run.
@@ -53,7 +53,8 @@ def write_page(section: config.Report, run: str, inputs: dict[str, Any], device:
         latents=_latents(sae.load(saes[first]).to(device), stores, manifest, section.latents, section.images),
     )
     (out / "index.html").write_text(page)
-    (out / "accuracy-usage.svg").write_text(policies[0]["usage_figure"])
+    if policies:
+        (out / "accuracy-usage.svg").write_text(policies[0]["usage_figure"])
 
 
 def _backbone(folder: Path) -> dict[str, Any]:

@@ -3,17 +3,9 @@
 from collections.abc import Callable
 
 from sparsight.sources.base import SPLITS, Item, Reader, Source
-from sparsight.sources.folders import Cub200, Folder, TinyImageNet
-from sparsight.sources.packaged import TORCHVISION, Mnist5000
-from sparsight.sources.parquet import ParquetTables
+from sparsight.sources.single import SINGLE
+from sparsight.sources.union import Union
 
 __all__ = ["SOURCES", "SPLITS", "Item", "Reader", "Source"]
 
-SOURCES: dict[str, Callable[[str | None], Source]] = {
-    "mnist-5000": Mnist5000,
-    "folder": Folder,
-    "parquet": ParquetTables,
-    "cub200": Cub200,
-    "tiny-imagenet": TinyImageNet,
-    **TORCHVISION,
-}
+SOURCES: dict[str, Callable[[str | None], Source]] = {**SINGLE, "union": Union}

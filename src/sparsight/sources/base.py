@@ -28,6 +28,8 @@ class Item:
     label_name: str
     split: str | None
     """None where the source leaves the split to us."""
+    member: int = 0
+    """Which data set of several it is of: each keeps its splits, and what it lacks is drawn from its own train."""
 
 
 class Reader(Protocol):
@@ -38,7 +40,7 @@ class Reader(Protocol):
 
 
 class Source(Reader, Protocol):
-    """A place images come from; a new one is one class and one line in ``SOURCES``.
+    """A place images come from; a new one is one class and one line in ``SINGLE``.
 
     It is made from its path alone, opens files when they are needed, and pickles as its path, so that worker
     processes can open their own.
@@ -57,8 +59,8 @@ class Source(Reader, Protocol):
     def reader(self, uris: Iterable[str]) -> Reader:
         """What reads these images best, each once and about in this order: it may fetch what lies together."""
 
-    def decode(self, data: bytes) -> np.ndarray:
-        """The picture in those bytes, uint8 (H, W, C), upright; may raise OSError or ValueError."""
+    def decode(self, uri: str, data: bytes) -> np.ndarray:
+        """The picture in the bytes of an image, uint8 (H, W, C), upright; may raise OSError or ValueError."""
 
 
 class Reopening(ABC):
@@ -76,7 +78,7 @@ class Reopening(ABC):
         """Images one at a time."""
         return self
 
-    def decode(self, data: bytes) -> np.ndarray:
+    def decode(self, uri: str, data: bytes) -> np.ndarray:
         """A picture file's content, see :func:`decode_file`."""
         return decode_file(data)
 

@@ -34,7 +34,7 @@ class Mnist5000(Reopening):
     def read(self, uri: str) -> bytes:
         return self._table[int(uri.partition(":")[2]), :-1].tobytes()
 
-    def decode(self, data: bytes) -> np.ndarray:
+    def decode(self, uri: str, data: bytes) -> np.ndarray:
         return np.frombuffer(data, np.uint8).reshape(28, 28, 1)
 
 
@@ -129,9 +129,9 @@ class Torchvision(Reopening):
         pixels: np.ndarray = self._parts[split].data[int(row)]
         return (pixels.transpose(1, 2, 0) if self.name == "stl10" else pixels).tobytes()
 
-    def decode(self, data: bytes) -> np.ndarray:
+    def decode(self, uri: str, data: bytes) -> np.ndarray:
         if self.name not in _ARRAYS:
-            return super().decode(data)
+            return super().decode(uri, data)
         side = round((len(data) / 3) ** 0.5)
         return np.frombuffer(data, np.uint8).reshape(side, side, 3)
 

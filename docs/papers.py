@@ -1,0 +1,170 @@
+"""Writes docs/papers.md, the papers' numbers beside ours: python docs/papers.py [record RUN...].
+
+``record`` first takes over the numbers of results/RUN into experiments/measured.json.
+"""
+
+import json
+import re
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import yaml
+
+from sparsight.errors import SparsightError
+
+ROOT = Path(__file__).parent.parent
+PAPERS, MEASURED = ROOT / "experiments" / "papers.yaml", ROOT / "experiments" / "measured.json"
+HEAD = """# The papers' numbers and ours
+
+Made by `python docs/papers.py` from `experiments/papers.yaml` and, for ours, `experiments/measured.json`. After
+`snakemake --cores 8 --configfile experiments/<experiment>.yaml` a run's numbers are taken over by
+`python docs/papers.py record <experiment>`. Ours are means over SAE seeds, on the test split, the range over the seeds
+in brackets; what was chosen was chosen on val. *not run*: nothing is recorded of this experiment.
+"""
+UNITS = {"%": (100, 2), "share": (1, 4)}
+"""By unit, the factor on a metric and the digits shown."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One number: what it is, where it comes from, what the paper says."""
+
+    experiment: str
+    what: str
+    metric: str
+    """Key of ``metrics.json``; * stands for the seeds."""
+    unit: str
+    column: str = ""
+    """Data set or model, where an experiment or a table has several."""
+    paper: float | None = None
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of a paper, or what we measured of an experiment of our own."""
+
+    title: str
+    note: str = ""
+    entries: list[Entry] = field(default_factory=list)
+
+
+def read(papers: Any) -> Iterator[tuple[str, list[Table]]]:
+    """Every section of the page with its tables; ``papers`` is the content of papers.yaml."""
+    for system in papers["systems"]:
+        tables = []
+        for table in system["tables"]:
+            found = Table(table["title"], table.get("note", ""))
+            for i, column in enumerate(table["columns"]):
+                for row in table["rows"]:
+                    metric = row["metric"].replace("<images>", column.get("images", ""))
+                    paper = row["paper"][i] if "paper" in row else None
+                    unit = row.get("unit", table["unit"])
+                    found.entries.append(Entry(column["experiment"], row["what"], metric, unit, column["name"], paper))
+            tables.append(found)
+        yield f"{system['system']} ({system['paper']})", tables
+    ours = []
+    for run in papers["ours"]:
+        entries = [Entry(run["experiment"], row["what"], row["metric"], row["unit"]) for row in run["rows"]]
+        ours.append(Table(run["experiment"], run["note"], entries))
+    yield "Without a paper's number", ours
+
+
+def page(papers: Any, measured: dict[str, Any]) -> str:
+    """The text of docs/papers.md."""
+    lines = [HEAD]
+    for title, tables in read(papers):
+        lines += [f"## {title}", ""]
+        for table in tables:
+            experiments = ", ".join(f"`{name}`" for name in dict.fromkeys(e.experiment for e in table.entries))
+            lines += [f"### {table.title}", "", f"{table.note} Experiments: {experiments}.".strip(), ""]
+            lines += _lines(table.entries, measured)
+            lines.append("")
+    lines += ["## Runs", "", "| experiment | commit | test images |", "|---|---|---|"]
+    for name, run in sorted(measured.items()):
+        others = "".join(f", {other} {n:,}" for other, n in sorted(run["n_other"].items()))
+        lines.append(f"| {name} | {run['commit']} | {run['n']:,}{others} |")
+    if not measured:
+        lines.append("| none yet | | |")
+    return "\n".join(lines) + "\n"
+
+
+def _lines(entries: list[Entry], measured: dict[str, Any]) -> Iterator[str]:
+    columns = any(entry.column for entry in entries)
+    compared = any(entry.paper is not None for entry in entries)
+    head = [*([""] if columns else []), "what", "unit", *(["paper", "ours", "difference"] if compared else ["ours"])]
+    yield "| " + " | ".join(head) + " |"
+    yield "|" + "---|" * len(head)
+    for entry in entries:
+        factor, digits = UNITS[entry.unit]
+        run = measured.get(entry.experiment)
+        values = [factor * value for value in matching(entry.metric, run["metrics"]).values()] if run else []
+        mean = sum(values) / len(values) if values else None
+        ours = "not run" if mean is None else f"{mean:.{digits}f}"
+        if len(values) > 1:
+            ours += f" ({min(values):.{digits}f} to {max(values):.{digits}f})"
+        cells = [entry.column, entry.what, entry.unit] if columns else [entry.what, entry.unit]
+        paper = "" if entry.paper is None else f"{entry.paper:.{digits}f}"
+        difference = "" if mean is None or entry.paper is None else f"{mean - entry.paper:+.{digits}f}"
+        cells += [paper, ours, difference] if compared else [ours]
+        yield "| " + " | ".join(cells) + " |"
+
+
+def matching(metric: str, metrics: dict[str, float]) -> dict[str, float]:
+    """The metrics of a key, one per seed where it has a *."""
+    pattern = re.compile(re.escape(metric).replace(r"\*", r"\d+"))
+    return {key: value for key, value in metrics.items() if pattern.fullmatch(key)}
+
+
+def record(run: str, folder: Path, papers: Any) -> dict[str, Any]:
+    """What measured.json keeps of a run: commit, number of test images, the metrics that papers.yaml names.
+
+    Raises:
+        SparsightError: a run that papers.yaml does not name, that is not finished, or that lacks a metric.
+    """
+    named = {e.metric for _, tables in read(papers) for table in tables for e in table.entries if e.experiment == run}
+    if not named:
+        raise SparsightError(f"{run}: experiments/papers.yaml does not name this experiment; add it there")
+    try:
+        metrics = json.loads((folder / "metrics.json").read_text())
+        commit = json.loads((folder / "provenance.json").read_text())["commit"]
+    except OSError as error:
+        raise SparsightError(f"{error.filename}: {error.strerror}; let the run finish first") from None
+    kept: dict[str, float] = {}
+    for metric in sorted(named):
+        found = matching(metric, metrics)
+        if not found:
+            raise SparsightError(f"{folder / 'metrics.json'}: has no {metric}; mend experiments/papers.yaml")
+        kept |= found
+    return {
+        "commit": commit,
+        "n": _test_images(folder / "images" / "manifest.parquet"),
+        "n_other": {path.parent.name: _test_images(path) for path in (folder / "images").glob("*/manifest.parquet")},
+        "metrics": kept,
+    }
+
+
+def _test_images(manifest: Path) -> int:
+    return int(pc.sum(pc.equal(pq.read_table(manifest, columns=["split"])["split"], "test")).as_py())
+
+
+def main(words: list[str]) -> None:
+    """The command line."""
+    papers, measured = yaml.safe_load(PAPERS.read_text()), json.loads(MEASURED.read_text())
+    if words:
+        if words[0] != "record" or not words[1:]:
+            raise SparsightError("usage: python docs/papers.py [record RUN...]")
+        measured |= {run: record(run, ROOT / "results" / run, papers) for run in words[1:]}
+        MEASURED.write_text(json.dumps(measured, indent=1, sort_keys=True) + "\n")
+    (ROOT / "docs" / "papers.md").write_text(page(papers, measured))
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except SparsightError as error:
+        sys.exit(f"error: {error}")

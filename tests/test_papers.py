@@ -1,0 +1,103 @@
+"""The page of the papers' numbers beside ours."""
+
+import copy
+import importlib.util
+import json
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import yaml
+from conftest import ROOT
+from snakemake.utils import update_config
+
+from sparsight.errors import SparsightError
+
+PAPERS: Any = yaml.safe_load((ROOT / "experiments" / "papers.yaml").read_text())
+
+
+@pytest.fixture(scope="module")
+def papers() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("papers", ROOT / "docs" / "papers.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_page_is_up_to_date(papers: ModuleType) -> None:
+    measured = json.loads((ROOT / "experiments" / "measured.json").read_text())
+    assert (ROOT / "docs" / "papers.md").read_text() == papers.page(PAPERS, measured), "run python docs/papers.py"
+
+
+def test_every_number_is_of_a_section_that_its_experiment_has(papers: ModuleType) -> None:
+    for _, tables in papers.read(PAPERS):
+        for entry in (entry for table in tables for entry in table.entries):
+            config = copy.deepcopy(yaml.safe_load((ROOT / "params.yaml").read_text()))
+            update_config(config, yaml.safe_load((ROOT / "experiments" / f"{entry.experiment}.yaml").read_text()))
+            stage, name, *rest = entry.metric.split(".")
+            sections = {"backbone": "backbones", "sae": "saes", "steering": "steering", "pruning": "policies"}
+            assert config[sections[stage]][name.removesuffix("-s*")] is not None, entry
+            assert stage != "steering" or len(rest) == 3 or rest[0] in {"gate-0", *config["other_images"]}, entry
+
+
+SOME: Any = {
+    "systems": [
+        {
+            "system": "S",
+            "paper": "P",
+            "tables": [
+                {
+                    "title": "T",
+                    "unit": "%",
+                    "columns": [
+                        {"name": "A", "experiment": "run", "images": "birds"},
+                        {"name": "B", "experiment": "later", "images": "cats"},
+                    ],
+                    "rows": [{"what": "x", "metric": "steering.x-s*.<images>.accuracy", "paper": [60, 61.5]}],
+                }
+            ],
+        }
+    ],
+    "ours": [{"experiment": "run", "note": "N.", "rows": [{"what": "y", "metric": "sae.y-s*.fvu", "unit": "share"}]}],
+}
+
+
+def results(folder: Path, metrics: dict[str, float]) -> Path:
+    for name, n in (("images", 4), ("images/birds", 3)):
+        (folder / name).mkdir(parents=True)
+        pq.write_table(pa.table({"split": ["train"] * 5 + ["test"] * n}), folder / name / "manifest.parquet")
+    (folder / "metrics.json").write_text(json.dumps(metrics))
+    (folder / "provenance.json").write_text(json.dumps({"commit": "abc"}))
+    return folder
+
+
+METRICS = {
+    "steering.x-s0.birds.accuracy": 0.58,
+    "steering.x-s1.birds.accuracy": 0.60,
+    "steering.x-s0.cats.accuracy": 0.1,
+    "sae.y-s2.fvu": 0.25,
+    "sae.y-s2.fvu_pca_k": 0.3,
+}
+
+
+def test_a_recorded_run_stands_beside_the_paper_as_the_mean_over_its_seeds(papers: ModuleType, tmp_path: Path) -> None:
+    run = papers.record("run", results(tmp_path / "run", METRICS), SOME)
+    assert run["metrics"].keys() == {"steering.x-s0.birds.accuracy", "steering.x-s1.birds.accuracy", "sae.y-s2.fvu"}
+    page = papers.page(SOME, {"run": run})
+    assert "| A | x | % | 60.00 | 59.00 (58.00 to 60.00) | -1.00 |" in page
+    assert "| B | x | % | 61.50 | not run |  |" in page
+    assert "| y | share | 0.2500 |" in page
+    assert "| run | abc | 4, birds 3 |" in page
+
+
+def test_what_cannot_be_recorded_is_said_in_one_line(papers: ModuleType, tmp_path: Path) -> None:
+    with pytest.raises(SparsightError, match=r"other: experiments/papers.yaml does not name this experiment; add it"):
+        papers.record("other", tmp_path, SOME)
+    with pytest.raises(SparsightError, match=r"metrics.json: No such file or directory; let the run finish first"):
+        papers.record("run", tmp_path, SOME)
+    with pytest.raises(SparsightError, match=r"metrics.json: has no steering.x-s\*.birds.accuracy; mend"):
+        papers.record("run", results(tmp_path / "run", {"sae.y-s2.fvu": 0.1}), SOME)
