@@ -20,6 +20,7 @@ from conftest import ROOT, make_folder, snakemake, workspace
 from safetensors.numpy import load_file
 
 BACKBONES, SPLITS = ("vit", "clip"), ("train", "val", "test")
+BACKBONE_FILES = ("model.safetensors", "prompts.safetensors", "config.json", "training.jsonl")
 # Files with times and hosts; everything else is byte-equal between equal runs.
 VARYING = ("timings.json", "provenance.json", "logs/")
 
@@ -114,7 +115,7 @@ def test_one_command_makes_every_promised_file_and_leaves_no_working_state(run_f
     made = set(contents(run_folder))
     promised = {
         "images/manifest.parquet",
-        *(f"backbones/{b}/{f}" for b in BACKBONES for f in ("model.safetensors", "config.json", "training.jsonl")),
+        *(f"backbones/{b}/{f}" for b in BACKBONES for f in BACKBONE_FILES),
         *(f"activations/{b}/{s}{f}" for b in BACKBONES for s in SPLITS for f in (".json", ".zarr/zarr.json")),
         *(
             f"saes/{name}/{f}"
@@ -124,7 +125,7 @@ def test_one_command_makes_every_promised_file_and_leaves_no_working_state(run_f
         *(f"saes/resae-s0/{f}" for f in ("affine.safetensors", "metrics.json")),
         *(
             f"steering/{name}-s0{f}"
-            for name in ("class-latents", "vs2")
+            for name in ("class-latents", "vs2", "neighbours")
             for f in (".safetensors", ".parquet", "-classes.parquet", ".json")
         ),
         *(f"pruning/heads/{t}.parquet" for t in ("overall", "per_class", "per_head", "validation")),
