@@ -5,14 +5,14 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sparsight import schema
+from sparsight import records, schema
 from sparsight.config import Compute
 from sparsight.errors import SparsightError
-from sparsight.work import Work
+from sparsight.work import Work, write_json
 
 if TYPE_CHECKING:
     import torch
@@ -71,6 +71,7 @@ def run(main: Callable[[Stage], None], description: str, config: type | None = N
         )
     parser.add_argument("--out", type=Path, required=True, help="folder that receives the results")
     parser.add_argument("--work", type=Path, required=True, help="folder for working state, removed at the end")
+    parser.add_argument("--record", type=Path, help="JSON file, in a folder of the run's, that receives all digests")
     parser.add_argument("--name", default="", help="what the result is called")
     parser.add_argument("--seed", type=int, default=0, help="seed of the run")
     for section in filter(None, (Compute, config)):
@@ -92,7 +93,7 @@ def _run(
     compute = schema.from_arguments(Compute, arguments)
     section = schema.from_arguments(config, arguments) if config else None
     set_threads(compute.threads)
-    for path in (path for value in inputs.values() for path in (value if isinstance(value, list) else [value])):
+    for path in _paths(inputs):
         if not path.exists():
             raise SparsightError(f"there is no {path}; run the stage that makes it first")
     digests = {name: _input_digests(value) for name, value in inputs.items()}
@@ -102,7 +103,15 @@ def _run(
     with Work(arguments.work, key) as work:
         if not work.complete:
             main(Stage(section, inputs, arguments.name, arguments.seed, work, arguments.out, compute))
-        work.finish(arguments.out)
+            if arguments.record is not None:
+                files = (path for path in work.out.rglob("*") if path.is_file())
+                made = {arguments.out / path.relative_to(work.out): path for path in files}
+                settings = records.settings(compute, section, arguments.seed)
+                write_json(
+                    work.record,
+                    records.content(settings, {p: _digest(p) for p in _paths(inputs)}, made, arguments.record),
+                )
+        work.finish(arguments.out, arguments.record)
 
 
 def set_threads(threads: int) -> None:
@@ -133,8 +142,18 @@ def prepare_torch(compute: Compute) -> "torch.device":
     return torch.device(compute.device)
 
 
+def _paths(inputs: dict[str, Any]) -> list[Path]:
+    return [path for value in inputs.values() for path in (value if isinstance(value, list) else [value])]
+
+
 def _input_digests(value: Path | list[Path]) -> Any:
-    return [schema.file_digest(p) for p in value] if isinstance(value, list) else schema.file_digest(value)
+    return [_digest(p) for p in value] if isinstance(value, list) else _digest(value)
+
+
+@cache
+def _digest(path: Path) -> str:
+    """Inputs do not change while a stage runs, and weights are large."""
+    return schema.file_digest(path)
 
 
 def _code_digest() -> str:

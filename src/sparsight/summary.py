@@ -53,6 +53,19 @@ def write_metrics(inputs: dict[str, list[Path]], path: Path) -> None:
     write_json(path, flat)
 
 
+def write_curves(saes: list[Path], path: Path) -> None:
+    """Write ``curves.json``: a line per logged step of every SAE, for ``dvc plots``.
+
+    Args:
+        saes: metrics.json of every SAE, beside its training.jsonl.
+    """
+    lines = []
+    for file in saes:
+        for line in map(json.loads, file.with_name("training.jsonl").read_text().splitlines()):
+            lines.append({"sae": file.parent.name, "epoch": line["epoch"], "fvu": line["fvu"]})
+    write_json(path, lines)
+
+
 def _gate(name: str, summary: Path) -> dict[str, float]:
     """Accuracy on test and the share of images steered, by quantile of the gate; nothing where there is none."""
     lines = [line for line in json.loads(summary.read_text())["gate"] if line["split"] == "test"]

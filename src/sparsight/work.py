@@ -6,6 +6,7 @@ Snakemake deletes a job's outputs before it runs, so checkpoints and half-writte
                                /key       what the state belongs to; another key empties the folder
                                /state/    checkpoints
                                /out/      finished files, renamed to their place at the end
+                               /record    what they were made of, renamed after them
                                /complete  written when out/ is complete: only the renaming is left
 """
 
@@ -35,7 +36,7 @@ class Work:
 
     def __init__(self, folder: Path, key: str) -> None:
         self.folder, self.key = folder, key
-        self.state, self.out = folder / "state", folder / "out"
+        self.state, self.out, self.record = folder / "state", folder / "out", folder / "record"
 
     def __enter__(self) -> "Work":
         self._lock = self._acquire()
@@ -77,11 +78,15 @@ class Work:
         """Whether ``out`` holds everything and only the renaming is left."""
         return (self.folder / "complete").exists()
 
-    def finish(self, destination: Path) -> None:
+    def finish(self, destination: Path, record: Path | None = None) -> None:
         """Put every file of ``out``, in folders or not, into ``destination`` and remove the working folder.
 
         Files are linked, not moved: after a kill in between Snakemake deletes those that had arrived, and
         they are put there again.
+
+        Args:
+            destination: folder of the results.
+            record: where the stage's record goes, if it wrote one.
         """
         (self.folder / "complete").touch()
         destination.mkdir(parents=True, exist_ok=True)
@@ -89,6 +94,9 @@ class Work:
             target = destination / entry.relative_to(self.out)
             target.parent.mkdir(parents=True, exist_ok=True)
             write_atomic(target, partial(_link, entry))
+        if record is not None:
+            record.parent.mkdir(parents=True, exist_ok=True)
+            write_atomic(record, partial(_link, self.record))
         for entry in self.folder.iterdir():
             if entry.name not in ("lock", "complete"):
                 remove(entry)

@@ -7,12 +7,14 @@ wildcard_constraints:
 # The store itself is a folder, <split>.zarr; its manifest, written last, stands for it here.
 rule extract:
     input:
-        images=rules.images.output,
+        images=rules.images.output.manifest,
         backbone=rules.backbone.output.weights,
         config=rules.backbone.output.config,
+        trust=f"{R}/.trust/extract-{{backbone}}-{{split}}-{{part}}",
         code=sources("extract.py"),
     output:
-        temp(f"{R}/activations/{{backbone}}/{{split}}.part-{{part}}.json"),
+        part=temp(f"{R}/activations/{{backbone}}/{{split}}.part-{{part}}.json"),
+        record=f"{R}/records/extract-{{backbone}}-{{split}}-{{part}}.json",
     log:
         f"{R}/logs/extract-{{backbone}}-{{split}}-{{part}}.log",
     threads: THREADS
@@ -25,16 +27,18 @@ rule extract:
         flags=flags(RUN.activations),
     shell:
         "python workflow/scripts/extract.py --from-images {input.images} --from-backbone {input.backbone}"
-        " --name {wildcards.split}.part-{wildcards.part} --out {params.out} --work {params.work}"
+        " --name {wildcards.split}.part-{wildcards.part} --out {params.out} --work {params.work} --record {output.record}"
         " {params.flags} --parts {params.parts} --workers {resources.workers} > {log} 2>&1"
 
 
 rule activations:
     input:
-        parts=expand(rules.extract.output, part=range(RUN.activations.parts), allow_missing=True),
+        parts=expand(rules.extract.output.part, part=range(RUN.activations.parts), allow_missing=True),
+        trust=f"{R}/.trust/activations-{{backbone}}-{{split}}",
         code=sources("activations.py"),
     output:
-        f"{R}/activations/{{backbone}}/{{split}}.json",
+        manifest=f"{R}/activations/{{backbone}}/{{split}}.json",
+        record=f"{R}/records/activations-{{backbone}}-{{split}}.json",
     log:
         f"{R}/logs/activations-{{backbone}}-{{split}}.log",
     params:
@@ -43,5 +47,5 @@ rule activations:
         flags=flags(),
     shell:
         "python workflow/scripts/activations.py --from-parts {input.parts} --name {wildcards.split}"
-        " --out {params.out} --work {params.work}"
+        " --out {params.out} --work {params.work} --record {output.record}"
         " {params.flags} > {log} 2>&1"

@@ -1,12 +1,14 @@
 rule backbone:
     input:
-        images=rules.images.output,
+        images=rules.images.output.manifest,
+        trust=f"{R}/.trust/backbone-{{backbone}}",
         code=sources("backbone.py"),
     output:
         weights=f"{R}/backbones/{{backbone}}/model.safetensors",
         config=f"{R}/backbones/{{backbone}}/config.json",
         prompts=f"{R}/backbones/{{backbone}}/prompts.safetensors",
         log=f"{R}/backbones/{{backbone}}/training.jsonl",
+        record=f"{R}/records/backbone-{{backbone}}.json",
     log:
         f"{R}/logs/backbone-{{backbone}}.log",
     threads: THREADS
@@ -16,5 +18,5 @@ rule backbone:
         flags=lambda wildcards: flags(RUN.backbones[wildcards.backbone]),
     shell:
         "python workflow/scripts/backbone.py --from-images {input.images} --name {wildcards.backbone}"
-        " --out {params.out} --work {params.work}"
+        " --out {params.out} --work {params.work} --record {output.record}"
         " {params.flags} > {log} 2>&1"

@@ -5,8 +5,14 @@ import sys
 from functools import cache
 from pathlib import Path
 
+from sparsight.trust import mark
+
 # `python` in a rule is the one that runs Snakemake, also where its environment is not activated.
 os.environ.update(PATH=os.pathsep.join([str(Path(sys.executable).parent), os.getenv("PATH", "")]))
+
+if workflow.is_main_process:  # not a job on a cluster node, which reads these files too
+    for stage, reason in mark(RUN).items():
+        print(f"{stage} is made again: {reason}", file=sys.stderr)
 
 THREADS = RUN.compute.threads  # what a stage takes; Snakemake's {threads} shrinks with --cores
 

@@ -1,8 +1,10 @@
 rule images:
     input:
+        trust=f"{R}/.trust/images",
         code=sources("images.py"),
     output:
-        f"{R}/images/manifest.parquet",
+        manifest=f"{R}/images/manifest.parquet",
+        record=f"{R}/records/images.json",
     log:
         f"{R}/logs/images.log",
     threads: THREADS
@@ -11,15 +13,18 @@ rule images:
         work=f"{R}/.work/images",
         flags=flags(RUN.images),
     shell:
-        "python workflow/scripts/images.py --out {params.out} --work {params.work}" " {params.flags} > {log} 2>&1"
+        "python workflow/scripts/images.py --out {params.out} --work {params.work} --record {output.record}"
+        " {params.flags} > {log} 2>&1"
 
 
 # A data set beside the run's own, which steering is tried on.
 rule other_images:
     input:
+        trust=f"{R}/.trust/images-{{other}}",
         code=sources("images.py"),
     output:
-        f"{R}/images/{{other}}/manifest.parquet",
+        manifest=f"{R}/images/{{other}}/manifest.parquet",
+        record=f"{R}/records/images-{{other}}.json",
     log:
         f"{R}/logs/images-{{other}}.log",
     threads: THREADS
@@ -28,4 +33,5 @@ rule other_images:
         work=f"{R}/.work/images-{{other}}",
         flags=lambda wildcards: flags(RUN.other_images[wildcards.other]),
     shell:
-        "python workflow/scripts/images.py --out {params.out} --work {params.work}" " {params.flags} > {log} 2>&1"
+        "python workflow/scripts/images.py --out {params.out} --work {params.work} --record {output.record}"
+        " {params.flags} > {log} 2>&1"

@@ -1,12 +1,14 @@
 rule policy:
     input:
-        images=rules.images.output,
+        images=rules.images.output.manifest,
         backbone=backbone_of_policy,
+        trust=f"{R}/.trust/policy-{{policy}}",
         code=sources("policy.py"),
     output:
         weights=f"{R}/pruning/{{policy}}/policy.safetensors",
         config=f"{R}/pruning/{{policy}}/config.json",
         log=f"{R}/pruning/{{policy}}/training.jsonl",
+        record=f"{R}/records/policy-{{policy}}.json",
     log:
         f"{R}/logs/policy-{{policy}}.log",
     threads: THREADS
@@ -16,17 +18,18 @@ rule policy:
         flags=lambda wildcards: flags(RUN.policies[wildcards.policy]),
     shell:
         "python workflow/scripts/policy.py --from-images {input.images} --from-backbone {input.backbone}"
-        " --name {wildcards.policy} --out {params.out} --work {params.work}"
+        " --name {wildcards.policy} --out {params.out} --work {params.work} --record {output.record}"
         " {params.flags} > {log} 2>&1"
 
 
 rule pruning:
     input:
-        images=rules.images.output,
+        images=rules.images.output.manifest,
         backbone=backbone_of_policy,
         policy=rules.policy.output.weights,
         saes=expand(SAE_WEIGHTS, sae=STEERED.values()),
         vectors=expand(f"{R}/steering/{{name}}.safetensors", name=STEERED),
+        trust=f"{R}/.trust/pruning-{{policy}}",
         code=sources("pruning.py", *map(sae_code, STEERED.values())),
     output:
         overall=f"{R}/pruning/{{policy}}/overall.parquet",
@@ -34,6 +37,7 @@ rule pruning:
         per_head=f"{R}/pruning/{{policy}}/per_head.parquet",
         validation=f"{R}/pruning/{{policy}}/validation.parquet",
         metrics=f"{R}/pruning/{{policy}}/metrics.json",
+        record=f"{R}/records/pruning-{{policy}}.json",
     log:
         f"{R}/logs/pruning-{{policy}}.log",
     threads: THREADS
@@ -44,16 +48,18 @@ rule pruning:
     shell:
         "python workflow/scripts/pruning.py --from-images {input.images} --from-backbone {input.backbone}"
         " --from-policy {input.policy} --from-saes {input.saes} --from-vectors {input.vectors} --name {wildcards.policy}"
-        " --out {params.out} --work {params.work}"
+        " --out {params.out} --work {params.work} --record {output.record}"
         " {params.flags} > {log} 2>&1"
 
 
 rule timings:
     input:
         backbones=expand(rules.backbone.output.weights, backbone=sorted({p.backbone for p in RUN.policies.values()})),
+        trust=f"{R}/.trust/timings",
         code=sources("timings.py"),
     output:
-        f"{R}/timings.json",
+        times=f"{R}/timings.json",
+        record=f"{R}/records/timings.json",
     log:
         f"{R}/logs/timings.log",
     # More than there are: Snakemake cuts it to --cores, so nothing else runs while this stage measures.
@@ -64,5 +70,5 @@ rule timings:
         flags=flags(),
     shell:
         "python workflow/scripts/timings.py --from-backbones {input.backbones}"
-        " --out {params.out} --work {params.work}"
+        " --out {params.out} --work {params.work} --record {output.record}"
         " {params.flags} > {log} 2>&1"

@@ -1,6 +1,6 @@
 RESULTS = {
     "backbones": expand(rules.backbone.output.config, backbone=RUN.backbones),
-    "saes": expand(rules.evaluate_sae.output, sae=RUN.sae_names),
+    "saes": expand(rules.evaluate_sae.output.metrics, sae=RUN.sae_names),
     "chains": expand(f"{R}/saes/{{chain}}/metrics.json", chain=RUN.chains),
     "steerings": expand(f"{R}/steering/{{name}}.parquet", name=RUN.steering_names),
     "transfers": expand(f"{R}/steering/{{name}}/{{other}}.json", name=RUN.transfers, other=RUN.other_images),
@@ -11,10 +11,13 @@ RESULTS = {
 rule summary:
     input:
         **RESULTS,
+        trust=f"{R}/.trust/summary",
         code=sources("summary.py"),
     output:
         metrics=f"{R}/metrics.json",
+        curves=f"{R}/curves.json",
         provenance=f"{R}/provenance.json",
+        record=f"{R}/records/summary.json",
     log:
         f"{R}/logs/summary.log",
     threads: 1
@@ -26,19 +29,21 @@ rule summary:
         "python workflow/scripts/summary.py --from-backbones {input.backbones} --from-saes {input.saes}"
         " --from-chains {input.chains}"
         " --from-steerings {input.steerings} --from-transfers {input.transfers} --from-policies {input.policies}"
-        " --out {params.out} --work {params.work}"
+        " --out {params.out} --work {params.work} --record {output.record}"
         " {params.flags} > {log} 2>&1"
 
 
 rule report:
     input:
         **RESULTS,
-        images=rules.images.output,
+        images=rules.images.output.manifest,
         stores=expand(f"{R}/activations/{{backbone}}/test.json", backbone=RUN.backbones),
+        trust=f"{R}/.trust/report",
         code=sources("report.py", "src/sparsight/report/page.html.j2", *map(sae_code, RUN.sae_names)),
     output:
         page=f"{R}/report/index.html",
         figure=[f"{R}/report/accuracy-usage.svg"] if RUN.policies else [],
+        record=f"{R}/records/report.json",
     log:
         f"{R}/logs/report.log",
     threads: THREADS
@@ -52,5 +57,5 @@ rule report:
         " --from-chains {input.chains}"
         " --from-steerings {input.steerings} --from-transfers {input.transfers} --from-policies {input.policies}"
         " --from-images {input.images} --from-stores {input.stores} --name {params.name}"
-        " --out {params.out} --work {params.work}"
+        " --out {params.out} --work {params.work} --record {output.record}"
         " {params.flags} > {log} 2>&1"

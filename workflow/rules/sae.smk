@@ -9,14 +9,16 @@ for GRID in RUN.saes:
         name:
             f"sae_{GRID}"
         input:
-            images=rules.images.output,
+            images=rules.images.output.manifest,
             store=f"{R}/activations/{RUN.saes[GRID].backbone}/train.json",
+            trust=f"{R}/.trust/sae-{GRID}",
             code=sources("sae.py", f"src/sparsight/sae/{RUN.saes[GRID].kind}.py"),
         output:
             weights=expand(SAE_WEIGHTS, sae=RUN.grids[GRID]),
             config=expand(SAE_CONFIG, sae=RUN.grids[GRID]),
             log=expand(f"{R}/saes/{{sae}}/training.jsonl", sae=RUN.grids[GRID]),
             maps=expand(MAPS, chain=[c for c in RUN.chains if c.rpartition("-s")[0] == GRID]),
+            record=f"{R}/records/sae-{GRID}.json",
         log:
             f"{R}/logs/sae-{GRID}.log",
         threads: THREADS
@@ -28,21 +30,23 @@ for GRID in RUN.saes:
         shell:
             "python workflow/scripts/sae.py --from-images {input.images} --from-store {input.store}"
             " --name {params.name}"
-            " --out {params.out} --work {params.work}"
+            " --out {params.out} --work {params.work} --record {output.record}"
             " {params.flags} > {log} 2>&1"
 
 
 rule evaluate_sae:
     input:
-        images=rules.images.output,
+        images=rules.images.output.manifest,
         backbone=backbone_of_sae,
         train=store_of("train"),
         test=store_of("test"),
         sae=SAE_WEIGHTS,
         config=SAE_CONFIG,
+        trust=f"{R}/.trust/evaluate-{{sae}}",
         code=lambda wildcards: sources("evaluate_sae.py", sae_code(wildcards.sae)),
     output:
-        f"{R}/saes/{{sae}}/metrics.json",
+        metrics=f"{R}/saes/{{sae}}/metrics.json",
+        record=f"{R}/records/evaluate-{{sae}}.json",
     log:
         f"{R}/logs/evaluate-sae-{{sae}}.log",
     wildcard_constraints:
@@ -55,7 +59,7 @@ rule evaluate_sae:
     shell:
         "python workflow/scripts/evaluate_sae.py --from-images {input.images} --from-backbone {input.backbone}"
         " --from-train {input.train} --from-test {input.test} --from-sae {input.sae} --name {wildcards.sae}"
-        " --out {params.out} --work {params.work}"
+        " --out {params.out} --work {params.work} --record {output.record}"
         " {params.flags} > {log} 2>&1"
 
 
@@ -65,17 +69,19 @@ for CHAIN, SECTION in RUN.chains.items():
         name:
             f"evaluate_{CHAIN}"
         input:
-            images=rules.images.output,
+            images=rules.images.output.manifest,
             backbone=f"{R}/backbones/{SECTION.backbone}/model.safetensors",
             train=f"{R}/activations/{SECTION.backbone}/train.json",
             test=f"{R}/activations/{SECTION.backbone}/test.json",
             maps=expand(MAPS, chain=CHAIN),
             saes=expand(SAE_WEIGHTS, sae=[f"{CHAIN}/{site}" for site in SECTION.sites]),
             configs=expand(SAE_CONFIG, sae=[f"{CHAIN}/{site}" for site in SECTION.sites]),
+            trust=f"{R}/.trust/evaluate-{CHAIN}",
             code=sources("evaluate_chain.py", f"src/sparsight/sae/{SECTION.kind}.py"),
         output:
             chain=f"{R}/saes/{CHAIN}/metrics.json",
             sites=expand(f"{R}/saes/{CHAIN}/{{site}}/metrics.json", site=SECTION.sites),
+            record=f"{R}/records/evaluate-{CHAIN}.json",
         log:
             f"{R}/logs/evaluate-{CHAIN}.log",
         threads: THREADS
@@ -87,5 +93,5 @@ for CHAIN, SECTION in RUN.chains.items():
         shell:
             "python workflow/scripts/evaluate_chain.py --from-images {input.images} --from-backbone {input.backbone}"
             " --from-train {input.train} --from-test {input.test} --from-maps {input.maps} --from-saes {input.saes}"
-            " --name {params.name} --out {params.out} --work {params.work}"
+            " --name {params.name} --out {params.out} --work {params.work} --record {output.record}"
             " {params.flags} > {log} 2>&1"

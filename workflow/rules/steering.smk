@@ -6,17 +6,19 @@ wildcard_constraints:
 
 rule steering:
     input:
-        images=rules.images.output,
+        images=rules.images.output.manifest,
         backbone=backbone_of_sae,
         stores=stores_of_steering,
         finder=stores_of_finder,
         sae=lambda wildcards: f"{R}/saes/{sae_name(wildcards)}/sae.safetensors",
+        trust=f"{R}/.trust/steering-{{steering}}-s{{seed}}",
         code=lambda wildcards: sources("steering.py", sae_code(sae_name(wildcards))),
     output:
         vectors=f"{R}/steering/{{steering}}-s{{seed}}.safetensors",
         table=f"{R}/steering/{{steering}}-s{{seed}}.parquet",
         classes=f"{R}/steering/{{steering}}-s{{seed}}-classes.parquet",
         summary=f"{R}/steering/{{steering}}-s{{seed}}.json",
+        record=f"{R}/records/steering-{{steering}}-s{{seed}}.json",
     log:
         f"{R}/logs/steering-{{steering}}-s{{seed}}.log",
     threads: THREADS
@@ -28,22 +30,24 @@ rule steering:
         "python workflow/scripts/steering.py --from-images {input.images} --from-backbone {input.backbone}"
         " --from-stores {input.stores} --from-finder {input.finder} --from-sae {input.sae}"
         " --name {wildcards.steering}-s{wildcards.seed}"
-        " --out {params.out} --work {params.work}"
+        " --out {params.out} --work {params.work} --record {output.record}"
         " {params.flags} > {log} 2>&1"
 
 
 # The same vectors, strengths and thresholds on images that the SAE has not been trained for.
 rule steering_elsewhere:
     input:
-        images=rules.other_images.output,
+        images=rules.other_images.output.manifest,
         backbone=backbone_of_sae,
         sae=lambda wildcards: f"{R}/saes/{sae_name(wildcards)}/sae.safetensors",
         vectors=rules.steering.output.vectors,
         home=rules.steering.output.summary,
+        trust=f"{R}/.trust/steering-{{steering}}-s{{seed}}-{{other}}",
         code=lambda wildcards: sources("steering_elsewhere.py", sae_code(sae_name(wildcards))),
     output:
         table=f"{R}/steering/{{steering}}-s{{seed}}/{{other}}.parquet",
         summary=f"{R}/steering/{{steering}}-s{{seed}}/{{other}}.json",
+        record=f"{R}/records/steering-{{steering}}-s{{seed}}-{{other}}.json",
     log:
         f"{R}/logs/steering-{{steering}}-s{{seed}}-{{other}}.log",
     threads: THREADS
@@ -54,5 +58,5 @@ rule steering_elsewhere:
     shell:
         "python workflow/scripts/steering_elsewhere.py --from-images {input.images} --from-backbone {input.backbone}"
         " --from-sae {input.sae} --from-vectors {input.vectors} --from-home {input.home} --name {wildcards.other}"
-        " --out {params.out} --work {params.work}"
+        " --out {params.out} --work {params.work} --record {output.record}"
         " {params.flags} > {log} 2>&1"

@@ -4,9 +4,10 @@ from sparsight import stage
 
 
 def main(job: stage.Stage) -> None:
-    from sparsight.summary import write_metrics, write_provenance
+    from sparsight.summary import write_curves, write_metrics, write_provenance
 
     write_metrics(job.inputs, job.work.out / "metrics.json")
+    write_curves(job.inputs["saes"], job.work.out / "curves.json")
     write_provenance(job.compute, job.work.out / "provenance.json")
 
 

@@ -1,0 +1,120 @@
+"""Whether the files of a run are those of its configuration, whatever times and Snakemake's own memory say.
+
+Files can be swapped under Snakemake: by ``git checkout`` and ``dvc checkout``, by copying a results folder, by
+``snakemake --touch``. Every stage leaves a record of what its result was made of (:mod:`sparsight.records`). Before
+anything is planned :func:`mark` compares the records with the configuration and the files. A stage of which anything
+differs gets a new mark, a small file that its rule has as an input, so that it is made again.
+"""
+
+import json
+import os
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from sparsight import schema
+from sparsight.records import settings
+from sparsight.run import Run
+
+
+def mark(run: Run) -> dict[str, str]:
+    """See that every stage has its mark, and renew those of stages whose files are of something else.
+
+    Returns:
+        The reason by stage, for those whose marks are renewed.
+    """
+    folder = run.folder / ".trust"
+    folder.mkdir(parents=True, exist_ok=True)
+    with _Digests(folder / "digests.json") as digests:
+        found = {stage: _difference(run, stage, section, digests) for stage, section in stages(run)}
+    for stage, reason in found.items():
+        path = folder / stage
+        if reason:
+            _write(path, f"{uuid.uuid4()}\n")  # Snakemake compares contents too
+        elif not path.exists():
+            path.touch()
+            os.utime(path, (0, 0))  # older than any result
+    return {stage: reason for stage, reason in found.items() if reason}
+
+
+def stages(run: Run) -> Iterator[tuple[str, Any]]:
+    """Every stage of a run by the name of its record, with the section that it reads (None: none)."""
+    yield "images", run.images
+    for name, images in run.other_images.items():
+        yield f"images-{name}", images
+    for name, backbone in run.backbones.items():
+        yield f"backbone-{name}", backbone
+        for split in ("train", "val", "test"):
+            for part in range(run.activations.parts):
+                yield f"extract-{name}-{split}-{part}", run.activations
+            yield f"activations-{name}-{split}", None
+    for name, sae in run.saes.items():
+        yield f"sae-{name}", sae
+    for name in (*run.sae_names, *run.chains):
+        yield f"evaluate-{name}", None
+    for name in run.steering_names:
+        yield f"steering-{name}", run.steering[name.rpartition("-s")[0]]
+    for name in run.transfers:
+        for other in run.other_images:
+            yield f"steering-{name}-{other}", None
+    for name, policy in run.policies.items():
+        yield f"policy-{name}", policy
+        yield f"pruning-{name}", run.pruning
+    if run.policies:
+        yield "timings", None
+    yield "summary", None
+    yield "report", run.report
+
+
+def _difference(run: Run, stage: str, section: Any, digests: "_Digests") -> str:
+    """Why a stage's files are not to be trusted; empty where they are, or are not there."""
+    try:
+        about = json.loads((run.folder / "records" / f"{stage}.json").read_text())
+    except FileNotFoundError:
+        return ""
+    except ValueError:
+        return "its record cannot be read"
+    for key, value in settings(run.compute, section, run.seed).items():
+        if about.get(key) != value:
+            return {"compute": "compute", "config": "its section", "seed": "the seed"}[key] + " has changed"
+    for kind in ("inputs", "outputs"):
+        for name, digest in about[kind].items():
+            path = run.folder / name
+            if path.exists() and digests.of(path) != digest:  # what is missing Snakemake makes
+                return f"{name} is not the file that it has {'read' if kind == 'inputs' else 'made'}"
+    return ""
+
+
+class _Digests:
+    """Digests of files, remembered with size and time so that large ones are read once."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self._known: dict[str, list[Any]] = json.loads(path.read_text())
+        except (FileNotFoundError, ValueError):
+            self._known = {}
+        self._seen: dict[str, list[Any]] = {}
+
+    def of(self, path: Path) -> str:
+        name, status = os.fspath(path), path.stat()
+        if name not in self._seen:
+            stamp = [status.st_size, status.st_mtime_ns, status.st_ino]
+            known = self._known.get(name)
+            digest = known[-1] if known and known[:-1] == stamp else schema.file_digest(path)
+            self._seen[name] = [*stamp, digest]
+        return str(self._seen[name][-1])
+
+    def __enter__(self) -> "_Digests":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        _write(self.path, json.dumps(self._seen))
+
+
+def _write(path: Path, text: str) -> None:
+    """Two Snakemakes may do this at the same time."""
+    aside = path.with_name(f"{path.name}.{os.getpid()}")
+    aside.write_text(text)
+    os.replace(aside, path)
