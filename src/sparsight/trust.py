@@ -61,8 +61,7 @@ def stages(run: Run) -> Iterator[tuple[str, Any]]:
     for name, policy in run.policies.items():
         yield f"policy-{name}", policy
         yield f"pruning-{name}", run.pruning
-    if run.policies:
-        yield "timings", None
+    yield "timings", None
     yield "summary", None
     yield "report", run.report
 
