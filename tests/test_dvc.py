@@ -1,17 +1,33 @@
-"""DVC keeps a store: whole shards move, and only those that changed."""
+"""DVC keeps a store, whole shards at a time, and records runs: neither it nor Snakemake believes the other blindly."""
 
+import copy
+import json
+import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
-from conftest import write_store
+import pytest
+import yaml
+from conftest import ROOT, write_store
+from snakemake.utils import update_config
+from test_trust import FOLLOWS_SAE, SMALL
 
 from sparsight.store import ActivationStore, verify
 
+ENVIRONMENT = os.environ | {
+    "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",  # dvc calls snakemake
+    **{f"GIT_{who}_{what}": "x@x" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")},
+}
 
-def run(folder: Path, *words: str) -> None:
+
+def run(folder: Path, *words: str) -> str:
     command = [sys.executable, "-m", "dvc", *words[1:]] if words[0] == "dvc" else list(words)
-    subprocess.run(command, cwd=folder, check=True, capture_output=True)
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=ENVIRONMENT, check=False)
+    assert done.returncode == 0, f"{words}: {done.stdout} {done.stderr}"
+    return done.stdout + done.stderr
 
 
 def test_push_and_pull_move_only_the_shards_that_changed(tmp_path: Path) -> None:
@@ -37,8 +53,100 @@ def test_push_and_pull_move_only_the_shards_that_changed(tmp_path: Path) -> None
     assert len(objects() - first) == 2, "the shard and the list"
 
     run(repository, "git", "add", ".")
-    run(repository, "git", "-c", "user.name=x", "-c", "user.email=x@x", "commit", "-qm", "store")
+    run(repository, "git", "commit", "-qm", "store")
     run(tmp_path, "git", "clone", "-q", str(repository), str(clone))
     run(clone, "dvc", "pull", "-q")
     assert verify(clone / "train.zarr") == ["embedding/c/3/0: content differs from the manifest"]
     assert len(ActivationStore.open(clone / "train.zarr").rows("blocks.0.input")[:]) == 32
+
+
+def test_every_experiment_is_a_stage() -> None:
+    stages = yaml.safe_load((ROOT / "experiments" / "dvc.yaml").read_text())["stages"]
+    overlays = {path.stem for path in (ROOT / "experiments").glob("*.yaml")} - {"papers", "dvc"}
+    assert stages.keys() == overlays
+    for name, stage in stages.items():
+        overlay = f"experiments/{name}.yaml"
+        assert stage["cmd"] == f"snakemake --cores all --configfile {overlay}" and overlay in stage["deps"]
+        assert stage["outs"] == [{f"results/{name}": {"persist": True}}]
+
+
+def planned(folder: Path) -> set[str]:
+    """What Snakemake would do, by the names of the stages' records."""
+    found = run(folder, "snakemake", "--dry-run", "--printshellcmds", "--cores", "1")
+    return set(re.findall(r"--record \S*/records/(\S+)\.json", found))
+
+
+def clean(folder: Path) -> bool:
+    """Whether neither tool has anything to do."""
+    return planned(folder) == set() and "up to date" in run(folder, "dvc", "status", "dvc.yaml")
+
+
+def width(folder: Path) -> int:
+    about = json.loads((folder / "results" / "default" / "saes" / "topk-s0" / "config.json").read_text())
+    assert isinstance(about["d_sae"], int)
+    return about["d_sae"]
+
+
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A repository whose last commit is a run of width 48, made by Snakemake and recorded by DVC."""
+    folder = tmp_path_factory.mktemp("dvc") / "repository"
+    folder.mkdir()
+    for name in ("Snakefile", "uv.lock", ".gitignore", ".dvcignore"):
+        shutil.copy(ROOT / name, folder)
+    for name in ("workflow", "profiles", "src"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
+    config = copy.deepcopy(yaml.safe_load((ROOT / "params.yaml").read_text()))
+    update_config(config, {**yaml.safe_load(SMALL), "run": "default"})
+    (folder / "params.yaml").write_text(yaml.safe_dump(config))
+    stages = yaml.safe_load((ROOT / "dvc.yaml").read_text())
+    outs = stages["stages"]["default"]["outs"]
+    stages["stages"]["default"]["outs"] = [out for out in outs if "results/default/pruning" not in out]
+    stages["plots"] = [plot for plot in stages["plots"] if not isinstance(plot, str)]  # no policy: no figure of it
+    (folder / "dvc.yaml").write_text(yaml.safe_dump(stages))
+    run(folder, "snakemake", "--cores", "2")
+    run(folder, "git", "init", "-q")
+    run(folder, "dvc", "init", "-q")
+    run(folder, "dvc", "remote", "add", "-d", "here", str(folder.parent / "remote"))
+    run(folder, "dvc", "commit", "-f", "dvc.yaml")
+    run(folder, "git", "add", ".")
+    run(folder, "git", "commit", "-qm", "width 48")
+    run(folder, "dvc", "push", "-q")
+    return folder
+
+
+def test_a_run_of_snakemake_is_committed_and_a_clone_has_it(recorded: Path, tmp_path: Path) -> None:
+    assert clean(recorded)
+    clone = tmp_path / "clone"
+    run(tmp_path, "git", "clone", "-q", str(recorded), str(clone))
+    run(clone, "dvc", "pull", "-q", "dvc.yaml")
+    run(clone, "snakemake", "--touch", "--cores", "1")
+    assert clean(clone)
+    assert "fvu" in run(clone, "dvc", "plots", "show", "--show-vega", "results/default/curves.json")
+
+
+def test_no_artefact_of_one_configuration_is_taken_for_another_s(recorded: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(recorded, folder, symlinks=True)
+    assert clean(folder)
+    results = folder / "results" / "default"
+    before = {name: (results / name).stat().st_ino for name in ("images", "backbones/vit", "activations/vit")}
+    weights = (results / "saes" / "topk-s0" / "sae.safetensors").read_bytes()
+    run(folder, "dvc", "exp", "run", "-S", "saes.topk.d_sae=64")
+    assert width(folder) == 64 and clean(folder)
+    assert {name: (results / name).stat().st_ino for name in before} == before, "only the SAE and what follows was made"
+    assert "sae.topk-s0.fvu" in run(folder, "dvc", "metrics", "diff", "--all")
+    run(folder, "git", "add", ".")
+    run(folder, "git", "commit", "-qm", "width 64")
+    run(folder, "git", "checkout", "-q", "HEAD~1")
+    assert planned(folder) == FOLLOWS_SAE, "configuration of 48, files of 64"
+    run(folder, "dvc", "checkout", "-q")
+    assert width(folder) == 48 and (results / "saes" / "topk-s0" / "sae.safetensors").read_bytes() == weights
+    run(folder, "snakemake", "--touch", "--cores", "1")
+    assert clean(folder)
+    run(folder, "git", "checkout", "-q", "-")
+    run(folder, "snakemake", "--touch", "--cores", "1")
+    assert planned(folder) == FOLLOWS_SAE, "configuration of 64, files of 48, times and memory made to agree"
+    run(folder, "dvc", "repro", "-q", "dvc.yaml")
+    assert width(folder) == 64 and clean(folder)
+    assert not run(folder, "git", "status", "--porcelain", "dvc.lock"), "the same bytes as when it was made first"

@@ -114,7 +114,12 @@ def test_a_damaged_record_is_not_believed(made: Run) -> None:
 def test_files_are_read_once_until_they_change(made: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[Path] = []
     plain = schema.file_digest
-    monkeypatch.setattr(schema, "file_digest", lambda path: (read.append(path), plain(path))[1])
+
+    def digest(path: Path) -> str:
+        read.append(path)
+        return plain(path)
+
+    monkeypatch.setattr(schema, "file_digest", digest)
     trust.mark(made)
     assert len(read) == 2
     trust.mark(made)
