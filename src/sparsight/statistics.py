@@ -1,5 +1,7 @@
 """Intervals for accuracies: 95 %, two-sided unless a name says otherwise."""
 
+from collections.abc import Sequence
+
 import numpy as np
 
 Z = 1.959963984540054
@@ -59,20 +61,24 @@ def _agresti_min(hits: np.ndarray, reference: np.ndarray) -> tuple[float, float,
     return (gained - lost) / n, (gained - lost) / (n + 2), float(error)
 
 
-def bootstrap(values: np.ndarray, seed: int) -> dict[str, float]:
-    """Mean of one number per image with percentile intervals over resampled images (Efron 1979).
+def bootstrap(columns: Sequence[np.ndarray], seed: int) -> list[dict[str, float]]:
+    """Means of one number per image with percentile intervals over resampled images (Efron 1979).
 
     For what has no closed form: means over SAE seeds and mixtures of two masks, and their paired differences.
-    It is over images only; values that are all equal get an interval of no width.
+    It is over images only; a column whose values are all equal gets an interval of no width.
 
     Args:
-        values: (n,).
+        columns: each (n,); all of them are resampled together.
         seed: of the resampling.
 
     Returns:
-        mean, lo, hi (two-sided) and low (one-sided lower bound).
+        Per column mean, lo, hi (two-sided) and low (one-sided lower bound).
     """
-    n, generator = len(values), np.random.default_rng(seed)
-    means = [generator.choice(values, n).mean() for _ in range(_RESAMPLES)]
-    lo, low, hi = np.quantile(means, (0.025, 0.05, 0.975))
-    return {"mean": float(values.mean()), "lo": float(lo), "hi": float(hi), "low": float(low)}
+    values, generator = np.stack(columns, axis=1).astype(np.float64), np.random.default_rng(seed)
+    n = len(values)
+    means = np.empty((_RESAMPLES, len(columns)))
+    for turn in range(_RESAMPLES):
+        means[turn] = np.bincount(generator.integers(n, size=n), minlength=n) @ values / n
+    lo, low, hi = np.quantile(means, (0.025, 0.05, 0.975), axis=0)
+    found = np.stack([values.mean(axis=0), lo, hi, low], axis=1)
+    return [dict(zip(("mean", "lo", "hi", "low"), map(float, row), strict=True)) for row in found]

@@ -32,6 +32,7 @@ class Dictionary:
         self, sae: SAE, weight_HD: Tensor, mean_CF: Tensor, count_C: Tensor, n_latents: int, seed: int
     ) -> None:
         self.sae, self.mean_CF, self._weight_HD = sae, mean_CF, weight_HD
+        self._encoded: tuple[Tensor, Tensor] | None = None
         self.push_HF = weight_HD @ sae.W_dec.T
         """W_head W_dec: what one unit of a latent adds to the logit of a head."""
         total_CF, count_C1 = mean_CF.double() * count_C[:, None], count_C[:, None]
@@ -54,8 +55,11 @@ class Dictionary:
         return np.stack(drawn)
 
     def encode(self, cls_ND: Tensor) -> Tensor:
-        """Codes (N, F)."""
-        return torch.cat([self.sae.encode(cls_ND[rows]).dense() for rows in in_order(len(cls_ND), _ROWS)])
+        """Codes (N, F); those of the last activations asked for are kept, because many rows ask for the same."""
+        if self._encoded is None or self._encoded[0] is not cls_ND:
+            parts = [self.sae.encode(cls_ND[rows]).dense() for rows in in_order(len(cls_ND), _ROWS)]
+            self._encoded = cls_ND, torch.cat(parts)
+        return self._encoded[1]
 
     def class_change(self, z_NF: Tensor, classes_N: Tensor, m: int) -> Tensor:
         """Change (N, H) of the head logits when the first m latents of each image's class count double."""

@@ -118,7 +118,7 @@ def points(outcomes: Iterable[Row]) -> dict[tuple[str, str], list[Point]]:
 
 
 def choose(candidates: list[Point], outcomes: dict[Row, Outcome], tolerance: float) -> Point:
-    """The point that :func:`rank` puts first against ``none``; ties go to the weaker strength, then to fewer latents."""
+    """The point that :func:`rank` puts first; ties go to the weaker strength, then to fewer latents."""
     floor = float(outcomes[NONE].hits.mean()) - tolerance
 
     def order(point: Point) -> tuple[tuple[bool, float, float], float, int]:
@@ -138,7 +138,8 @@ def frontier(candidates: list[Point], outcomes: dict[Row, Outcome]) -> list[Poin
     measured = sorted(
         (float(p.usage(outcomes).mean()), -float(p.hits(outcomes).mean()), p.strength, p.latents, p) for p in every
     )
-    best, left = -1.0, []
+    best = -1.0
+    left: list[Point] = []
     for _, minus_accuracy, _, _, point in measured:
         if -minus_accuracy > best + 1e-12:
             best, left = -minus_accuracy, [*left, point]

@@ -120,18 +120,14 @@ class Strategies:
             routes: (N,) the class whose configuration each image gets, by kind of label.
         """
         groups: dict[Row, list[Row]] = {}
-        for row in sorted(rows, key=lambda row: (row.sae, row.strategy == "random-sae")):  # one set of codes at a time
+        for row in rows:
             groups.setdefault(row._replace(strength=0.0), []).append(row)
-        encoded: tuple[Dictionary | None, Tensor] = None, arrival.cls_ND
         for unit, group in groups.items():
-            dictionary = (self.scrambled if unit.strategy == "random-sae" else self.dictionaries).get(unit.sae)
-            if dictionary is not None and encoded[0] is not dictionary:
-                encoded = dictionary, dictionary.encode(arrival.cls_ND)
             classes_N = routes[unit.labels] if unit.labels != "none" else np.zeros(len(arrival), np.int64)
             if KINDS[unit.strategy].grid in ("", "shares"):
                 yield from ((row, self._own(row, arrival, classes_N)) for row in group)
                 continue
-            change_NH = self._change(unit, dictionary, arrival, encoded[1], classes_N)
+            change_NH = self._change(unit, arrival, torch.from_numpy(classes_N).to(arrival.logits_NH.device).long())
             for row in group:
                 factor = row.strength - (row.strategy != "logit-bias")
                 yield row, pack(arrival.logits_NH + factor * change_NH > 0)
@@ -152,29 +148,27 @@ class Strategies:
         assert strategy in BOUNDS, strategy
         return np.full(n, 2**H - 1 if strategy == "all-heads" else 0, np.int32)
 
-    def _change(
-        self, unit: Row, dictionary: Dictionary | None, arrival: Arrival, z_NF: Tensor, classes_N: np.ndarray
-    ) -> Tensor:
+    def _change(self, unit: Row, arrival: Arrival, classes_N: Tensor) -> Tensor:
         """Change (N, H) of the head logits at factor 2 (``logit-bias``: at strength 1)."""
         strategy, m = unit.strategy, unit.latents
-        classes = torch.from_numpy(classes_N).to(z_NF.device)
-        if dictionary is None:
-            assert strategy == "logit-bias", strategy
-            return self.controls.shift_CH.to(z_NF)[classes]
+        if strategy == "logit-bias":
+            return self.controls.shift_CH[classes_N]
+        dictionary = (self.scrambled if strategy == "random-sae" else self.dictionaries)[unit.sae]
+        if strategy == "logit-bias-matched":
+            return dictionary.mean_change(m)[classes_N]
+        z_NF = dictionary.encode(arrival.cls_ND)
         if strategy == "uniform":
             return z_NF @ dictionary.push_HF.T
         if strategy == "sample-top":
-            values, indices = z_NF.topk(min(m, z_NF.shape[1]), dim=1)
+            values, indices = z_NF.topk(m, dim=1)
             return (values[:, :, None] * dictionary.push_HF.T[indices]).sum(dim=1)
         if strategy in ("class-latents", "random-sae"):
-            return dictionary.class_change(z_NF, classes, m)
+            return dictionary.class_change(z_NF, classes_N, m)
         if strategy == "random-latents":
-            return dictionary.random_change(z_NF, classes, m)
-        if strategy == "logit-bias-matched":
-            return dictionary.mean_change(m)[classes]
-        if strategy == "latent-atlas":
-            latents = torch.tensor([unit.target], device=z_NF.device)
-        else:
-            assert strategy == "targeted", strategy
+            return dictionary.random_change(z_NF, classes_N, m)
+        if strategy == "targeted":
             latents = dictionary.against_head(unit.target)[:m]
+        else:
+            assert strategy == "latent-atlas", strategy
+            latents = torch.tensor([unit.target], device=z_NF.device)
         return z_NF[:, latents] @ dictionary.push_HF[:, latents].T
