@@ -66,3 +66,25 @@ rule timings:
         "python workflow/scripts/timings.py --from-backbones {input.backbones}"
         " --out {params.out} --work {params.work}"
         " {params.flags} > {log} 2>&1"
+
+
+# Not part of the run: ask for it by name, e.g. results/default/exports/vit/b5-h2-h5/model.safetensors
+rule export_pruned:
+    input:
+        backbone=rules.backbone.output.weights,
+        config=rules.backbone.output.config,
+        code=sources("export_pruned.py"),
+    output:
+        weights=f"{R}/exports/{{backbone}}/{{heads}}/model.safetensors",
+        config=f"{R}/exports/{{backbone}}/{{heads}}/config.json",
+    log:
+        f"{R}/logs/export-{{backbone}}-{{heads}}.log",
+    threads: THREADS
+    params:
+        out=subpath(output[0], parent=True),
+        work=f"{R}/.work/export-{{backbone}}-{{heads}}",
+        flags=flags(),
+    shell:
+        "python workflow/scripts/export_pruned.py --from-backbone {input.backbone} --name {wildcards.heads}"
+        " --out {params.out} --work {params.work}"
+        " {params.flags} > {log} 2>&1"

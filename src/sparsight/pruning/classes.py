@@ -153,6 +153,6 @@ def _deployed(
         "delta": delta["mean"],
         "delta_lo": delta["lo"],
         "delta_hi": delta["hi"],
-        "loss_bound": -delta["low"],
-        "non_inferior": -delta["low"] < section.margin,
+        "loss_bound": 0 - delta["low"],
+        "non_inferior": 0 - delta["low"] < section.margin,
     }

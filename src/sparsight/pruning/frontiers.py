@@ -75,7 +75,7 @@ def against_none(
     intervals = bootstrap([point.hits(on_test) - none for point in steered], seed) if steered else []
     return [
         {**named(point), "usage_last": float(point.usage(on_test).mean()), "delta": own["mean"], "delta_lo": own["lo"],
-         "delta_hi": own["hi"], "loss_bound": -own["low"], "non_inferior": -own["low"] < margin}
+         "delta_hi": own["hi"], "loss_bound": 0 - own["low"], "non_inferior": 0 - own["low"] < margin}
         for point, own in zip(steered, intervals, strict=True)
     ]  # fmt: skip
 

@@ -45,6 +45,9 @@ class HeadPolicy(nn.Module):
 
     def logits(self, block: int, cls_BD: Tensor) -> Tensor:
         """Head logits (B, H) of one block."""
+        d_in = self.weight.shape[2]
+        if cls_BD.shape[1] != d_in:
+            raise SparsightError(f"the head policy is for a model of width {d_in}, not {cls_BD.shape[1]}")
         p = self.blocks.index(block)
         return cls_BD @ self.weight[p].T + self.bias[p]
 
