@@ -32,7 +32,12 @@ rule pruning:
         overall=f"{R}/pruning/{{policy}}/overall.parquet",
         per_class=f"{R}/pruning/{{policy}}/per_class.parquet",
         per_head=f"{R}/pruning/{{policy}}/per_head.parquet",
+        frontier=f"{R}/pruning/{{policy}}/frontier.parquet",
+        class_subsets=f"{R}/pruning/{{policy}}/class_subsets.parquet",
+        false_positives=f"{R}/pruning/{{policy}}/false_positives.parquet",
         validation=f"{R}/pruning/{{policy}}/validation.parquet",
+        targets=f"{R}/pruning/{{policy}}/targets.parquet",
+        head_latents=f"{R}/pruning/{{policy}}/head_latents.safetensors",
         metrics=f"{R}/pruning/{{policy}}/metrics.json",
     log:
         f"{R}/logs/pruning-{{policy}}.log",
