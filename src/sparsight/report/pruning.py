@@ -12,6 +12,7 @@ from sparsight.summary import by_strategy
 
 _MAIN = "class-latents"
 _DEPLOYABLE = "probe"
+_MAPS = ("class-latents", "random-latents", "logit-bias", "class-static")
 
 
 def policy(folder: Path) -> dict[str, Any]:
@@ -19,7 +20,7 @@ def policy(folder: Path) -> dict[str, Any]:
     metrics = json.loads((folder / "metrics.json").read_text())
     read = {path.stem: tables.read(path) for path in folder.glob("*.parquet")}
     by_key = by_strategy(read["overall"])
-    shown = [key for key in by_key if key[0] == "none" or key[1] == _DEPLOYABLE]
+    maps = [("none", "none"), *((name, _DEPLOYABLE) for name in _MAPS)]
     saes = list(metrics["fvu_on_pruned_stream"])
     return {
         "name": folder.name,
@@ -29,7 +30,7 @@ def policy(folder: Path) -> dict[str, Any]:
         "selected": metrics["selected_classes"],
         "subsets": _subsets(read["class_subsets"], read["false_positives"]),
         "frontier_figure": figures.frontiers(read["frontier"], metrics["unpruned"]["accuracy"]),
-        "head_figure": figures.class_by_head(read["per_head"], shown),
+        "head_figure": figures.class_by_head(read["per_head"], [key for key in maps if key in by_key]),
         "latents_sae": saes[0],
         "latents_figure": figures.head_latents(folder / "head_latents.safetensors", saes[0]),
     }

@@ -27,7 +27,10 @@ _BOUNDS = {"none": "s", "skip-block": "1", "zero-heads": "2", "all-heads": "3"}
 
 
 def frontiers(rows: list[dict[str, Any]], unpruned: float) -> str:
-    """The frontiers of val as test sees them, one panel per kind of label; large markers were chosen on val."""
+    """The frontiers of val as test sees them, one panel per kind of label; large markers were chosen on val.
+
+    The bar is the 95 % interval of class latents.
+    """
     test = [row for row in rows if row["split"] == "test"]
     kinds = [kind for kind in ("probe", "predicted", "oracle") if any(row["labels"] == kind for row in test)]
     figure = Figure(figsize=(10.5, 3.8), layout="constrained")
@@ -40,8 +43,10 @@ def frontiers(rows: list[dict[str, Any]], unpruned: float) -> str:
             label = name if own else None
             axis.plot([r["usage"] for r in line], [r["accuracy"] for r in line], markersize=3, label=label, **style)
             for row in (row for row in own if row["chosen"]):
-                bars = [[row["accuracy"] - row["lo"]], [row["hi"] - row["accuracy"]]]
-                axis.errorbar(row["usage"], row["accuracy"], yerr=bars, markersize=7, capsize=2, **style)
+                axis.plot(row["usage"], row["accuracy"], markersize=8, **style)
+                if name == "class-latents":  # of all of them the bars would hide the points
+                    bars = [[row["accuracy"] - row["lo"]], [row["hi"] - row["accuracy"]]]
+                    axis.errorbar(row["usage"], row["accuracy"], yerr=bars, capsize=3, color=colour)
         for row in (row for row in test if row["strategy"] in _BOUNDS):
             marker = _BOUNDS[row["strategy"]]
             axis.plot(row["usage"], row["accuracy"], marker, color="#000000", markersize=7, label=row["strategy"])
