@@ -47,7 +47,10 @@ def test_default_configuration_is_valid_and_names_its_saes() -> None:
 def test_every_experiment_is_valid_laid_over_the_default_configuration(overlay: Path, tmp_path: Path) -> None:
     config = copy.deepcopy(PARAMS)
     update_config(config, yaml.safe_load(overlay.read_text()))
-    config["images"]["path"] = str(tmp_path)  # the data may be elsewhere
+    config["images"]["path"] = str(tmp_path)  # the data may be elsewhere, and the weights
+    for backbone in filter(None, config["backbones"].values()):
+        if backbone.get("weights") not in (None, "pretrained"):
+            backbone["weights"] = str(overlay)
     assert load_run(config).run == overlay.stem
 
 
