@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
@@ -183,12 +184,12 @@ def test_controls_have_the_size_they_are_given(manifest: Manifest) -> None:
     assert torch.cosine_similarity(towards, one.found.class_mean[1] - one.found.mean, dim=0) > 0.9999
 
 
-def by_definition(study: Study, row: Row, cls: Tensor, c: int) -> Tensor:
-    """Head logits (H,) of one image under a row that amplifies or replaces: edit the token, then ask the policy."""
+def by_definition(study: Study, row: Row, cls: Tensor, c: int) -> tuple[Tensor, Tensor]:
+    """Head logits (H,) of one image under a row that amplifies or replaces, and what was added to the token (D,)."""
     own = (study.strategies.scrambled if row.strategy == "random-sae" else study.strategies.dictionaries)[row.sae]
     z = own.sae.encode(cls).dense()[0]
     if row.strategy == "reconstruct":
-        return study.policy.logits(2, own.sae(cls))[0]
+        return study.policy.logits(2, own.sae(cls))[0], torch.zeros(48)
     m, A = row.latents, study.policy.weight[1] @ own.sae.W_dec.T
     # class means of the SAE itself are those of the unpruned model
     train_z = own.sae.encode(study.train.cls_ND if row.strategy == "random-sae" else study.unpruned_train).dense()
@@ -214,7 +215,17 @@ def by_definition(study: Study, row: Row, cls: Tensor, c: int) -> Tensor:
     if row.strategy == "logit-bias-matched":
         mean_z = train_z[inside].mean(dim=0)
         edit = (gain * mean_z) @ own.sae.W_dec - mean_z @ own.sae.W_dec
-    return study.policy.logits(2, cls + edit)[0]
+    return study.policy.logits(2, cls + edit)[0], edit
+
+
+@dataclass
+class Masks:
+    """Given masks, as a policy."""
+
+    keep_BH: Tensor
+
+    def decide(self, block: int, cls_BD: Tensor) -> Tensor:
+        return self.keep_BH
 
 
 def test_every_row_equals_its_definition_run_image_by_image(manifest: Manifest) -> None:
@@ -251,7 +262,7 @@ def test_every_row_equals_its_definition_run_image_by_image(manifest: Manifest) 
             elif row.strategy == "logit-bias":
                 logits = unsteered + row.strength * (by_class[c] - by_class.mean(dim=0))
             else:
-                logits = unsteered if row.strategy == "none" else by_definition(study, row, cls, c)
+                logits, edit = by_definition(study, row, cls, c) if row.sae else (unsteered, cls[0])
             if logits.abs().min() < 1e-3 * (1 + row.strength):
                 continue  # a logit on the threshold may fall either way
             compared += 1
@@ -263,6 +274,10 @@ def test_every_row_equals_its_definition_run_image_by_image(manifest: Manifest) 
             predicted = by_mask[code]
             if row.strategy == "skip-block":
                 predicted = int(backbone.classify(x).argmax())
+            elif row.strategy == "class-latents-in-stream":
+                whole = torch.cat([cls[:, None] + edit, x[:, 1:]], dim=1)
+                taken = Masks(torch.from_numpy(unpack(np.array([code]), 6)))
+                predicted = int(backbone.classify(backbone.run_blocks(whole, 2, 3, taken)[0]).argmax())
             assert got[row].predicted[n] == predicted and got[row].hits[n] == (predicted == test.labels[n]), row
             assert got[row].usage[n] == pytest.approx(bin(code).count("1") / 6)
     assert compared > 0.8 * len(rows) * len(range(0, len(test), 3))
@@ -287,7 +302,7 @@ def test_the_closed_form_is_the_measured_change_of_the_head_logits(manifest: Man
 def test_a_strength_of_one_changes_nothing(manifest: Manifest) -> None:
     study = Study(manifest)
     rows = [row for row in study.rows if row.strength == 1.0 and KINDS[row.strategy].grid == "strengths"]
-    assert len({row.strategy for row in rows}) == 8
+    assert len({row.strategy for row in rows}) == 9
     got = study.run([NONE, *rows])
     strong = study.run([row._replace(strength=30.0) for row in rows])
     for row in rows:
@@ -505,7 +520,7 @@ def test_tables_of_the_evaluation_follow_the_contract(manifest: Manifest, tmp_pa
     assert metrics["gathered_against_masked"]["max_abs_logit_difference"] < 1e-5
     assert metrics["static_policy"] is False and metrics["tabulated_masks"] == 64
     assert {line["control"] for line in metrics["matched_usage"]} == set(KINDS) - {
-        "none", "reconstruct", "class-latents", "skip-block", "zero-heads", "all-heads"
+        "none", "reconstruct", "class-latents", "class-latents-in-stream", "skip-block", "zero-heads", "all-heads"
     }  # fmt: skip
 
 

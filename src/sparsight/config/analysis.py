@@ -9,9 +9,9 @@ from sparsight.config.checks import not_negative, positive, rising
 from sparsight.errors import SparsightError
 
 Strategy = Literal[
-    "none", "reconstruct", "uniform", "sample-top", "class-latents", "targeted", "latent-atlas", "random-latents",
-    "random-sae", "logit-bias", "logit-bias-matched", "class-threshold", "class-static", "skip-block", "zero-heads",
-    "all-heads",
+    "none", "reconstruct", "uniform", "sample-top", "class-latents", "class-latents-in-stream", "targeted",
+    "latent-atlas", "random-latents", "random-sae", "logit-bias", "logit-bias-matched", "class-threshold",
+    "class-static", "skip-block", "zero-heads", "all-heads",
 ]  # fmt: skip
 
 

@@ -66,6 +66,12 @@ class Dictionary:
         latents_NM = self.ranked_CM[classes_N, :m]
         return (z_NF.gather(1, latents_NM)[:, :, None] * self.push_HF.T[latents_NM]).sum(dim=1)
 
+    def class_edit(self, z_NF: Tensor, classes_N: Tensor, m: int) -> Tensor:
+        """The edit (N, D) of the class token behind :meth:`class_change`, sum z_i d_i."""
+        latents_NM = self.ranked_CM[classes_N, :m]
+        picked_NF = torch.zeros_like(z_NF).scatter(1, latents_NM, z_NF.gather(1, latents_NM))
+        return picked_NF @ self.sae.W_dec
+
     def random_change(self, z_NF: Tensor, classes_N: Tensor, m: int) -> Tensor:
         """The same for m random latents of the class, with an edit of the same size, (N, H).
 

@@ -1,7 +1,8 @@
 """What steering does to the head policy: accuracy and head usage per strategy, beside controls.
 
 Routing is policy-only: the steered class token decides which heads of the last block are kept; the block itself
-runs on the unsteered residual stream. So a strategy acts through its masks alone.
+runs on the unsteered residual stream. So a strategy acts through its masks alone. The one exception,
+``class-latents-in-stream``, is run through the block row by row.
 
 Val chooses everything (strengths, numbers of latents, targets, frontiers, classes), test is looked at once.
 

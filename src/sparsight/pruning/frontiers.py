@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 
 from sparsight.pruning.outcomes import Outcome, Point, at_usage
-from sparsight.pruning.strategies import BOUNDS, NONE, Row
+from sparsight.pruning.strategies import BOUNDS, IN_STREAM, NONE, Row
 from sparsight.statistics import bootstrap
 
 Key = tuple[str, str]
@@ -50,7 +50,7 @@ def matched(
             continue
         usage = float(point.usage(on_test).mean())
         for (control, other), line in lines.items():
-            if control in (MAIN, "none", "reconstruct", *BOUNDS) or other not in ("none", labels):
+            if control in (MAIN, IN_STREAM, "none", "reconstruct", *BOUNDS) or other not in ("none", labels):
                 continue
             at = at_usage(line, on_test, usage)
             differences.append(point.hits(on_test) - at.hits)

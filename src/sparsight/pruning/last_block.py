@@ -12,7 +12,7 @@ Shapes: N images, B batch, T tokens, R tokens that the classifier reads, D width
 of a head, M masks, S rows of a table.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -53,13 +53,24 @@ class Arrival:
     """bool (N, L - 1, H), heads kept in the earlier blocks (the first is always whole)."""
     skipped: np.ndarray
     """(N,) predicted without the last block."""
-    predict: Callable[[np.ndarray], np.ndarray]
-    """Codes (S, N) -> predicted classes (S, N)."""
+    table: np.ndarray | None
+    """(N, M) predicted under every mask, by code; None where masks are run as they are asked for."""
+    runs: "_Runs"
 
     @property
     def tabulated(self) -> bool:
-        """Whether :attr:`predict` is a look-up."""
-        return isinstance(self.predict, _Table)
+        """Whether :meth:`predict` is a look-up."""
+        return self.table is not None
+
+    def predict(self, codes_SN: np.ndarray) -> np.ndarray:
+        """Predicted classes (S, N) under masks."""
+        if self.table is None:
+            return self.runs.masked(codes_SN)
+        return np.take_along_axis(self.table, codes_SN.T, axis=1).T
+
+    def predict_edited(self, codes_SN: np.ndarray, edits_SND: Tensor) -> np.ndarray:
+        """Predicted classes (S, N) under masks when the block reads the class token with something added."""
+        return self.runs.edited(codes_SN, edits_SND)
 
     @property
     def n_heads(self) -> int:
@@ -91,9 +102,11 @@ def arrive(backbone: Backbone, policy: HeadPolicy, split: Split, batch_size: int
                 table.append(torch.cat(parts, dim=1).to(torch.int32).cpu().numpy())
             progress(len(x_BTD))
     cls_ND = torch.cat(cls)
-    predict = _Table(np.concatenate(table)) if tabulated else _Runs(backbone, policy, split, batch_size)
-    logits_NH = policy.logits(last, cls_ND)
-    return Arrival(split.labels, cls_ND, logits_NH, np.concatenate(kept), np.concatenate(skipped), predict)
+    runs = _Runs(backbone, policy, split, batch_size)
+    return Arrival(
+        split.labels, cls_ND, policy.logits(last, cls_ND), np.concatenate(kept), np.concatenate(skipped),
+        np.concatenate(table) if tabulated else None, runs,
+    )  # fmt: skip
 
 
 def affordable(backbone: Backbone) -> bool:
@@ -126,18 +139,8 @@ def every_mask(backbone: Backbone, x_BTD: Tensor) -> Iterator[Tensor]:
 
 
 @dataclass
-class _Table:
-    """Predictions by look-up."""
-
-    predicted_NM: np.ndarray
-
-    def __call__(self, codes_SN: np.ndarray) -> np.ndarray:
-        return np.take_along_axis(self.predicted_NM, codes_SN.T, axis=1).T
-
-
-@dataclass
 class _Runs:
-    """Predictions by running the last block with gathered heads, once per image and distinct mask."""
+    """Predictions by running the last block with gathered heads."""
 
     backbone: Backbone
     policy: HeadPolicy
@@ -145,26 +148,43 @@ class _Runs:
     batch_size: int
 
     @torch.no_grad()
-    def __call__(self, codes_SN: np.ndarray) -> np.ndarray:
-        predicted_SN, done = np.empty_like(codes_SN), 0
-        for x_BTD, _ in _prefixes(self.backbone, self.policy, self.split, self.batch_size):
-            window = slice(done, done + len(x_BTD))
-            predicted_SN[:, window] = self._batch(x_BTD, codes_SN[:, window])
-            done = window.stop
+    def masked(self, codes_SN: np.ndarray) -> np.ndarray:
+        """Once per image and distinct mask, (S, N)."""
+        predicted_SN = np.empty_like(codes_SN)
+        for window, x_BTD in self._windows():
+            codes_SB = codes_SN[:, window]
+            images = np.broadcast_to(np.arange(len(x_BTD)), codes_SB.shape)
+            H = self.backbone.n_heads
+            pairs, inverse = np.unique(images * 2**H + codes_SB, return_inverse=True)
+            found = []
+            for start in range(0, len(pairs), self.batch_size):
+                part = pairs[start : start + self.batch_size]
+                found.append(self._last(x_BTD[torch.from_numpy(part // 2**H).to(x_BTD.device)], part % 2**H))
+            predicted_SN[:, window] = np.concatenate(found)[inverse].reshape(codes_SB.shape)
         return predicted_SN
 
-    def _batch(self, x_BTD: Tensor, codes_SB: np.ndarray) -> np.ndarray:
-        last, H = self.backbone.n_blocks - 1, self.backbone.n_heads
-        images = np.broadcast_to(np.arange(len(x_BTD)), codes_SB.shape)
-        pairs, inverse = np.unique(images * 2**H + codes_SB, return_inverse=True)
-        found = []
-        for start in range(0, len(pairs), self.batch_size):
-            part = pairs[start : start + self.batch_size]
-            keep = torch.from_numpy(unpack(part % 2**H, H)).to(x_BTD.device)
-            rows = torch.from_numpy(part // 2**H).to(x_BTD.device)
-            x, _ = self.backbone.run_blocks(x_BTD[rows], last, last + 1, _Given(keep), "gathered")
-            found.append(self.backbone.classify(x).argmax(dim=1).cpu().numpy())
-        return np.concatenate(found)[inverse].reshape(codes_SB.shape)
+    @torch.no_grad()
+    def edited(self, codes_SN: np.ndarray, edits_SND: Tensor) -> np.ndarray:
+        """Once per image and row, (S, N)."""
+        predicted_SN = np.empty_like(codes_SN)
+        for window, x_BTD in self._windows():
+            for s, edit_ND in enumerate(edits_SND):
+                steered_BTD = x_BTD.clone()
+                steered_BTD[:, 0] += edit_ND[window]
+                predicted_SN[s, window] = self._last(steered_BTD, codes_SN[s, window])
+        return predicted_SN
+
+    def _windows(self) -> Iterator[tuple[slice, Tensor]]:
+        done = 0
+        for x_BTD, _ in _prefixes(self.backbone, self.policy, self.split, self.batch_size):
+            yield slice(done, done + len(x_BTD)), x_BTD
+            done += len(x_BTD)
+
+    def _last(self, x_BTD: Tensor, codes_B: np.ndarray) -> np.ndarray:
+        last = self.backbone.n_blocks - 1
+        keep = _Given(torch.from_numpy(unpack(codes_B, self.backbone.n_heads)).to(x_BTD.device))
+        out_BTD, _ = self.backbone.run_blocks(x_BTD, last, last + 1, keep, "gathered")
+        return self.backbone.classify(out_BTD).argmax(dim=1).cpu().numpy()
 
 
 @dataclass

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
+import torch
 
 from sparsight import config
 from sparsight.pruning.last_block import Arrival
-from sparsight.pruning.strategies import NONE, Row, Strategies
+from sparsight.pruning.strategies import NONE, Decided, Row, Strategies
 
 _AT_A_TIME = 2**25  # masks whose predictions are asked for together
 
@@ -34,22 +35,28 @@ def run(
     strategies: Strategies, rows: list[Row], arrival: Arrival, routes: dict[str, np.ndarray]
 ) -> Iterator[tuple[Row, Outcome]]:
     """Each row with its outcome; ``routes`` holds the class whose configuration an image gets, by kind of label."""
-    several = max(1, _AT_A_TIME // len(arrival))
-    waiting: list[tuple[Row, np.ndarray]] = []
-    for pair in strategies.codes(rows, arrival, routes):
-        waiting.append(pair)
-        if len(waiting) == several:
-            yield from _outcomes(waiting, arrival)
-            waiting = []
-    yield from _outcomes(waiting, arrival)
+    waiting: dict[bool, list[Decided]] = {False: [], True: []}  # with and without an edit of the stream
+    several = {False: _AT_A_TIME // len(arrival), True: _AT_A_TIME // arrival.cls_ND.numel()}
+    for decided in strategies.codes(rows, arrival, routes):
+        edited = decided.edit_ND is not None
+        waiting[edited].append(decided)
+        if len(waiting[edited]) >= several[edited]:
+            yield from _outcomes(waiting[edited], arrival)
+            waiting[edited] = []
+    for rest in waiting.values():
+        yield from _outcomes(rest, arrival)
 
 
-def _outcomes(pairs: list[tuple[Row, np.ndarray]], arrival: Arrival) -> Iterator[tuple[Row, Outcome]]:
-    if not pairs:
+def _outcomes(decided: list[Decided], arrival: Arrival) -> Iterator[tuple[Row, Outcome]]:
+    if not decided:
         return
-    for (row, codes), found in zip(pairs, arrival.predict(np.stack([codes for _, codes in pairs])), strict=True):
-        predicted = arrival.skipped if row.strategy == "skip-block" else found
-        yield row, Outcome(predicted, predicted == arrival.labels, codes, np.bitwise_count(codes) / arrival.n_heads)
+    codes_SN = np.stack([one.codes for one in decided])
+    edits = [one.edit_ND for one in decided if one.edit_ND is not None]
+    found = arrival.predict_edited(codes_SN, torch.stack(edits)) if edits else arrival.predict(codes_SN)
+    for one, own in zip(decided, found, strict=True):
+        predicted = arrival.skipped if one.row.strategy == "skip-block" else own
+        usage = np.bitwise_count(one.codes) / arrival.n_heads
+        yield one.row, Outcome(predicted, predicted == arrival.labels, one.codes, usage)
 
 
 def pick_targets(

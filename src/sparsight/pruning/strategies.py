@@ -46,6 +46,7 @@ KINDS: dict[config.Strategy, Kind] = {
     "uniform": Kind(sae=True, grid="strengths"),
     "sample-top": Kind(sae=True, grid="strengths", counts=True),
     "class-latents": Kind(sae=True, by_class=True, grid="strengths", counts=True),
+    "class-latents-in-stream": Kind(sae=True, by_class=True, grid="strengths", counts=True),
     "targeted": Kind(sae=True, grid="strengths", counts=True),
     "latent-atlas": Kind(sae=True, grid="strengths"),
     "random-latents": Kind(sae=True, by_class=True, grid="strengths", counts=True),
@@ -58,6 +59,7 @@ KINDS: dict[config.Strategy, Kind] = {
     "zero-heads": Kind(),
     "all-heads": Kind(),
 }
+IN_STREAM: config.Strategy = "class-latents-in-stream"
 BOUNDS = ("skip-block", "zero-heads", "all-heads")
 
 
@@ -76,6 +78,16 @@ class Row(NamedTuple):
 
 
 NONE = Row("none")
+
+
+class Decided(NamedTuple):
+    """What a row does to every image."""
+
+    row: Row
+    codes: np.ndarray
+    """(N,) masks."""
+    edit_ND: Tensor | None = None
+    """What is added to the class token in the stream; None: nothing."""
 
 
 def every_row(section: config.Pruning, n_heads: int, dictionaries: dict[str, Dictionary]) -> list[Row]:
@@ -109,10 +121,8 @@ class Strategies:
     controls: Controls
 
     @torch.no_grad()
-    def codes(
-        self, rows: list[Row], arrival: Arrival, routes: dict[str, np.ndarray]
-    ) -> Iterator[tuple[Row, np.ndarray]]:
-        """Each row with its masks, codes (N,), in an order of its own.
+    def codes(self, rows: list[Row], arrival: Arrival, routes: dict[str, np.ndarray]) -> Iterator["Decided"]:
+        """What each row decides, in an order of its own.
 
         Args:
             rows: what is asked for.
@@ -125,12 +135,17 @@ class Strategies:
         for unit, group in groups.items():
             classes_N = routes[unit.labels] if unit.labels != "none" else np.zeros(len(arrival), np.int64)
             if KINDS[unit.strategy].grid in ("", "shares"):
-                yield from ((row, self._own(row, arrival, classes_N)) for row in group)
+                yield from (Decided(row, self._own(row, arrival, classes_N)) for row in group)
                 continue
-            change_NH = self._change(unit, arrival, torch.from_numpy(classes_N).to(arrival.logits_NH.device).long())
+            classes = torch.from_numpy(classes_N).to(arrival.logits_NH.device).long()
+            change_NH, edit_ND = self._change(unit, arrival, classes), None
+            if unit.strategy == IN_STREAM:
+                dictionary = self.dictionaries[unit.sae]
+                edit_ND = dictionary.class_edit(dictionary.encode(arrival.cls_ND), classes, unit.latents)
             for row in group:
                 factor = row.strength - (row.strategy != "logit-bias")
-                yield row, pack(arrival.logits_NH + factor * change_NH > 0)
+                codes = pack(arrival.logits_NH + factor * change_NH > 0)
+                yield Decided(row, codes, None if edit_ND is None else factor * edit_ND)
 
     def _own(self, row: Row, arrival: Arrival, classes_N: np.ndarray) -> np.ndarray:
         """Codes (N,) of what is no amplification."""
@@ -162,7 +177,7 @@ class Strategies:
         if strategy == "sample-top":
             values, indices = z_NF.topk(m, dim=1)
             return (values[:, :, None] * dictionary.push_HF.T[indices]).sum(dim=1)
-        if strategy in ("class-latents", "random-sae"):
+        if strategy in ("class-latents", "random-sae", IN_STREAM):
             return dictionary.class_change(z_NF, classes_N, m)
         if strategy == "random-latents":
             return dictionary.random_change(z_NF, classes_N, m)

@@ -12,6 +12,7 @@ from sparsight.report.svg import svg
 # Okabe and Ito's palette; controls that share a colour differ in their marker.
 _STYLES = {
     "class-latents": ("#0072B2", "o"),
+    "class-latents-in-stream": ("#000000", "o"),
     "sample-top": ("#56B4E9", "v"),
     "uniform": ("#56B4E9", "x"),
     "targeted": ("#56B4E9", "P"),
