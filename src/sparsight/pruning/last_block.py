@@ -140,7 +140,7 @@ def every_mask(backbone: Backbone, x_BTD: Tensor) -> Iterator[Tensor]:
 
 @dataclass
 class _Runs:
-    """Predictions by running the last block with gathered heads."""
+    """Predictions by running the last block."""
 
     backbone: Backbone
     policy: HeadPolicy
@@ -159,19 +159,20 @@ class _Runs:
             found = []
             for start in range(0, len(pairs), self.batch_size):
                 part = pairs[start : start + self.batch_size]
-                found.append(self._last(x_BTD[torch.from_numpy(part // 2**H).to(x_BTD.device)], part % 2**H))
+                rows = torch.from_numpy(part // 2**H).to(x_BTD.device)
+                found.append(self._last(x_BTD[rows], part % 2**H, "gathered"))
             predicted_SN[:, window] = np.concatenate(found)[inverse].reshape(codes_SB.shape)
         return predicted_SN
 
     @torch.no_grad()
     def edited(self, codes_SN: np.ndarray, edits_SND: Tensor) -> np.ndarray:
-        """Once per image and row, (S, N)."""
+        """Once per image and row, (S, N); masked, because small batches of many masks are quicker so."""
         predicted_SN = np.empty_like(codes_SN)
         for window, x_BTD in self._windows():
             for s, edit_ND in enumerate(edits_SND):
                 steered_BTD = x_BTD.clone()
                 steered_BTD[:, 0] += edit_ND[window]
-                predicted_SN[s, window] = self._last(steered_BTD, codes_SN[s, window])
+                predicted_SN[s, window] = self._last(steered_BTD, codes_SN[s, window], "masked")
         return predicted_SN
 
     def _windows(self) -> Iterator[tuple[slice, Tensor]]:
@@ -180,10 +181,10 @@ class _Runs:
             yield slice(done, done + len(x_BTD)), x_BTD
             done += len(x_BTD)
 
-    def _last(self, x_BTD: Tensor, codes_B: np.ndarray) -> np.ndarray:
+    def _last(self, x_BTD: Tensor, codes_B: np.ndarray, heads: attention.HeadMode) -> np.ndarray:
         last = self.backbone.n_blocks - 1
         keep = _Given(torch.from_numpy(unpack(codes_B, self.backbone.n_heads)).to(x_BTD.device))
-        out_BTD, _ = self.backbone.run_blocks(x_BTD, last, last + 1, keep, "gathered")
+        out_BTD, _ = self.backbone.run_blocks(x_BTD, last, last + 1, keep, heads)
         return self.backbone.classify(out_BTD).argmax(dim=1).cpu().numpy()
 
 
