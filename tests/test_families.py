@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from sparsight import backbones
 from sparsight.attention import parts
 from sparsight.backbones import Backbone
 from sparsight.errors import SparsightError
+from sparsight.pruning.last_block import every_mask, unpack
 
 SMALL: dict[str, Any] = {"embed_dim": 48, "depth": 2, "num_heads": 3, "img_size": 32, "patch_size": 8, "num_classes": 5}
 CLIP: dict[str, Any] = {
@@ -258,3 +260,28 @@ def test_a_block_s_prefix_and_suffix_give_the_bits_of_the_whole() -> None:
 def test_what_has_no_names_here_is_refused_not_misread(name: str, options: dict[str, Any], message: str) -> None:
     with pytest.raises(SparsightError, match=message):
         backbones.load(name, None, **options)
+
+
+@ALL
+def test_the_head_reads_the_tokens_in_front_that_it_names(case: Case) -> None:
+    backbone, x = setup(case)
+    stream, _ = backbone.run_blocks(backbone.tokens(x), 0, backbone.n_blocks)
+    n_read = backbone.tower.n_read
+    assert n_read in (case.n_class, stream.shape[1])
+    assert torch.equal(backbone.classify(stream[:, :n_read]), backbone(x))
+
+
+@ALL
+def test_every_mask_of_the_last_block_is_what_masking_gives(case: Case) -> None:
+    backbone, x = setup(case)
+    if case.heads == "none":
+        pytest.skip("its heads cannot be switched")
+    H, last = backbone.n_heads, backbone.n_blocks - 1
+    stream, _ = backbone.run_blocks(backbone.tokens(x), 0, last)
+    got = torch.cat(list(every_mask(backbone, stream)), dim=1)
+    assert got.shape[:2] == (len(x), 2**H)
+    for code in range(0, 2**H, max(1, 2**H // 8)):
+        mask = torch.ones(len(x), last + 1, H, dtype=torch.bool)
+        mask[:, last] = torch.from_numpy(unpack(np.array(code), H))
+        expected = backbone(x, head_mask=mask)
+        torch.testing.assert_close(got[:, code], expected, atol=1e-5 * float(expected.abs().max()), rtol=1e-5)

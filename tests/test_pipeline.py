@@ -128,8 +128,10 @@ def test_one_command_makes_every_promised_file_and_leaves_no_working_state(run_f
             for name in ("class-latents", "vs2", "neighbours")
             for f in (".safetensors", ".parquet", "-classes.parquet", ".json")
         ),
-        *(f"pruning/heads/{t}.parquet" for t in ("overall", "per_class", "per_head", "validation")),
+        *(f"pruning/heads/{t}.parquet" for t in ("overall", "per_class", "per_head", "validation", "targets")),
+        *(f"pruning/heads/{t}.parquet" for t in ("frontier", "class_subsets", "false_positives")),
         *(f"pruning/heads/{f}" for f in ("policy.safetensors", "config.json", "training.jsonl", "metrics.json")),
+        "pruning/heads/head_latents.safetensors",
         "report/index.html",
         "report/accuracy-usage.svg",
         "metrics.json",

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from pytest import approx
 from scipy import stats
 
-from sparsight.statistics import paired, wilson
+from sparsight.statistics import bootstrap, loss_bound, paired, wilson
 
 
 @given(n=st.integers(1, 300), data=st.data())
@@ -46,3 +46,27 @@ def test_paired_interval_holds_the_truth_about_as_often_as_it_says() -> None:
         interval = paired(hits, reference)
         covered += interval["delta_lo"] <= 0.03 <= interval["delta_hi"]
     assert 0.93 < covered / 2000 < 0.98
+
+
+def test_the_loss_bound_is_the_one_sided_paired_interval() -> None:
+    generator = np.random.default_rng(0)
+    reference = generator.random(1000) < 0.8
+    hits = np.where(generator.random(1000) < 0.05, ~reference, reference)
+    two_sided = paired(hits, reference)
+    centre = (two_sided["delta_lo"] + two_sided["delta_hi"]) / 2
+    error = (two_sided["delta_hi"] - centre) / stats.norm.ppf(0.975)
+    assert loss_bound(hits, reference) == approx(-stats.norm.ppf(0.05, centre, error))
+    assert loss_bound(reference, reference) > 0, "no image that differs is no proof that none would"
+
+
+def test_bootstrap_intervals_are_those_of_the_mean() -> None:
+    generator = np.random.default_rng(0)
+    wide, narrow = generator.normal(3, 2, 4000), generator.normal(0, 0.1, 4000)
+    for values, found in zip((wide, narrow), bootstrap([wide, narrow], seed=1), strict=True):
+        mean, error = values.mean(), values.std() / np.sqrt(4000)
+        assert found["mean"] == approx(mean)
+        assert (found["lo"], found["hi"]) == approx(stats.norm.interval(0.95, mean, error), abs=0.15 * error)
+        assert found["low"] == approx(stats.norm.ppf(0.05, mean, error), abs=0.15 * error)
+    assert bootstrap([wide], seed=1) == bootstrap([wide], seed=1) != bootstrap([wide], seed=2)
+    together = bootstrap([wide, wide - 1], seed=1)
+    assert together[1]["lo"] == approx(together[0]["lo"] - 1), "columns are resampled together"

@@ -56,6 +56,11 @@ class ClipTower(Tower):
         return int(height * width)
 
     @property
+    def n_read(self) -> int:
+        plain = self.visual.pool_type == "tok" and self.visual.attn_pool is None
+        return self.n_class if plain else self.n_prefix + self.n_patches
+
+    @property
     def image_size(self) -> tuple[int, int]:
         height, width = self.visual.image_size
         return int(height), int(width)
@@ -90,6 +95,10 @@ class ClipTimmTower(Tower):
     @property
     def n_class(self) -> int:
         return self.trunk.n_class
+
+    @property
+    def n_read(self) -> int:
+        return self.trunk.n_read
 
     @property
     def classifier(self) -> None:

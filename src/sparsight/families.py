@@ -78,6 +78,11 @@ class Tower:
         return int(self.model.patch_embed.num_patches)
 
     @property
+    def n_read(self) -> int:
+        """Tokens in front that :meth:`head` reads: the class tokens, or every token where it pools."""
+        return self.n_class if self.model.global_pool == "token" else self.n_prefix + self.n_patches
+
+    @property
     def image_size(self) -> tuple[int, int]:
         """Height and width of the input."""
         height, width = self.model.patch_embed.img_size

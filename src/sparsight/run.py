@@ -211,6 +211,11 @@ def _check_links(run: Run) -> None:
             f"pruning.steering: its SAE reads {read.site!r}, but heads are steered at the last block's input, "
             f"blocks.{depth - 1}.input"
         )
+    if 2 * run.pruning.latents[-1] > read.d_sae:
+        raise SparsightError(
+            f"pruning.latents: {run.pruning.latents[-1]} latents and as many random others do not fit into "
+            f"d_sae = {read.d_sae}; lower it"
+        )
     for name, policy in run.policies.items():
         if policy.backbone != steered:
             raise SparsightError(

@@ -35,7 +35,12 @@ rule pruning:
         overall=f"{R}/pruning/{{policy}}/overall.parquet",
         per_class=f"{R}/pruning/{{policy}}/per_class.parquet",
         per_head=f"{R}/pruning/{{policy}}/per_head.parquet",
+        frontier=f"{R}/pruning/{{policy}}/frontier.parquet",
+        class_subsets=f"{R}/pruning/{{policy}}/class_subsets.parquet",
+        false_positives=f"{R}/pruning/{{policy}}/false_positives.parquet",
         validation=f"{R}/pruning/{{policy}}/validation.parquet",
+        targets=f"{R}/pruning/{{policy}}/targets.parquet",
+        head_latents=f"{R}/pruning/{{policy}}/head_latents.safetensors",
         metrics=f"{R}/pruning/{{policy}}/metrics.json",
         record=f"{R}/records/pruning-{{policy}}.json",
     log:
@@ -71,4 +76,26 @@ rule timings:
     shell:
         "python workflow/scripts/timings.py --from-backbones {input.backbones}"
         " --out {params.out} --work {params.work} --record {output.record}"
+        " {params.flags} > {log} 2>&1"
+
+
+# Not part of the run: ask for it by name, e.g. results/default/exports/vit/b5-h2-h5/model.safetensors
+rule export_pruned:
+    input:
+        backbone=rules.backbone.output.weights,
+        config=rules.backbone.output.config,
+        code=sources("export_pruned.py"),
+    output:
+        weights=f"{R}/exports/{{backbone}}/{{heads}}/model.safetensors",
+        config=f"{R}/exports/{{backbone}}/{{heads}}/config.json",
+    log:
+        f"{R}/logs/export-{{backbone}}-{{heads}}.log",
+    threads: THREADS
+    params:
+        out=subpath(output[0], parent=True),
+        work=f"{R}/.work/export-{{backbone}}-{{heads}}",
+        flags=flags(),
+    shell:
+        "python workflow/scripts/export_pruned.py --from-backbone {input.backbone} --name {wildcards.heads}"
+        " --out {params.out} --work {params.work}"
         " {params.flags} > {log} 2>&1"

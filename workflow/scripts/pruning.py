@@ -16,7 +16,7 @@ def main(job: stage.Stage) -> None:
     pairs = zip(job.inputs["saes"], job.inputs["vectors"], strict=True)
     steered = [Steered.load(weights.parent, vectors, device) for weights, vectors in pairs]
     manifest = Manifest(job.inputs["images"])
-    evaluate(job.config, backbone.to(device), policy, steered, manifest, job.work, job.record())
+    evaluate(job.config, backbone.to(device), policy, steered, manifest, job.seed, job.work, job.record())
 
 
 if __name__ == "__main__":

@@ -1,50 +1,47 @@
 """What steering does to the head policy: accuracy and head usage per strategy, beside controls.
 
-Routing is policy-only: the steered class token decides which heads of the last block are kept; the block
-itself runs on the unsteered residual stream. So a strategy acts through its mask alone, and each image's
-distinct masks are run once, whatever the number of strategies.
+Routing is policy-only: the steered class token decides which heads of the last block are kept; the block itself
+runs on the unsteered residual stream. So a strategy acts through its masks alone. The one exception,
+``class-latents-in-stream``, is run through the block row by row.
 
-Shapes: B batch, D width (d_in), L blocks, H heads, C classes, S strategies, n images.
+Val chooses everything (strengths, numbers of latents, targets, frontiers, classes), test is looked at once.
+
+Shapes: N images, D width (d_in), L blocks, H heads, C classes.
 """
 
-from collections.abc import Iterator
+import itertools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from safetensors.torch import save_file
 
 from sparsight import config, tables
 from sparsight.backbones import Backbone
 from sparsight.errors import SparsightError
 from sparsight.images import Manifest, Split
-from sparsight.progress import Progress, say
+from sparsight.progress import say
+from sparsight.pruning import classes, controls, frontiers, probe
+from sparsight.pruning.dictionary import Dictionary, scramble
+from sparsight.pruning.last_block import Arrival, arrive, unpack
+from sparsight.pruning.outcomes import Outcome, Point, choose, frontier, pick_targets, points, run
 from sparsight.pruning.policy import HeadPolicy
+from sparsight.pruning.strategies import LABELS, NONE, Row, Strategies, every_row
+from sparsight.pruning.tables import Costs, by_class, describe
 from sparsight.sae.base import SAE
 from sparsight.sae.base import load as load_sae
+from sparsight.seeds import derive_seed
 from sparsight.statistics import paired, wilson
-from sparsight.steering.controls import unit_edit
+from sparsight.steering import latents
 from sparsight.steering.latents import ClassLatents
 from sparsight.work import Work, write_json
 
 
-class Row(NamedTuple):
-    """What one row of the tables is about; ``sae`` is empty where no SAE is involved."""
-
-    strategy: str
-    strength: float
-    labels: str
-    sae: str
-
-
-NONE = Row("none", 1.0, "none", "")
-
-
 @dataclass(frozen=True)
 class Steered:
-    """An SAE with its class latents."""
+    """An SAE with what steering found on train."""
 
     name: str
     sae: SAE
@@ -56,54 +53,64 @@ class Steered:
         return cls(sae_folder.name, load_sae(sae_folder).to(device), ClassLatents.load(vectors, device))
 
 
-@dataclass
-class Outcome:
-    """What happened to each image under one row."""
-
-    hits: np.ndarray
-    """bool (n,), classified correctly."""
-    last: np.ndarray
-    """bool (n, H), heads kept in the last block."""
-    all: np.ndarray
-    """bool (n, L, H), heads kept in every block (the first is always whole)."""
-
-
 def evaluate(
     section: config.Pruning, backbone: Backbone, policy: HeadPolicy, steered: list[Steered], manifest: Manifest,
-    work: Work, record: dict[str, Any],
+    seed: int, work: Work, record: dict[str, Any],
 ) -> None:  # fmt: skip
-    """Write the test tables ``overall``, ``per_class`` and ``per_head``, ``validation`` and ``metrics.json``.
+    """Write the tables of docs/pruning.md, ``head_latents.safetensors`` and ``metrics.json`` to ``work.out``.
 
-    The strength of a strategy is chosen on val, over all SAEs together: the least last-block usage among
-    those that cost at most ``section.tolerance`` of the unsteered policy's accuracy.
+    Raises:
+        SparsightError: a policy or an SAE for another model.
     """
+    policy.check(backbone)
     for one in steered:
         _check_site(one.sae, backbone)
-    train_shift = class_shift(backbone, policy, manifest.split("train"), len(manifest.classes), section.batch_size)
-    every = _rows(section, [one.name for one in steered])
-    runner = _Runner(backbone, policy, {one.name: one for one in steered}, train_shift, section.batch_size)
-    on_val = runner.run(every, manifest.split("val"))
-    strengths = _choose(on_val, section.tolerance)
-    chosen = [row for row in every if strengths[row.strategy, row.labels] == row.strength]
-    test = manifest.split("test")
-    on_test = runner.run(chosen, test)
-    tables.write(work.out / "validation.parquet", [_describe(row, on_val, backbone) for row in every])
-    overall = [_describe(row, on_test, backbone) for row in chosen]
-    tables.write(work.out / "overall.parquet", overall)
-    _write_classes(on_test, test, manifest.classes, backbone, work)
-    whole = runner.whole(test)
-    none = on_test[NONE]
-    distinct_masks = len(np.unique(none.all.reshape(len(none.all), -1), axis=0))
+    names = manifest.classes
+    train, val, test = (
+        arrive(backbone, policy, manifest.split(part), section.batch_size) for part in ("train", "val", "test")
+    )
+    linear = probe.fit(train.cls_ND, train.labels, len(names))
+    strategies = _strategies(section, policy, steered, train, _routes(linear, train), len(names), seed)
+    on_val, targets, groups, chosen, lines = _choices(section, strategies, val, _routes(linear, val))
+    routes = _routes(linear, test)
+    seen = itertools.chain(chosen.values(), *lines.values())
+    wanted = {row for point in seen for row in point.rows}
+    on_test = dict(run(strategies, [row for row in on_val if row in wanted], test, routes))
+    per_class = classes.configurations(on_val, val, len(names), section.tolerance)
+    own = classes.evaluate(strategies, per_class, test, on_test[NONE], routes, names, section, seed)
+    costs = Costs.of(backbone, strategies, len(names))
+    rows = {row: on_test[row] for point in chosen.values() for row in point.rows}
+    overall = [describe(row, rows, test, costs, section.margin) for row in rows]
+    class_rows, head_rows = by_class(rows, test, names, costs, section.margin)
+    written = {
+        "overall": overall,
+        "per_class": class_rows,
+        "per_head": head_rows,
+        "validation": [describe(row, on_val, val, costs, section.margin) for row in on_val],
+        "targets": targets,
+        "frontier": frontiers.table(groups, lines, chosen, {"val": on_val, "test": on_test}, seed),
+        "class_subsets": own.subsets,
+        "false_positives": own.false_positives,
+    }
+    for name, table in written.items():
+        tables.write(work.out / f"{name}.parquet", table)
+    pushes = {name: one.push_HF.contiguous() for name, one in strategies.dictionaries.items()}
+    save_file(pushes, work.out / "head_latents.safetensors")
+    whole = _whole(backbone, manifest.split("test"), section.batch_size)
     metrics = {
         "format_version": 1,
         "unpruned": wilson(whole),
-        "policy": {**overall[0], "minus_unpruned": paired(none.hits, whole)},
-        "distinct_masks_last": len(np.unique(none.last, axis=0)),
-        "distinct_masks_all": distinct_masks,
-        "static_policy": distinct_masks == 1,
-        "gathered_against_masked": runner.gathered_against_masked(test),
-        "chosen_on_val": [{"strategy": s, "labels": labels, "strength": v} for (s, labels), v in strengths.items()],
-        "fvu_on_pruned_stream": {one.name: runner.fvu(one, test) for one in steered},
+        "policy": {**overall[0], "minus_unpruned": paired(on_test[NONE].hits, whole)},
+        **_masks(test, on_test[NONE]),
+        "gathered_against_masked": _gathered_against_masked(
+            backbone, policy, manifest.split("test"), section.batch_size
+        ),
+        "label_accuracy": {name: float((routes[name] == test.labels).mean()) for name in LABELS},
+        "chosen_on_val": [frontiers.named(point) for point in chosen.values()],
+        "matched_usage": frontiers.matched(chosen, lines, on_test, seed),
+        "against_none": frontiers.against_none(chosen, on_test, section.margin, seed),
+        "selected_classes": own.deployed,
+        "fvu_on_pruned_stream": {name: _fvu(one.sae, test) for name, one in strategies.dictionaries.items()},
         "record": record,
     }
     write_json(work.out / "metrics.json", metrics)
@@ -122,205 +129,100 @@ def _check_site(sae: SAE, backbone: Backbone) -> None:
         )
 
 
-def _rows(section: config.Pruning, saes: list[str]) -> list[Row]:
-    rows = [NONE]
-    for name in section.strategies:
-        if name == "reconstruct":
-            rows += [Row(name, 1.0, "none", sae) for sae in saes]
-        elif name in ("class-latents", "random-latents"):
-            rows += [Row(name, s, to, sae) for to in ("predicted", "oracle") for s in section.strengths for sae in saes]
-        elif name == "logit-bias":
-            rows += [Row(name, s, to, "") for to in ("predicted", "oracle") for s in section.bias_strengths]
-    return rows
+def _routes(linear: probe.Probe, arrival: Arrival) -> dict[str, np.ndarray]:
+    """The class of each image by kind of label, (N,)."""
+    unsteered = arrival.predict(arrival.unsteered[None])[0]
+    return {"predicted": unsteered, "probe": linear(arrival.cls_ND), "oracle": arrival.labels.astype(np.int64)}
 
 
-def _choose(outcomes: dict[Row, Outcome], tolerance: float) -> dict[tuple[str, str], float]:
-    """The strength per (strategy, labels); a tie goes to the smaller strength.
+def _strategies(
+    section: config.Pruning, policy: HeadPolicy, steered: list[Steered], train: Arrival,
+    routes: dict[str, np.ndarray], n_classes: int, seed: int,
+) -> Strategies:  # fmt: skip
+    """Fit everything that decides masks."""
+    device = train.cls_ND.device
+    weight_HD = policy.weight[-1]
+    count_C = torch.from_numpy(np.bincount(train.labels, minlength=n_classes)).to(device)
 
-    If every strength costs more than ``tolerance``, the one that costs least.
-    """
-    groups: dict[tuple[str, str], dict[float, list[Outcome]]] = {}
-    for row, outcome in outcomes.items():
-        groups.setdefault((row.strategy, row.labels), {}).setdefault(row.strength, []).append(outcome)
-    floor = outcomes[NONE].hits.mean() - tolerance
-    chosen = {}
-    for key, by_strength in groups.items():
-        accuracy = {s: float(np.mean([o.hits.mean() for o in group])) for s, group in by_strength.items()}
-        usage = {s: float(np.mean([o.last.mean() for o in group])) for s, group in by_strength.items()}
-        allowed = [s for s in accuracy if accuracy[s] >= floor]
-        chosen[key] = (
-            min(allowed, key=lambda s: (usage[s], s)) if allowed else max(accuracy, key=lambda s: (accuracy[s], -s))
-        )
-    return chosen
+    def dictionary(sae: SAE, mean_CF: torch.Tensor, *about: str) -> Dictionary:
+        drawn = derive_seed(seed, "random-latents", *about)
+        return Dictionary(sae, weight_HD, mean_CF, count_C, section.latents[-1], drawn)
 
-
-class _Runner:
-    """Runs rows over a split: the pruned prefix once, then the last block once per distinct mask."""
-
-    def __init__(
-        self, backbone: Backbone, policy: HeadPolicy, steered: dict[str, Steered], shift_CH: Tensor, batch_size: int
-    ) -> None:
-        self.backbone, self.policy, self.steered = backbone, policy, steered
-        self.shift_CH, self.batch_size, self.last = shift_CH, batch_size, backbone.n_blocks - 1
-
-    def prefixes(self, split: Split) -> Iterator[tuple[Tensor, Tensor, dict[int, Tensor]]]:
-        """Per batch: images, the residual stream entering the last block, and the masks before it."""
-        for pixels in split.batches(self.backbone.preprocess, self.batch_size, torch.get_num_threads()):
-            images = self.backbone.normalize(pixels)
-            yield images, *self.backbone.run_blocks(self.backbone.tokens(images), 0, self.last, self.policy, "gathered")
-
-    @torch.no_grad()
-    def run(self, rows: list[Row], split: Split) -> dict[Row, Outcome]:
-        """What each row does to each image."""
-        n, L, H = len(split), self.backbone.n_blocks, self.backbone.n_heads
-        out = {row: Outcome(np.zeros(n, bool), np.zeros((n, H), bool), np.ones((n, L, H), bool)) for row in rows}
-        done = 0
-        with Progress(n, "images") as progress:
-            for images, x_BTD, before in self.prefixes(split):
-                window = slice(done, done + len(images))
-                truth_B = torch.from_numpy(split.labels[window]).long().to(x_BTD.device)
-                logits_BH = self.policy.logits(self.last, x_BTD[:, 0])
-                unsteered_B = self._predict(x_BTD, logits_BH[None] > 0)[0]
-                masks_SBH = self._masks(rows, x_BTD[:, 0], logits_BH, truth_B, unsteered_B)
-                hits_SB = (self._predict(x_BTD, masks_SBH) == truth_B).cpu().numpy()
-                for row, hits, mask in zip(rows, hits_SB, masks_SBH.cpu().numpy(), strict=True):
-                    out[row].hits[window], out[row].last[window] = hits, mask
-                    out[row].all[window, self.last] = mask
-                    for block, kept in before.items():
-                        out[row].all[window, block] = kept.cpu().numpy()
-                done = window.stop
-                progress(len(images))
-        return out
-
-    def _masks(
-        self, rows: list[Row], cls_BD: Tensor, logits_BH: Tensor, truth_B: Tensor, unsteered_B: Tensor
-    ) -> Tensor:
-        """Last-block masks, bool (S, B, H). The policy is linear, so an edit shifts its logits by edit @ weight."""
-        weight_HD = self.policy.weight[self.policy.blocks.index(self.last)]
-        unit: dict[tuple[str, str, str], Tensor] = {}
-        masks = []
-        for row in rows:
-            key = row.strategy, row.labels, row.sae
-            classes_B = truth_B if row.labels == "oracle" else unsteered_B
-            if row.strategy == "none":
-                shift = torch.zeros_like(logits_BH)
-            elif row.strategy == "reconstruct":
-                shift = self.policy.logits(self.last, self.steered[row.sae].sae(cls_BD)) - logits_BH
-            elif row.strategy == "logit-bias":
-                shift = row.strength * self.shift_CH[classes_B]
-            else:
-                if key not in unit:
-                    one = self.steered[row.sae]
-                    unit[key] = unit_edit(row.strategy, one.sae, cls_BD, classes_B, one.found) @ weight_HD.T
-                shift = (row.strength - 1) * unit[key]
-            masks.append(logits_BH + shift > 0)
-        return torch.stack(masks)
-
-    def _predict(self, x_BTD: Tensor, masks_SBH: Tensor) -> Tensor:
-        """Predicted classes (S, B) under each mask of the last block; equal masks of an image run once."""
-        S, B, H = masks_SBH.shape
-        images = torch.arange(B, device=x_BTD.device).repeat(S)[:, None]
-        pairs, inverse = torch.unique(torch.cat([images, masks_SBH.reshape(S * B, H)], 1), dim=0, return_inverse=True)
-        predicted = []
-        for part in pairs.split(self.batch_size):
-            keep = _Last(self.last, part[:, 1:].bool())
-            x, _ = self.backbone.run_blocks(x_BTD[part[:, 0]], self.last, self.last + 1, keep, "gathered")
-            predicted.append(self.backbone.classify(x).argmax(dim=1))
-        return torch.cat(predicted)[inverse].reshape(S, B)
-
-    @torch.no_grad()
-    def whole(self, split: Split) -> np.ndarray:
-        """Whether the unpruned model is right, bool (n,)."""
-        batches = split.batches(self.backbone.preprocess, self.batch_size, torch.get_num_threads())
-        logits = [self.backbone(self.backbone.normalize(pixels)).argmax(dim=1).cpu().numpy() for pixels in batches]
-        return np.concatenate(logits) == split.labels
-
-    @torch.no_grad()
-    def gathered_against_masked(self, split: Split) -> dict[str, float]:
-        """Largest difference of class logits between the two ways of pruning, over a split."""
-        largest, same, scale = 0.0, True, 0.0
-        for pixels in split.batches(self.backbone.preprocess, self.batch_size, torch.get_num_threads()):
-            images = self.backbone.normalize(pixels)
-            masked = self.backbone(images, policy=self.policy, heads="masked")
-            gathered = self.backbone(images, policy=self.policy, heads="gathered")
-            largest = max(largest, float((masked - gathered).abs().max()))
-            scale = max(scale, float(masked.abs().max()))
-            same &= bool((masked.argmax(dim=1) == gathered.argmax(dim=1)).all())
-        return {"max_abs_logit_difference": largest, "max_abs_logit": scale, "same_predictions": same}
-
-    @torch.no_grad()
-    def fvu(self, one: Steered, split: Split) -> float:
-        """FVU of an SAE on the class tokens that reach the last block when the policy prunes the others."""
-        x = torch.cat([x_BTD[:, 0] for _, x_BTD, _ in self.prefixes(split)])
-        error = (x - one.sae(x)).double().square().sum()
-        return float(error / (x - x.double().mean(dim=0)).double().square().sum())
+    dictionaries, scrambled = {}, {}
+    for one in steered:
+        dictionaries[one.name] = dictionary(one.sae, one.found.mean_activation, one.name)
+        random = scramble(one.sae, derive_seed(seed, "random-sae", one.name))
+        found = latents.find(random, train.cls_ND.cpu().numpy(), train.labels, n_classes, 1, seed)
+        scrambled[one.name] = dictionary(random, found.mean_activation, one.name, "random-sae")
+    return Strategies(policy, dictionaries, scrambled, controls.fit(train, routes, n_classes))
 
 
-@dataclass
-class _Last:
-    """Given masks for the last block, as a policy."""
+class _Choices(NamedTuple):
+    """What val decides."""
 
-    block: int
-    mask_BH: Tensor
-
-    def decide(self, block: int, cls_BD: Tensor) -> Tensor:
-        assert block == self.block
-        return self.mask_BH
-
-
-@torch.no_grad()
-def class_shift(backbone: Backbone, policy: HeadPolicy, split: Split, n_classes: int, batch_size: int) -> Tensor:
-    """Mean last-block head logits of a class minus the mean over classes, on labelled images; (C, H).
-
-    The direction of the SAE-free control ``logit-bias``: what sets the class apart, amplified in logit
-    space, where ``class-latents`` amplifies it in latent space.
-    """
-    last, done = backbone.n_blocks - 1, 0
-    total_CH = torch.zeros(n_classes, backbone.n_heads, dtype=torch.float64, device=backbone.device)
-    for pixels in split.batches(backbone.preprocess, batch_size, torch.get_num_threads()):
-        tokens = backbone.tokens(backbone.normalize(pixels))
-        x_BTD, _ = backbone.run_blocks(tokens, 0, last, policy, "gathered")
-        labels = torch.from_numpy(split.labels[done : done + len(pixels)]).long().to(backbone.device)
-        onehot_BC = torch.nn.functional.one_hot(labels, n_classes).double()
-        total_CH += onehot_BC.T @ policy.logits(last, x_BTD[:, 0]).double()
-        done += len(pixels)
-    count = torch.from_numpy(np.bincount(split.labels, minlength=n_classes)).to(backbone.device)
-    mean_CH = total_CH / count[:, None]
-    return (mean_CH - mean_CH.mean(dim=0)).float()
+    outcomes: dict[Row, Outcome]
+    targets: list[dict[str, Any]]
+    """Every head and latent that was tried as a target."""
+    groups: dict[tuple[str, str], list[Point]]
+    """By (strategy, labels)."""
+    chosen: dict[tuple[str, str], Point]
+    lines: dict[tuple[str, str], list[Point]]
+    """The frontiers."""
 
 
-def _describe(
-    row: Row, outcomes: dict[Row, Outcome], backbone: Backbone, rows: np.ndarray | None = None
-) -> dict[str, Any]:
-    """One row of a table, over all images or over ``rows``."""
-    outcome, reference = outcomes[row], outcomes[NONE]
-    rows = np.arange(len(outcome.hits)) if rows is None else rows
-    kept = outcome.all[rows].sum(axis=(1, 2))
+def _choices(
+    section: config.Pruning, strategies: Strategies, val: Arrival, routes: dict[str, np.ndarray]
+) -> _Choices:  # fmt: skip
+    every = every_row(section, val.n_heads, strategies.dictionaries)
+    none = dict(run(strategies, [NONE], val, routes))[NONE]
+    outcomes, tried = pick_targets(run(strategies, every, val, routes), none, section.tolerance)
+    targets = [{**row._asdict(), "accuracy": hits, "usage_last": usage} for row, hits, usage in tried]
+    groups = points(outcomes)
+    chosen = {key: choose(group, outcomes, section.tolerance) for key, group in groups.items()}
+    return _Choices(
+        outcomes, targets, groups, chosen, {key: frontier(group, outcomes) for key, group in groups.items()}
+    )
+
+
+def _masks(test: Arrival, none: Outcome) -> dict[str, Any]:
+    """How many masks the unsteered policy uses."""
+    in_all = np.concatenate([test.before.reshape(len(test), -1), unpack(none.codes, test.n_heads)], axis=1)
+    distinct = len(np.unique(in_all, axis=0))
     return {
-        **row._asdict(),
-        **wilson(outcome.hits[rows]),
-        **paired(outcome.hits[rows], reference.hits[rows]),
-        "usage_last": float(outcome.last[rows].mean()),
-        "usage_all": float(outcome.all[rows].mean()),
-        "macs": float(backbone.macs(float(kept.mean())) + backbone.macs_outside_attention),
-        "distinct_masks_last": len(np.unique(outcome.last[rows], axis=0)),
+        "distinct_masks_last": len(np.unique(none.codes)),
+        "distinct_masks_all": distinct,
+        "static_policy": distinct == 1,
+        "tabulated_masks": 2**test.n_heads if test.tabulated else 0,
     }
 
 
-def _write_classes(
-    outcomes: dict[Row, Outcome], split: Split, classes: list[str], backbone: Backbone, work: Work
-) -> None:
-    """``per_class.parquet``, and ``per_head.parquet``, whose usages are those of the one head."""
-    per_class, per_head = [], []
-    for row, outcome in outcomes.items():
-        for c, class_name in enumerate(classes):
-            rows = np.flatnonzero(split.labels == c)
-            if len(rows) == 0:
-                continue  # an official split need not have every class
-            line = {"class": c, "class_name": class_name, **_describe(row, outcomes, backbone, rows)}
-            per_class.append(line)
-            for head in range(backbone.n_heads):
-                own = {"usage_last": outcome.last[rows, head].mean(), "usage_all": outcome.all[rows, :, head].mean()}
-                per_head.append({"head": head, **line, **{name: float(value) for name, value in own.items()}})
-    tables.write(work.out / "per_class.parquet", per_class)
-    tables.write(work.out / "per_head.parquet", per_head)
+@torch.no_grad()
+def _whole(backbone: Backbone, split: Split, batch_size: int) -> np.ndarray:
+    """Whether the unpruned model is right, bool (N,)."""
+    batches = split.batches(backbone.preprocess, batch_size, torch.get_num_threads())
+    predicted = [backbone(backbone.normalize(pixels)).argmax(dim=1).cpu().numpy() for pixels in batches]
+    return np.concatenate(predicted) == split.labels
+
+
+@torch.no_grad()
+def _gathered_against_masked(
+    backbone: Backbone, policy: HeadPolicy, split: Split, batch_size: int
+) -> dict[str, float]:  # fmt: skip
+    """Largest difference of class logits between the two ways of pruning, over a split."""
+    largest, same, scale = 0.0, True, 0.0
+    for pixels in split.batches(backbone.preprocess, batch_size, torch.get_num_threads()):
+        images = backbone.normalize(pixels)
+        masked = backbone(images, policy=policy, heads="masked")
+        gathered = backbone(images, policy=policy, heads="gathered")
+        largest = max(largest, float((masked - gathered).abs().max()))
+        scale = max(scale, float(masked.abs().max()))
+        same &= bool((masked.argmax(dim=1) == gathered.argmax(dim=1)).all())
+    return {"max_abs_logit_difference": largest, "max_abs_logit": scale, "same_predictions": same}
+
+
+@torch.no_grad()
+def _fvu(sae: SAE, arrival: Arrival) -> float:
+    """FVU of an SAE on the class tokens that reach the last block when the policy prunes the others."""
+    x = arrival.cls_ND
+    error = (x - sae(x)).double().square().sum()
+    return float(error / (x - x.double().mean(dim=0)).double().square().sum())

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from sparsight.backbones import Backbone
 from sparsight.errors import SparsightError
 from sparsight.work import write_json
 
@@ -34,8 +35,19 @@ class HeadPolicy(nn.Module):
         self.weight = nn.Parameter(torch.zeros(len(blocks), n_heads, d_in))
         self.bias = nn.Parameter(torch.ones(len(blocks), n_heads))
 
+    def check(self, backbone: Backbone) -> None:
+        """Raise SparsightError where the policy is of another model: its width, heads or blocks differ."""
+        _, n_heads, d_in = self.weight.shape
+        own, other = (d_in, n_heads, self.blocks[-1] + 1), (backbone.d_in, backbone.n_heads, backbone.n_blocks)
+        if own != other:
+            sizes = [f"width {d}, {h} heads, {n} blocks" for d, h, n in (own, other)]
+            raise SparsightError(f"the head policy is for another model ({sizes[0]}) than this one ({sizes[1]})")
+
     def logits(self, block: int, cls_BD: Tensor) -> Tensor:
         """Head logits (B, H) of one block."""
+        d_in = self.weight.shape[2]
+        if cls_BD.shape[1] != d_in:
+            raise SparsightError(f"the head policy is for a model of width {d_in}, not {cls_BD.shape[1]}")
         p = self.blocks.index(block)
         return cls_BD @ self.weight[p].T + self.bias[p]
 

@@ -32,14 +32,16 @@ def fit(
     """Write ``policy.safetensors``, ``config.json`` and ``training.jsonl`` to ``work.out``.
 
     Raises:
-        SparsightError: a backbone without a class token.
+        SparsightError: a backbone without a class token, or whose heads cannot be switched.
     """
     if not backbone.class_positions:
         raise SparsightError(f"policies.{name}: the backbone has no class token for the policy to read")
     backbone.requires_grad_(False)
     threads = torch.get_num_threads()
     train, val = manifest.split("train"), manifest.split("val")
-    blocks = list(range(1, backbone.n_blocks))
+    last = backbone.n_blocks - 1
+    blocks = [last] if section.blocks == "last" else list(range(1, last + 1))
+    _check_heads(backbone, blocks, name)
     mean_PD, std_PD = _cls_statistics(backbone, train, blocks, section.batch_size)
     policy = HeadPolicy(backbone.d_in, backbone.n_heads, blocks).to(backbone.device)
     loop = _Training(section, policy, backbone, Pixels(train, backbone.preprocess, threads), val, mean_PD, std_PD)
@@ -49,6 +51,28 @@ def fit(
     folded = loop.folded()
     about = {"name": name, "backbone": section.backbone, "training": dataclasses.asdict(section), "record": record}
     folded.save(work.out, **about)
+
+
+@torch.no_grad()
+def _check_heads(backbone: Backbone, blocks: list[int], name: str) -> None:
+    """Before any work: every block that the policy decides has heads that can be left uncomputed."""
+    x_BTD = torch.zeros(1, backbone.n_prefix + backbone.n_patches, backbone.d_in, device=backbone.device)
+    keep = torch.ones(1, backbone.n_heads, dtype=torch.bool, device=backbone.device)
+    for block in blocks:
+        try:
+            backbone.run_blocks(x_BTD, block, block + 1, _Always(keep), "gathered")
+        except SparsightError as error:
+            raise SparsightError(f"policies.{name}: block {block}: {error}") from None
+
+
+@dataclasses.dataclass
+class _Always:
+    """The same mask in every block, as a policy."""
+
+    keep_BH: Tensor
+
+    def decide(self, block: int, cls_BD: Tensor) -> Tensor:
+        return self.keep_BH
 
 
 @torch.no_grad()
@@ -125,7 +149,7 @@ class _Training:
 
 
 class _Sampled:
-    """The policy as training sees it: straight-through Gumbel-sigmoid samples on standardised class tokens."""
+    """The policy as training sees it: straight-through samples (Gumbel-sigmoid) on standardised class tokens."""
 
     def __init__(self, loop: _Training, generator: torch.Generator) -> None:
         self.loop, self.generator = loop, generator
@@ -138,12 +162,17 @@ class _Sampled:
             return None
         p = policy.blocks.index(block)
         logits = policy.logits(block, (cls_BD - self.loop.mean_PD[p]) / self.loop.std_PD[p])
-        u = torch.rand(logits.shape, generator=self.generator).clamp(1e-6, 1 - 1e-6).to(logits.device)
-        noise = torch.log(u) - torch.log1p(-u)  # the difference of two Gumbel variables is logistic
-        mask = _straight_through(torch.sigmoid((logits + noise) / tau))
+        mask = _straight_through(torch.sigmoid((logits + self._noise(logits)) / tau))
         self.sampled.append(mask.detach().mean())
         self.evaluated.append(_straight_through(torch.sigmoid(logits / tau)).mean())
         return mask
+
+    def _noise(self, logits: Tensor) -> Tensor | float:
+        """The difference of two Gumbel variables, which is logistic."""
+        if self.loop.section.noise == "none":
+            return 0.0
+        u = torch.rand(logits.shape, generator=self.generator).clamp(1e-6, 1 - 1e-6).to(logits.device)
+        return torch.log(u) - torch.log1p(-u)
 
 
 def _straight_through(soft: Tensor) -> Tensor:

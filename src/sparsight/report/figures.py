@@ -1,19 +1,12 @@
 """The figures of the report, as SVG text that is the same in equal runs."""
 
-import io
 import json
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-import numpy as np
 from matplotlib.figure import Figure
 
-from sparsight.summary import by_strategy
-
-matplotlib.rcParams.update(
-    {"svg.hashsalt": "sparsight", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
-)
+from sparsight.report.svg import svg as _svg
 
 # Okabe and Ito's palette: told apart with any colour vision.
 _COLOURS = {
@@ -21,7 +14,6 @@ _COLOURS = {
     "reconstruct": "#999999",
     "class-latents": "#0072B2",
     "random-latents": "#E69F00",
-    "logit-bias": "#D55E00",
     "mean-difference": "#009E73",
     "vs2": "#0072B2",
     "vs2-pass": "#0072B2",
@@ -37,28 +29,6 @@ _COLOURS = {
 }
 _CYCLE = ("#0072B2", "#E69F00", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#000000")
 _MARKERS = {"none": "s", "predicted": "o", "oracle": "^"}
-
-
-def accuracy_against_usage(validation: list[dict[str, Any]], overall: list[dict[str, Any]], unpruned: float) -> str:
-    """Left: every strength on val. Right: the chosen strengths on test, with 95 % intervals."""
-    figure = Figure(figsize=(8.4, 3.6), layout="constrained")
-    left, right = figure.subplots(1, 2, sharey=True)
-    for (strategy, labels), rows in by_strategy(validation).items():
-        strengths = sorted({row["strength"] for row in rows})
-        points = [_mean([row for row in rows if row["strength"] == s]) for s in strengths]
-        style = {"color": _COLOURS[strategy], "marker": _MARKERS[labels], "markersize": 4, "linewidth": 1}
-        left.plot([p["usage_last"] for p in points], [p["accuracy"] for p in points], **style)
-    for (strategy, labels), rows in by_strategy(overall).items():
-        point = _mean(rows)
-        name = strategy if labels == "none" else f"{strategy}, {labels}"
-        bars = [[point["accuracy"] - point["lo"]], [point["hi"] - point["accuracy"]]]
-        style = {"color": _COLOURS[strategy], "marker": _MARKERS[labels], "markersize": 6, "capsize": 2, "linewidth": 1}
-        right.errorbar(point["usage_last"], point["accuracy"], yerr=bars, linestyle="none", label=name, **style)
-    right.axhline(unpruned, color="#666666", linewidth=1, linestyle=":", label="no head pruned")
-    left.set(title="val: every strength", xlabel="heads kept in the last block", ylabel="accuracy")
-    right.set(title="test: the strength chosen on val, 95 % intervals", xlabel="heads kept in the last block")
-    right.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize=8)
-    return _svg(figure)
 
 
 def steering(rows: list[dict[str, Any]], classes: list[dict[str, Any]], gate: list[dict[str, Any]]) -> str:
@@ -103,27 +73,6 @@ def _groups(rows: list[dict[str, Any]], *keys: str) -> dict[tuple[Any, ...], lis
     return groups
 
 
-def class_by_head(per_head: list[dict[str, Any]], shown: list[tuple[str, str]]) -> str:
-    """How often each class keeps each head of the last block, one map per (strategy, labels)."""
-    classes = list(dict.fromkeys(row["class_name"] for row in per_head))
-    heads = sorted({row["head"] for row in per_head})
-    figure = Figure(figsize=(1.2 + 0.42 * len(heads) * len(shown), 1.2 + 0.28 * len(classes)), layout="constrained")
-    axes = np.atleast_1d(figure.subplots(1, len(shown), sharey=True))
-    image: Any = None
-    for axis, key in zip(axes, shown, strict=True):
-        rows = by_strategy(per_head)[key]
-        share = np.zeros((len(classes), len(heads)))
-        for c, name in enumerate(classes):
-            for h in heads:
-                share[c, h] = np.mean([r["usage_last"] for r in rows if r["class_name"] == name and r["head"] == h])
-        image = axis.imshow(share, vmin=0, vmax=1, cmap="cividis", aspect="auto")
-        axis.set_title(key[0] if key[1] == "none" else f"{key[0]}, {key[1]}", fontsize=8)
-        axis.set_xticks(range(len(heads)), [f"h{h}" for h in heads])
-        axis.set_yticks(range(len(classes)), classes)
-    figure.colorbar(image, ax=axes, label="share of test images", shrink=0.8)
-    return _svg(figure)
-
-
 def sae_training(saes: dict[str, Path], levels: dict[str, tuple[float, float]]) -> str:
     """FVU on the training batches, with the test FVU of each SAE and of PCA as levels, by name of the SAE."""
     figure = Figure(figsize=(7.6, 3), layout="constrained")
@@ -159,17 +108,5 @@ def backbone_training(folder: Path) -> str:
     return _svg(figure)
 
 
-def _mean(rows: list[dict[str, Any]]) -> dict[str, float]:
-    """Over SAE seeds; the interval is that of the mean accuracy's images, not of the seeds."""
-    return {key: float(np.mean([row[key] for row in rows])) for key in ("accuracy", "lo", "hi", "usage_last")}
-
-
 def _log(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def _svg(figure: Figure) -> str:
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None})
-    text = buffer.getvalue()
-    return text[text.index("<svg") :]

@@ -13,10 +13,9 @@ from PIL import Image
 
 from sparsight import config, sae, tables
 from sparsight.images import Manifest
-from sparsight.report import figures
+from sparsight.report import figures, pruning
 from sparsight.sae.base import SAE
 from sparsight.store import ActivationStore
-from sparsight.summary import by_strategy
 from sparsight.windows import in_order
 
 _THUMBNAIL = 56
@@ -33,7 +32,7 @@ def write_page(section: config.Report, run: str, inputs: dict[str, Any], device:
     manifest = Manifest(inputs["images"])
     saes = {path.parent.name: path.parent for path in inputs["saes"]}
     sae_metrics = {path.parent.name: json.loads(path.read_text()) for path in inputs["saes"]}
-    policies = [_policy(path.parent) for path in inputs["policies"]]
+    policies = [pruning.policy(path.parent) for path in inputs["policies"]]
     first = next(iter(saes))
     stores = {path.parent.name: path for path in inputs["stores"]}
     environment = jinja2.Environment(
@@ -54,7 +53,7 @@ def write_page(section: config.Report, run: str, inputs: dict[str, Any], device:
     )
     (out / "index.html").write_text(page)
     if policies:
-        (out / "accuracy-usage.svg").write_text(policies[0]["usage_figure"])
+        (out / "accuracy-usage.svg").write_text(policies[0]["frontier_figure"])
 
 
 def _backbone(folder: Path) -> dict[str, Any]:
@@ -94,32 +93,6 @@ def _elsewhere(path: Path) -> dict[str, Any]:
     rows = {row["method"]: row for row in tables.read(path.with_suffix(".parquet"))}
     steered = rows.get("vs2") or rows["vs2-pass"]
     return {"unsteered": rows["none"], "steered": steered, **json.loads(path.read_text())}
-
-
-def _policy(folder: Path) -> dict[str, Any]:
-    metrics = json.loads((folder / "metrics.json").read_text())
-    overall, per_head = tables.read(folder / "overall.parquet"), tables.read(folder / "per_head.parquet")
-    keys = list(by_strategy(overall))
-    shown = [key for key in keys if key[0] == "none" or key[1] == "predicted"]
-    unpruned = metrics["unpruned"]["accuracy"]
-    return {
-        "name": folder.name,
-        "metrics": metrics,
-        "rows": [_over_seeds(key, rows) for key, rows in by_strategy(overall).items()],
-        "usage_figure": figures.accuracy_against_usage(tables.read(folder / "validation.parquet"), overall, unpruned),
-        "head_figure": figures.class_by_head(per_head, shown),
-    }
-
-
-def _over_seeds(key: tuple[str, str], rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """One line of the headline table: the mean over SAE seeds and, where there are several, the range."""
-    line: dict[str, Any] = {"strategy": key[0], "labels": key[1], "strength": rows[0]["strength"], "n": rows[0]["n"]}
-    line["saes"] = len(rows) if rows[0]["sae"] else 0
-    for name in ("accuracy", "lo", "hi", "delta", "delta_lo", "delta_hi", "usage_last", "usage_all", "macs"):
-        values = [row[name] for row in rows]
-        line[name] = float(np.mean(values))
-        line[f"{name}_range"] = (min(values), max(values))
-    return line
 
 
 @torch.no_grad()

@@ -1,0 +1,207 @@
+"""A split as it reaches the last block, and what the model says under every head mask of that block.
+
+A mask of the H heads is written as one number, its code: bit h is set where head h is kept.
+
+The class logits depend on a mask only through the sum of the kept heads' projected outputs. So where it is
+cheap, all 2^H masks of an image are tabulated at once: every head is computed and projected once, and per mask
+there is a sum and the MLP, of those tokens alone that the classifier reads. Any strategy is then a look-up.
+Otherwise (many heads, or a classifier that pools over all tokens) the masks that are asked for are run, each
+once per image.
+
+Shapes: N images, B batch, T tokens, R tokens that the classifier reads, D width (d_in), L blocks, H heads, C channels
+of a head, M masks, S rows of a table.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sparsight import attention
+from sparsight.backbones import Backbone
+from sparsight.images import Split
+from sparsight.progress import Progress
+from sparsight.pruning.policy import HeadPolicy
+
+_AFFORDABLE = 64  # what a table may cost: passes through the last block, per image
+
+
+def pack(keep: Tensor) -> np.ndarray:
+    """Bool (..., H) -> codes, int32 (...)."""
+    powers = 2 ** torch.arange(keep.shape[-1], device=keep.device)
+    return (keep * powers).sum(dim=-1).to(torch.int32).cpu().numpy()
+
+
+def unpack(codes: np.ndarray, n_heads: int) -> np.ndarray:
+    """Codes (...) -> bool (..., H)."""
+    return (codes[..., None] >> np.arange(n_heads) & 1).astype(bool)
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """What the policy's pruning of the earlier blocks leaves for the last one, image by image."""
+
+    labels: np.ndarray
+    """(N,) the true classes."""
+    cls_ND: Tensor
+    """The class token that enters the last block."""
+    logits_NH: Tensor
+    """The policy's head logits there."""
+    before: np.ndarray
+    """bool (N, L - 1, H), heads kept in the earlier blocks (the first is always whole)."""
+    skipped: np.ndarray
+    """(N,) predicted without the last block."""
+    table: np.ndarray | None
+    """(N, M) predicted under every mask, by code; None where masks are run as they are asked for."""
+    runs: "_Runs"
+
+    @property
+    def tabulated(self) -> bool:
+        """Whether :meth:`predict` is a look-up."""
+        return self.table is not None
+
+    def predict(self, codes_SN: np.ndarray) -> np.ndarray:
+        """Predicted classes (S, N) under masks."""
+        if self.table is None:
+            return self.runs.masked(codes_SN)
+        return np.take_along_axis(self.table, codes_SN.T, axis=1).T
+
+    def predict_edited(self, codes_SN: np.ndarray, edits_SND: Tensor) -> np.ndarray:
+        """Predicted classes (S, N) under masks when the block reads the class token with something added."""
+        return self.runs.edited(codes_SN, edits_SND)
+
+    @property
+    def n_heads(self) -> int:
+        """H."""
+        return int(self.logits_NH.shape[1])
+
+    @property
+    def unsteered(self) -> np.ndarray:
+        """(N,) codes of the policy as it is."""
+        return pack(self.logits_NH > 0)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+@torch.no_grad()
+def arrive(backbone: Backbone, policy: HeadPolicy, split: Split, batch_size: int) -> Arrival:
+    """Run the pruned model on a split up to its last block, and tabulate that block where this is cheap."""
+    last, tabulated = backbone.n_blocks - 1, affordable(backbone)
+    cls, kept, skipped, table = [], [], [], []
+    with Progress(len(split), "images") as progress:
+        for x_BTD, before in _prefixes(backbone, policy, split, batch_size):
+            whole = torch.ones(len(x_BTD), backbone.n_heads, dtype=torch.bool, device=x_BTD.device)
+            kept.append(torch.stack([before.get(block, whole) for block in range(last)], dim=1).cpu().numpy())
+            cls.append(x_BTD[:, 0])
+            skipped.append(backbone.classify(x_BTD).argmax(dim=1).cpu().numpy())
+            if tabulated:
+                parts = [logits.argmax(dim=2) for logits in every_mask(backbone, x_BTD)]
+                table.append(torch.cat(parts, dim=1).to(torch.int32).cpu().numpy())
+            progress(len(x_BTD))
+    cls_ND = torch.cat(cls)
+    runs = _Runs(backbone, policy, split, batch_size)
+    return Arrival(
+        split.labels, cls_ND, policy.logits(last, cls_ND), np.concatenate(kept), np.concatenate(skipped),
+        np.concatenate(table) if tabulated else None, runs,
+    )  # fmt: skip
+
+
+def affordable(backbone: Backbone) -> bool:
+    """Whether a table of all masks costs no more than some passes through the last block."""
+    share = backbone.tower.n_read / (backbone.n_prefix + backbone.n_patches)
+    return bool(2**backbone.n_heads * share <= _AFFORDABLE)
+
+
+@torch.no_grad()
+def every_mask(backbone: Backbone, x_BTD: Tensor) -> Iterator[Tensor]:
+    """Class logits (B, M, classes) under every mask of the last block, in the order of codes, some at a time.
+
+    Args:
+        x_BTD: the residual stream entering the last block.
+    """
+    last, R, H = backbone.n_blocks - 1, backbone.tower.n_read, backbone.n_heads
+    parts, shared = backbone.tower.parts(last), backbone.tower.shared()[last]
+    assert parts.attention is not None, "the policy has decided heads of this block's kind"
+    proj = attention.parts(parts.attention, **shared).proj
+    out_BRHC = attention.head_outputs(parts.attention, parts.before(x_BTD), **shared)[:, :R]
+    projected_HBRD = torch.stack(
+        [out @ w.T for out, w in zip(out_BRHC.unbind(2), proj.weight.chunk(H, 1), strict=True)]
+    )
+    masks_MH = torch.from_numpy(unpack(np.arange(2**H), H)).to(x_BTD)
+    for masks in masks_MH.split(max(1, x_BTD.shape[1] // R)):  # no more rows at a time than the batch has tokens
+        attn = torch.tensordot(masks, projected_HBRD, 1)
+        middle = x_BTD[:, :R] + parts.after(attn if proj.bias is None else attn + proj.bias)
+        middle = middle.flatten(0, 1)
+        yield backbone.classify(middle + parts.mlp(middle)).unflatten(0, (len(masks), -1)).transpose(0, 1)
+
+
+@dataclass
+class _Runs:
+    """Predictions by running the last block."""
+
+    backbone: Backbone
+    policy: HeadPolicy
+    split: Split
+    batch_size: int
+
+    @torch.no_grad()
+    def masked(self, codes_SN: np.ndarray) -> np.ndarray:
+        """Once per image and distinct mask, (S, N)."""
+        predicted_SN = np.empty_like(codes_SN)
+        for window, x_BTD in self._windows():
+            codes_SB = codes_SN[:, window]
+            images = np.broadcast_to(np.arange(len(x_BTD)), codes_SB.shape)
+            H = self.backbone.n_heads
+            pairs, inverse = np.unique(images * 2**H + codes_SB, return_inverse=True)
+            found = []
+            for start in range(0, len(pairs), self.batch_size):
+                part = pairs[start : start + self.batch_size]
+                rows = torch.from_numpy(part // 2**H).to(x_BTD.device)
+                found.append(self._last(x_BTD[rows], part % 2**H, "gathered"))
+            predicted_SN[:, window] = np.concatenate(found)[inverse].reshape(codes_SB.shape)
+        return predicted_SN
+
+    @torch.no_grad()
+    def edited(self, codes_SN: np.ndarray, edits_SND: Tensor) -> np.ndarray:
+        """Once per image and row, (S, N); masked, because small batches of many masks are quicker so."""
+        predicted_SN = np.empty_like(codes_SN)
+        for window, x_BTD in self._windows():
+            for s, edit_ND in enumerate(edits_SND):
+                steered_BTD = x_BTD.clone()
+                steered_BTD[:, 0] += edit_ND[window]
+                predicted_SN[s, window] = self._last(steered_BTD, codes_SN[s, window], "masked")
+        return predicted_SN
+
+    def _windows(self) -> Iterator[tuple[slice, Tensor]]:
+        done = 0
+        for x_BTD, _ in _prefixes(self.backbone, self.policy, self.split, self.batch_size):
+            yield slice(done, done + len(x_BTD)), x_BTD
+            done += len(x_BTD)
+
+    def _last(self, x_BTD: Tensor, codes_B: np.ndarray, heads: attention.HeadMode) -> np.ndarray:
+        last = self.backbone.n_blocks - 1
+        keep = _Given(torch.from_numpy(unpack(codes_B, self.backbone.n_heads)).to(x_BTD.device))
+        out_BTD, _ = self.backbone.run_blocks(x_BTD, last, last + 1, keep, heads)
+        return self.backbone.classify(out_BTD).argmax(dim=1).cpu().numpy()
+
+
+@dataclass
+class _Given:
+    """Masks of the one block that is run, as a policy."""
+
+    mask_BH: Tensor
+
+    def decide(self, block: int, cls_BD: Tensor) -> Tensor:
+        return self.mask_BH
+
+
+def _prefixes(
+    backbone: Backbone, policy: HeadPolicy, split: Split, batch_size: int
+) -> Iterator[tuple[Tensor, dict[int, Tensor]]]:
+    """Per batch: the residual stream that enters the last block, and the masks before it."""
+    for pixels in split.batches(backbone.preprocess, batch_size, torch.get_num_threads()):
+        tokens = backbone.tokens(backbone.normalize(pixels))
+        yield backbone.run_blocks(tokens, 0, backbone.n_blocks - 1, policy, "gathered")

@@ -1,0 +1,189 @@
+"""How each strategy changes the policy's head logits, in closed form.
+
+The policy is linear: amplifying latents of the class token, x' = x + sum (g_i - 1) z_i d_i, changes the logit
+of head h by sum (g_i - 1) z_i <w_h, d_i>. So W_head W_dec says what every latent does to every head, latents are
+ranked for a head without trying them, and another strength is one product.
+
+Shapes: N images, D width (d_in), F latents (d_sae), H heads, C classes, m latents amplified.
+"""
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sparsight import config
+from sparsight.pruning.controls import THRESHOLD_SHARES, Controls, static_shares
+from sparsight.pruning.dictionary import Dictionary
+from sparsight.pruning.last_block import Arrival, pack
+from sparsight.pruning.policy import HeadPolicy
+
+LABELS = ("predicted", "probe", "oracle")
+"""Whose class: that of the unsteered pruned model, of a linear probe at the block's input, the true one."""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What rows a strategy has."""
+
+    sae: bool = False
+    """One for each SAE."""
+    by_class: bool = False
+    """One for each kind of label."""
+    grid: str = ""
+    """Its strengths: ``strengths``, ``bias_strengths``, ``shares`` of heads; empty for one row of strength 1."""
+    counts: bool = False
+    """One for each number of latents."""
+
+
+KINDS: dict[config.Strategy, Kind] = {
+    "none": Kind(),
+    "reconstruct": Kind(sae=True),
+    "uniform": Kind(sae=True, grid="strengths"),
+    "sample-top": Kind(sae=True, grid="strengths", counts=True),
+    "class-latents": Kind(sae=True, by_class=True, grid="strengths", counts=True),
+    "class-latents-in-stream": Kind(sae=True, by_class=True, grid="strengths", counts=True),
+    "targeted": Kind(sae=True, grid="strengths", counts=True),
+    "latent-atlas": Kind(sae=True, grid="strengths"),
+    "random-latents": Kind(sae=True, by_class=True, grid="strengths", counts=True),
+    "random-sae": Kind(sae=True, by_class=True, grid="strengths", counts=True),
+    "logit-bias": Kind(by_class=True, grid="bias_strengths"),
+    "logit-bias-matched": Kind(sae=True, by_class=True, grid="strengths", counts=True),
+    "class-threshold": Kind(by_class=True, grid="shares"),
+    "class-static": Kind(by_class=True, grid="shares"),
+    "skip-block": Kind(),
+    "zero-heads": Kind(),
+    "all-heads": Kind(),
+}
+IN_STREAM: config.Strategy = "class-latents-in-stream"
+BOUNDS = ("skip-block", "zero-heads", "all-heads")
+
+
+class Row(NamedTuple):
+    """What one row of the tables is about."""
+
+    strategy: config.Strategy
+    strength: float = 1.0
+    labels: str = "none"
+    sae: str = ""
+    """Empty where no SAE is involved."""
+    latents: int = 0
+    """How many are amplified; 0 where that is none or every active one."""
+    target: int = -1
+    """The head that ``targeted`` switches off, the latent of ``latent-atlas``; -1 elsewhere."""
+
+
+NONE = Row("none")
+
+
+class Decided(NamedTuple):
+    """What a row does to every image."""
+
+    row: Row
+    codes: np.ndarray
+    """(N,) masks."""
+    edit_ND: Tensor | None = None
+    """What is added to the class token in the stream; None: nothing."""
+
+
+def every_row(section: config.Pruning, n_heads: int, dictionaries: dict[str, Dictionary]) -> list[Row]:
+    """Every row that is tried on val."""
+    found = []
+    for name in section.strategies:
+        kind = KINDS[name]
+        shares = static_shares(n_heads) if name == "class-static" else THRESHOLD_SHARES
+        grids = {"strengths": section.strengths, "bias_strengths": section.bias_strengths, "shares": shares}
+        for labels in LABELS if kind.by_class else ("none",):
+            for sae in dictionaries if kind.sae else ("",):
+                counts, targets = section.latents if kind.counts else (0,), [-1]
+                if name == "targeted":
+                    targets = list(range(n_heads))
+                elif name == "latent-atlas":
+                    counts, targets = (1,), dictionaries[sae].alive.tolist()
+                steps = itertools.product(counts, targets, grids.get(kind.grid, (1.0,)))
+                found += [Row(name, float(s), labels, sae, m, target) for m, target, s in steps]
+    return found
+
+
+@dataclass(frozen=True)
+class Strategies:
+    """Everything that decides masks, fitted on train."""
+
+    policy: HeadPolicy
+    dictionaries: dict[str, Dictionary]
+    """By name of the SAE."""
+    scrambled: dict[str, Dictionary]
+    """By the same names: each SAE with random weights."""
+    controls: Controls
+
+    @torch.no_grad()
+    def codes(self, rows: list[Row], arrival: Arrival, routes: dict[str, np.ndarray]) -> Iterator["Decided"]:
+        """What each row decides, in an order of its own.
+
+        Args:
+            rows: what is asked for.
+            arrival: the images.
+            routes: (N,) the class whose configuration each image gets, by kind of label.
+        """
+        groups: dict[Row, list[Row]] = {}
+        for row in rows:
+            groups.setdefault(row._replace(strength=0.0), []).append(row)
+        for unit, group in groups.items():
+            classes_N = routes[unit.labels] if unit.labels != "none" else np.zeros(len(arrival), np.int64)
+            if KINDS[unit.strategy].grid in ("", "shares"):
+                yield from (Decided(row, self._own(row, arrival, classes_N)) for row in group)
+                continue
+            classes = torch.from_numpy(classes_N).to(arrival.logits_NH.device).long()
+            change_NH, edit_ND = self._change(unit, arrival, classes), None
+            if unit.strategy == IN_STREAM:
+                dictionary = self.dictionaries[unit.sae]
+                edit_ND = dictionary.class_edit(dictionary.encode(arrival.cls_ND), classes, unit.latents)
+            for row in group:
+                factor = row.strength - (row.strategy != "logit-bias")
+                codes = pack(arrival.logits_NH + factor * change_NH > 0)
+                yield Decided(row, codes, None if edit_ND is None else factor * edit_ND)
+
+    def _own(self, row: Row, arrival: Arrival, classes_N: np.ndarray) -> np.ndarray:
+        """Codes (N,) of what is no amplification."""
+        strategy, n, H = row.strategy, len(arrival), arrival.n_heads
+        if strategy == "class-static":
+            return self.controls.subsets[row.labels, row.strength][classes_N]
+        if strategy == "class-threshold":
+            offset_N = self.controls.offsets[row.labels, row.strength][torch.from_numpy(classes_N)]
+            return pack(arrival.logits_NH + offset_N[:, None].to(arrival.logits_NH) > 0)
+        if strategy == "reconstruct":
+            x_hat_ND = self.dictionaries[row.sae].sae(arrival.cls_ND)
+            return pack(self.policy.logits(self.policy.blocks[-1], x_hat_ND) > 0)
+        if strategy == "none":
+            return arrival.unsteered
+        assert strategy in BOUNDS, strategy
+        return np.full(n, 2**H - 1 if strategy == "all-heads" else 0, np.int32)
+
+    def _change(self, unit: Row, arrival: Arrival, classes_N: Tensor) -> Tensor:
+        """Change (N, H) of the head logits at factor 2 (``logit-bias``: at strength 1)."""
+        strategy, m = unit.strategy, unit.latents
+        if strategy == "logit-bias":
+            return self.controls.shift_CH[classes_N]
+        dictionary = (self.scrambled if strategy == "random-sae" else self.dictionaries)[unit.sae]
+        if strategy == "logit-bias-matched":
+            return dictionary.mean_change(m)[classes_N]
+        z_NF = dictionary.encode(arrival.cls_ND)
+        if strategy == "uniform":
+            return z_NF @ dictionary.push_HF.T
+        if strategy == "sample-top":
+            values, indices = z_NF.topk(m, dim=1)
+            return (values[:, :, None] * dictionary.push_HF.T[indices]).sum(dim=1)
+        if strategy in ("class-latents", "random-sae", IN_STREAM):
+            return dictionary.class_change(z_NF, classes_N, m)
+        if strategy == "random-latents":
+            return dictionary.random_change(z_NF, classes_N, m)
+        if strategy == "targeted":
+            latents = dictionary.against_head(unit.target)[:m]
+        else:
+            assert strategy == "latent-atlas", strategy
+            latents = torch.tensor([unit.target], device=z_NF.device)
+        return z_NF[:, latents] @ dictionary.push_HF[:, latents].T

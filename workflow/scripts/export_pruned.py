@@ -1,0 +1,16 @@
+"""Write the backbone with only the heads that --name says (b5-h2-h5), the others gone, for plain timm."""
+
+from sparsight import stage
+
+
+def main(job: stage.Stage) -> None:
+    from sparsight import backbones
+    from sparsight.pruning.export import export, parse
+
+    device = job.device
+    backbone, about = backbones.open_folder(job.inputs["backbone"].parent)
+    export(backbone.to(device), about, parse(job.name, backbone), job.work)
+
+
+if __name__ == "__main__":
+    stage.run(main, __doc__, backbone="model.safetensors of the backbone stage")
