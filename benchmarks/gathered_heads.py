@@ -3,7 +3,8 @@
 Three ways take turns: AdaViT's masking (dense products, then q, k, v and the projection's input multiplied by
 the mask), our masking (the heads' outputs multiplied), and gathering. Minimum and median over the rounds. Usage:
 
-    python benchmarks/gathered_heads.py [--threads 2] [--rounds 7] [--device cpu] [--bf16] [--batch 64] [--no-model]
+    python benchmarks/gathered_heads.py [--threads 2] [--rounds 7] [--device cpu] [--bf16] [--batch 64]
+        [--no-model] [--cpu-time]
 """
 
 import argparse
@@ -36,17 +37,19 @@ def adavit(layer: Any, x_BTD: Tensor, keep_BH: Tensor) -> Tensor:
     return layer.proj(out.reshape(B, T, D))
 
 
-def measure(ways: dict[str, Callable[[], object]], rounds: int, cuda: bool) -> dict[str, list[float]]:
+def measure(
+    ways: dict[str, Callable[[], object]], rounds: int, cuda: bool, clock: Callable[[], float]
+) -> dict[str, list[float]]:
     """Milliseconds by way; the first round warms up."""
     found: dict[str, list[float]] = {name: [] for name in ways}
     for turn in range(rounds + 1):
         for name, way in ways.items():
-            begin = time.perf_counter()
+            begin = clock()
             way()
             if cuda:
                 torch.cuda.synchronize()
             if turn:
-                found[name].append(1000 * (time.perf_counter() - begin))
+                found[name].append(1000 * (clock() - begin))
     return found
 
 
@@ -83,7 +86,9 @@ def main() -> None:
     parser.add_argument("--bf16", action="store_true", help="run inside torch.autocast")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--no-model", action="store_true", help="the layer alone")
+    parser.add_argument("--cpu-time", action="store_true", help="of the process, for a machine that is not idle")
     arguments = parser.parse_args()
+    clock = time.process_time if arguments.cpu_time else time.perf_counter
     device = prepare_torch(Compute(threads=arguments.threads, device=arguments.device))
     cuda = device.type == "cuda"
     where = torch.cuda.get_device_name() if cuda else machine.describe()
@@ -104,14 +109,14 @@ def main() -> None:
                         "gathered": partial(attend, layer, x, keep, "gathered"),
                     }
                     title = f"{name}, {kept:2d} of {H} heads, {kind}"
-                    report(f"{title}, layer", measure(ways, arguments.rounds, cuda))
+                    report(f"{title}, layer", measure(ways, arguments.rounds, cuda, clock))
                     if arguments.no_model or kept not in (H, H // 3):
                         continue
                     ways = {
                         "masked": partial(backbone, images, head_mask=mask, heads="masked"),
                         "gathered": partial(backbone, images, head_mask=mask, heads="gathered"),
                     }
-                    report(f"{title}, model", measure(ways, max(2, arguments.rounds // 3), cuda))
+                    report(f"{title}, model", measure(ways, max(2, arguments.rounds // 3), cuda, clock))
 
 
 if __name__ == "__main__":

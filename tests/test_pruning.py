@@ -1,5 +1,6 @@
 """Strategies and their evaluation, against plain forward passes and plain sums."""
 
+import dataclasses
 import itertools
 import json
 from dataclasses import dataclass
@@ -522,6 +523,15 @@ def test_tables_of_the_evaluation_follow_the_contract(manifest: Manifest, tmp_pa
     assert {line["control"] for line in metrics["matched_usage"]} == set(KINDS) - {
         "none", "reconstruct", "class-latents", "class-latents-in-stream", "skip-block", "zero-heads", "all-heads"
     }  # fmt: skip
+
+
+def test_none_comes_first_wherever_the_configuration_names_it(manifest: Manifest) -> None:
+    study = Study(manifest, saes=1)
+    section = dataclasses.replace(SECTION, strategies=("class-latents-in-stream", "zero-heads", "none"))
+    choices = evaluate._choices(section, study.strategies, study.test, study.routes)
+    order = [row.strategy for row in choices.outcomes]
+    assert order[0] == "none" and order == sorted(order, key=["none", *section.strategies].index)
+    assert next(iter(choices.chosen)) == ("none", "none")
 
 
 def test_a_policy_or_an_sae_of_another_model_is_refused(manifest: Manifest, tmp_path: Path) -> None:

@@ -176,6 +176,8 @@ def _choices(
     every = every_row(section, val.n_heads, strategies.dictionaries)
     none = dict(run(strategies, [NONE], val, routes))[NONE]
     outcomes, tried = pick_targets(run(strategies, every, val, routes), none, section.tolerance)
+    place = {row._replace(target=-1): i for i, row in enumerate(every)}
+    outcomes = dict(sorted(outcomes.items(), key=lambda item: place[item[0]._replace(target=-1)]))
     targets = [{**row._asdict(), "accuracy": hits, "usage_last": usage} for row, hits, usage in tried]
     groups = points(outcomes)
     chosen = {key: choose(group, outcomes, section.tolerance) for key, group in groups.items()}

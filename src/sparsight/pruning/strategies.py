@@ -91,9 +91,9 @@ class Decided(NamedTuple):
 
 
 def every_row(section: config.Pruning, n_heads: int, dictionaries: dict[str, Dictionary]) -> list[Row]:
-    """Every row that is tried on val."""
+    """Every row that is tried on val; ``none`` comes first."""
     found = []
-    for name in section.strategies:
+    for name in sorted(section.strategies, key=lambda name: name != "none"):
         kind = KINDS[name]
         shares = static_shares(n_heads) if name == "class-static" else THRESHOLD_SHARES
         grids = {"strengths": section.strengths, "bias_strengths": section.bias_strengths, "shares": shares}
