@@ -33,8 +33,5 @@ include: "workflow/rules/report.smk"
 rule all:
     default_target: True
     input:
-        f"{R}/report/index.html",
-        f"{R}/metrics.json",
-        f"{R}/timings.json",
-        f"{R}/provenance.json",
-        expand(f"{R}/activations/{{b}}/{{split}}.json", b=RUN.backbones, split=["train", "val", "test"]),
+        FINISHED,
+        rules.provenance.output,

@@ -1,5 +1,6 @@
 """The whole pipeline through Snakemake, on a model that trains in seconds."""
 
+import hashlib
 import json
 import os
 import re
@@ -22,7 +23,7 @@ from safetensors.numpy import load_file
 BACKBONES, SPLITS = ("vit", "clip"), ("train", "val", "test")
 BACKBONE_FILES = ("model.safetensors", "prompts.safetensors", "config.json", "training.jsonl")
 # Files with times and hosts; everything else is byte-equal between equal runs.
-VARYING = ("timings.json", "provenance.json", "logs/")
+VARYING = ("timings.json", "provenance.json", "logs/", "benchmarks/")
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -133,6 +134,7 @@ def test_one_command_makes_every_promised_file_and_leaves_no_working_state(run_f
         "report/index.html",
         "report/accuracy-usage.svg",
         "metrics.json",
+        "configuration.json",
     }
     stores = {name for name in made if ".zarr/" in name}
     assert made - stores | {name for name in stores if name.count("/") == 3 and "zarr.json" in name} == promised
@@ -144,7 +146,7 @@ def test_a_second_run_has_nothing_to_do_and_a_deleted_report_is_all_that_is_made
     again = snakemake(run_folder, "--cores", "2")
     assert again.returncode == 0 and "Nothing to be done" in again.stdout + again.stderr
     shutil.rmtree(run_folder / "results" / "tiny" / "report")
-    assert jobs(run_folder) == ["report"]
+    assert sorted(jobs(run_folder)) == ["provenance", "report"]
     assert snakemake(run_folder, "--cores", "2").returncode == 0
     assert contents(run_folder) == before
 
@@ -154,13 +156,35 @@ def test_a_changed_section_reruns_its_stage_and_what_follows_only(run_folder: Pa
     original = overlay.read_text()
     try:
         overlay.write_text(original.replace("report: {latents: 3", "report: {title: Another, latents: 3"))
-        assert jobs(run_folder) == ["report"]
+        assert sorted(jobs(run_folder)) == ["configuration", "provenance", "report"]
         overlay.write_text(original.replace("strengths: [2, 30]", "strengths: [2, 31]"))
-        assert sorted(set(jobs(run_folder))) == ["pruning", "report", "summary"]
+        assert sorted(set(jobs(run_folder))) == [
+            "configuration", "provenance", "pruning", "report", "summary",
+        ]  # fmt: skip
         overlay.write_text(original.replace("seeds: [0]", "seeds: [0, 1]"))
         assert not {"images", "backbone", "activations", "policy"} & set(jobs(run_folder))
     finally:
         overlay.write_text(original)
+
+
+def test_provenance_says_what_was_run_where_and_what_every_job_took(run_folder: Path) -> None:
+    run = run_folder / "results" / "tiny"
+    about = json.loads((run / "provenance.json").read_text())
+    assert about["configuration"] == json.loads((run / "configuration.json").read_text())
+    assert about["configuration"]["saes"]["topk"]["d_sae"] == 48 and about["configuration"]["run"] == "tiny"
+    digest = hashlib.sha256((run / "configuration.json").read_bytes()).hexdigest()
+    assert about["configuration_digest"] == digest
+    assert about["versions"]["torch"] and about["machine"]["processor"] and about["machine"]["memory_gb"] > 0
+    assert about["jobs"].keys() == {path.stem for path in (run / "logs").iterdir()} - {"provenance"}
+    took = about["jobs"]["backbone-vit"]
+    assert took["seconds"] > 1 and took["cpu_seconds"] > 1 and took["peak_memory_mb"] > 100
+
+
+def test_planning_imports_no_heavy_library(tmp_path: Path) -> None:
+    command = [sys.executable, "-X", "importtime", "-m", "snakemake", "--configfile", "tiny.yaml", "--dry-run"]
+    done = subprocess.run(command, cwd=workspace(tmp_path / "w"), capture_output=True, text=True, check=True)
+    imported = set(re.findall(r"^import time:.*\| +([\w.]+)$", done.stderr, re.MULTILINE))
+    assert "sparsight.run" in imported and not {"torch", "timm", "zarr", "pyarrow", "open_clip"} & imported
 
 
 FVU_BY_HAND = """

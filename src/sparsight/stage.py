@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from sparsight import schema
 from sparsight.config import Compute
 from sparsight.errors import SparsightError
+from sparsight.gpu_slots import take_card
 from sparsight.work import Work
 
 if TYPE_CHECKING:
@@ -37,7 +38,12 @@ class Stage:
 
     @cached_property
     def device(self) -> "torch.device":
-        """The device, after torch has been told to be deterministic and how many threads to use."""
+        """The device, after torch has been told to be deterministic and how many threads to use.
+
+        A stage that asks for it on a GPU gets a card of its own, and may have to wait for one.
+        """
+        if self.compute.device == "cuda":
+            take_card()
         return prepare_torch(self.compute)
 
     def record(self) -> dict[str, Any]:

@@ -9,7 +9,11 @@ rule backbone:
         log=f"{R}/backbones/{{backbone}}/training.jsonl",
     log:
         f"{R}/logs/backbone-{{backbone}}.log",
+    benchmark:
+        f"{R}/benchmarks/backbone-{{backbone}}.jsonl"
     threads: THREADS
+    resources:
+        **needs(),
     params:
         out=subpath(output[0], parent=True),
         work=f"{R}/.work/backbone-{{backbone}}",

@@ -1,14 +1,27 @@
 import ast
+import dataclasses
 import os
 import re
 import sys
 from functools import cache
 from pathlib import Path
 
+from sparsight.work import write_json
+
 # `python` in a rule is the one that runs Snakemake, also where its environment is not activated.
 os.environ.update(PATH=os.pathsep.join([str(Path(sys.executable).parent), os.getenv("PATH", "")]))
 
 THREADS = RUN.compute.threads  # what a stage takes; Snakemake's {threads} shrinks with --cores
+
+
+def needs(extra_mb=0, gpu=int(RUN.compute.device == "cuda")):
+    """What a job asks a cluster for: minutes, megabytes, cards. One that failed for want of them gets more."""
+    return {
+        "mem_mb": lambda wildcards, attempt: (4000 + extra_mb) * attempt,
+        "runtime": lambda wildcards, attempt: 240 * attempt,
+        "gpu": gpu,
+    }
+
 
 # What pruning steers with: steering result -> SAE.
 STEERED = {

@@ -5,7 +5,11 @@ rule images:
         f"{R}/images/manifest.parquet",
     log:
         f"{R}/logs/images.log",
+    benchmark:
+        f"{R}/benchmarks/images.jsonl"
     threads: THREADS
+    resources:
+        **needs(gpu=0),
     params:
         out=subpath(output[0], parent=True),
         work=f"{R}/.work/images",
@@ -22,7 +26,11 @@ rule other_images:
         f"{R}/images/{{other}}/manifest.parquet",
     log:
         f"{R}/logs/images-{{other}}.log",
+    benchmark:
+        f"{R}/benchmarks/images-{{other}}.jsonl"
     threads: THREADS
+    resources:
+        **needs(gpu=0),
     params:
         out=subpath(output[0], parent=True),
         work=f"{R}/.work/images-{{other}}",

@@ -9,7 +9,11 @@ rule policy:
         log=f"{R}/pruning/{{policy}}/training.jsonl",
     log:
         f"{R}/logs/policy-{{policy}}.log",
+    benchmark:
+        f"{R}/benchmarks/policy-{{policy}}.jsonl"
     threads: THREADS
+    resources:
+        **needs(),
     params:
         out=subpath(output[0], parent=True),
         work=f"{R}/.work/policy-{{policy}}",
@@ -36,7 +40,11 @@ rule pruning:
         metrics=f"{R}/pruning/{{policy}}/metrics.json",
     log:
         f"{R}/logs/pruning-{{policy}}.log",
+    benchmark:
+        f"{R}/benchmarks/pruning-{{policy}}.jsonl"
     threads: THREADS
+    resources:
+        **needs(),
     params:
         out=subpath(output[0], parent=True),
         work=f"{R}/.work/pruning-{{policy}}",
@@ -56,8 +64,14 @@ rule timings:
         f"{R}/timings.json",
     log:
         f"{R}/logs/timings.log",
+    benchmark:
+        f"{R}/benchmarks/timings.jsonl"
     # More than there are: Snakemake cuts it to --cores, so nothing else runs while this stage measures.
     threads: 1024
+    resources:
+        **needs(),
+        cpus_per_task=THREADS,  # SLURM reads these two instead
+        slurm_extra="--exclusive",
     params:
         out=subpath(output[0], parent=True),
         work=f"{R}/.work/timings",

@@ -13,11 +13,14 @@ rule summary:
         **RESULTS,
         code=sources("summary.py"),
     output:
-        metrics=f"{R}/metrics.json",
-        provenance=f"{R}/provenance.json",
+        f"{R}/metrics.json",
     log:
         f"{R}/logs/summary.log",
+    benchmark:
+        f"{R}/benchmarks/summary.jsonl"
     threads: 1
+    resources:
+        **needs(gpu=0),
     params:
         out=subpath(output[0], parent=True),
         work=f"{R}/.work/summary",
@@ -41,7 +44,11 @@ rule report:
         figure=[f"{R}/report/accuracy-usage.svg"] if RUN.policies else [],
     log:
         f"{R}/logs/report.log",
+    benchmark:
+        f"{R}/benchmarks/report.jsonl"
     threads: THREADS
+    resources:
+        **needs(),
     params:
         out=subpath(output[0], parent=True),
         work=f"{R}/.work/report",
@@ -52,5 +59,47 @@ rule report:
         " --from-chains {input.chains}"
         " --from-steerings {input.steerings} --from-transfers {input.transfers} --from-policies {input.policies}"
         " --from-images {input.images} --from-stores {input.stores} --name {params.name}"
+        " --out {params.out} --work {params.work}"
+        " {params.flags} > {log} 2>&1"
+
+
+# The run's whole configuration: defaults, params.yaml and overlays in one file.
+rule configuration:
+    output:
+        f"{R}/configuration.json",
+    localrule: True
+    params:
+        content=dataclasses.asdict(RUN),
+    run:
+        write_json(Path(output[0]), params.content)
+
+
+FINISHED = [
+    *rules.report.output,
+    *rules.summary.output,
+    *rules.timings.output,
+    *expand(f"{R}/activations/{{b}}/{{split}}.json", b=RUN.backbones, split=["train", "val", "test"]),
+]
+
+
+# Last of all, when every other stage has left its benchmark.
+rule provenance:
+    input:
+        configuration=rules.configuration.output,
+        finished=FINISHED,
+        code=sources("provenance.py"),
+    output:
+        f"{R}/provenance.json",
+    log:
+        f"{R}/logs/provenance.log",
+    threads: 1
+    resources:
+        **needs(),
+    params:
+        out=subpath(output[0], parent=True),
+        work=f"{R}/.work/provenance",
+        flags=flags(),
+    shell:
+        "python workflow/scripts/provenance.py --from-configuration {input.configuration}"
         " --out {params.out} --work {params.work}"
         " {params.flags} > {log} 2>&1"

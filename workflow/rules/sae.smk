@@ -19,7 +19,11 @@ for GRID in RUN.saes:
             maps=expand(MAPS, chain=[c for c in RUN.chains if c.rpartition("-s")[0] == GRID]),
         log:
             f"{R}/logs/sae-{GRID}.log",
+        benchmark:
+            f"{R}/benchmarks/sae-{GRID}.jsonl"
         threads: THREADS
+        resources:
+            **needs(RUN.saes[GRID].memory_mb),
         params:
             name=GRID,
             out=subpath(output[0], ancestor=2 + RUN.grids[GRID][0].count("/")),
@@ -45,9 +49,13 @@ rule evaluate_sae:
         f"{R}/saes/{{sae}}/metrics.json",
     log:
         f"{R}/logs/evaluate-sae-{{sae}}.log",
+    benchmark:
+        f"{R}/benchmarks/evaluate-sae-{{sae}}.jsonl"
     wildcard_constraints:
         sae="|".join(map(re.escape, RUN.sae_names)),
     threads: THREADS
+    resources:
+        **needs(),
     params:
         out=subpath(output[0], parent=True),
         work=f"{R}/.work/evaluate-sae-{{sae}}",
@@ -78,7 +86,11 @@ for CHAIN, SECTION in RUN.chains.items():
             sites=expand(f"{R}/saes/{CHAIN}/{{site}}/metrics.json", site=SECTION.sites),
         log:
             f"{R}/logs/evaluate-{CHAIN}.log",
+        benchmark:
+            f"{R}/benchmarks/evaluate-{CHAIN}.jsonl"
         threads: THREADS
+        resources:
+            **needs(),
         params:
             name=CHAIN,
             out=subpath(output[0], parent=True),

@@ -19,7 +19,11 @@ rule steering:
         summary=f"{R}/steering/{{steering}}-s{{seed}}.json",
     log:
         f"{R}/logs/steering-{{steering}}-s{{seed}}.log",
+    benchmark:
+        f"{R}/benchmarks/steering-{{steering}}-s{{seed}}.jsonl"
     threads: THREADS
+    resources:
+        **needs(),
     params:
         out=subpath(output[0], parent=True),
         work=f"{R}/.work/steering-{{steering}}-s{{seed}}",
@@ -46,7 +50,11 @@ rule steering_elsewhere:
         summary=f"{R}/steering/{{steering}}-s{{seed}}/{{other}}.json",
     log:
         f"{R}/logs/steering-{{steering}}-s{{seed}}-{{other}}.log",
+    benchmark:
+        f"{R}/benchmarks/steering-{{steering}}-s{{seed}}-{{other}}.jsonl"
     threads: THREADS
+    resources:
+        **needs(),
     params:
         out=subpath(output[0], parent=True),
         work=f"{R}/.work/steering-{{steering}}-s{{seed}}-{{other}}",
