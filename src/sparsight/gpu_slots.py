@@ -44,7 +44,7 @@ def _lock_one(folder: Path, cards: list[str]) -> str | None:
         descriptor = os.open(folder / card, os.O_RDWR | os.O_CREAT, 0o600)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             os.close(descriptor)
             continue
         return card

@@ -9,9 +9,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from safetensors import SafetensorError
+
 from sparsight import schema
 from sparsight.config import Compute
-from sparsight.errors import SparsightError
+from sparsight.errors import SparsightError, reason
 from sparsight.gpu_slots import take_card
 from sparsight.work import Work
 
@@ -90,6 +92,10 @@ def run(main: Callable[[Stage], None], description: str, config: type | None = N
         if error.filename is None and error.errno is None:
             raise
         sys.exit(f"error: {error.filename or arguments.out}: {error.strerror}")
+    except SafetensorError as error:
+        if "os error" not in str(error):  # what the system refused, a full disk say, arrives as text
+            raise
+        sys.exit(f"error: {arguments.work}: {reason(error)}")
 
 
 def _run(

@@ -18,9 +18,7 @@ rule summary:
         f"{R}/logs/summary.log",
     benchmark:
         f"{R}/benchmarks/summary.jsonl"
-    threads: 1
-    resources:
-        **needs(gpu=0),
+    localrule: True
     params:
         out=subpath(output[0], parent=True),
         work=f"{R}/.work/summary",
@@ -67,6 +65,8 @@ rule report:
 rule configuration:
     output:
         f"{R}/configuration.json",
+    log:
+        f"{R}/logs/configuration.log",
     localrule: True
     params:
         content=dataclasses.asdict(RUN),
