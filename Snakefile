@@ -20,6 +20,7 @@ except SparsightError as error:
 R = RUN.folder.as_posix()
 
 
+include: "workflow/rules/jobs.smk"
 include: "workflow/rules/common.smk"
 include: "workflow/rules/images.smk"
 include: "workflow/rules/backbone.smk"

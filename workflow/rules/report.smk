@@ -1,3 +1,7 @@
+import dataclasses
+
+from sparsight.work import write_json
+
 RESULTS = {
     "backbones": expand(rules.backbone.output.config, backbone=RUN.backbones),
     "saes": expand(rules.evaluate_sae.output, sae=RUN.sae_names),
