@@ -61,6 +61,7 @@ def backbone_of_policy(wildcards):
     return f"{R}/backbones/{RUN.policies[wildcards.policy].backbone}/model.safetensors"
 
 
+@cache
 def sources(script, *extra):
     """A stage script and every file of sparsight that it can reach, so that a changed line reruns the stage.
 
