@@ -96,6 +96,8 @@ def test_a_job_on_a_gpu_asks_for_a_card_and_gets_it(tmp_path: Path) -> None:
     folder = workspace(tmp_path / "gpu")
     (folder / "tiny.yaml").write_text(TINY.read_text().replace("compute: {", "compute: {device: cuda, "))
     done = snakemake(folder, *SUBMIT, "--retries", "0", "results/tiny/backbones/vit/model.safetensors")
-    said = done.stdout + done.stderr
-    assert done.returncode == 1 and "--gpus=1" in said + str(queue()), said
-    assert "compute.device: torch finds no CUDA device" in said
+    assert done.returncode == 1
+    assert "compute.device: torch finds no CUDA device" in done.stdout + done.stderr
+    number = next(number for number, state, rule in queue() if (state, rule) == ("FAILED", "backbone"))
+    shown = subprocess.run(["scontrol", "show", "job", number], check=True, capture_output=True, text=True).stdout
+    assert "TresPerJob=gres:gpu:1" in shown
