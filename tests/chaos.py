@@ -1,6 +1,6 @@
 """Kill stages and Snakemake itself at random moments until the run is done, and compare with a run left alone.
 
-``python tests/chaos.py`` kills at least 50 times, ``python tests/chaos.py 200 7`` at least 200 times with another seed.
+``python tests/chaos.py`` kills 50 times, ``python tests/chaos.py 200 7`` 200 times with another seed.
 """
 
 import os
@@ -17,6 +17,7 @@ from conftest import snakemake, workspace
 from test_pipeline import contents, holder, run_in_peace, start
 
 SNAKEMAKE_SHARE = 0.25  # of the kills
+MEAN_SECONDS = 10.0  # between them; now and then there is time enough for the longest stage
 
 
 def stages(folder: Path) -> dict[int, str]:
@@ -26,14 +27,14 @@ def stages(folder: Path) -> dict[int, str]:
     return {process: name for name in names if (process := holder(folder, name, "lock"))}
 
 
-def disturb(folder: Path, generator: random.Random) -> Counter[str]:
+def disturb(folder: Path, generator: random.Random, most: int) -> Counter[str]:
     """Give the same command until it succeeds, killing what it is doing; returns how often what was killed."""
     killed: Counter[str] = Counter()
     while True:
         run = start(folder)
         while run.poll() is None:
             try:
-                run.wait(generator.uniform(1, 12))
+                run.wait(generator.expovariate(1 / MEAN_SECONDS) if killed.total() < most else None)
             except subprocess.TimeoutExpired:
                 if generator.random() < SNAKEMAKE_SHARE:
                     run.kill()
@@ -48,14 +49,14 @@ def disturb(folder: Path, generator: random.Random) -> Counter[str]:
             assert snakemake(folder, "--unlock").returncode == 0
 
 
-def main(least: int = 50, seed: int = 0) -> None:
-    """Run again and again until there were so many kills."""
+def main(kills: int = 50, seed: int = 0) -> None:
+    """Run again and again until so much was killed."""
     generator, killed, begin = random.Random(seed), Counter[str](), time.monotonic()
     with tempfile.TemporaryDirectory() as parent:
         undisturbed = contents(run_in_peace(workspace(Path(parent, "peace"))))
-        while killed.total() < least:
+        while killed.total() < kills:
             folder = workspace(Path(parent, f"chaos-{killed.total()}"))
-            killed += disturb(folder, generator)
+            killed += disturb(folder, generator, kills - killed.total())
             made = contents(folder)
             differing = [name for name in made.keys() | undisturbed if made.get(name) != undisturbed.get(name)]
             left = [path.name for path in (folder / "results" / "tiny" / ".work").iterdir()]
