@@ -20,6 +20,7 @@ except SparsightError as error:
 R = RUN.folder.as_posix()
 
 
+include: "workflow/rules/jobs.smk"
 include: "workflow/rules/common.smk"
 include: "workflow/rules/images.smk"
 include: "workflow/rules/backbone.smk"
@@ -33,8 +34,5 @@ include: "workflow/rules/report.smk"
 rule all:
     default_target: True
     input:
-        f"{R}/report/index.html",
-        f"{R}/metrics.json",
-        f"{R}/timings.json",
-        f"{R}/provenance.json",
-        expand(f"{R}/activations/{{b}}/{{split}}.json", b=RUN.backbones, split=["train", "val", "test"]),
+        FINISHED,
+        rules.provenance.output,

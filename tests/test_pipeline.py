@@ -1,5 +1,6 @@
 """The whole pipeline through Snakemake, on a model that trains in seconds."""
 
+import hashlib
 import json
 import os
 import re
@@ -11,18 +12,31 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import yaml
 import zarr
-from conftest import ROOT, make_folder, snakemake, workspace
+from conftest import ROOT, TINY, make_folder, snakemake, workspace
 from safetensors.numpy import load_file
+from snakemake.utils import update_config
+
+from sparsight import trust
+from sparsight.run import load_run
 
 BACKBONES, SPLITS = ("vit", "clip"), ("train", "val", "test")
 BACKBONE_FILES = ("model.safetensors", "prompts.safetensors", "config.json", "training.jsonl")
-# Files with times and hosts; everything else is byte-equal between equal runs.
-VARYING = ("timings.json", "provenance.json", "logs/")
+# Files with times and hosts, and marks for Snakemake; everything else is byte-equal between equal runs.
+VARYING = ("timings.json", "provenance.json", "logs/", "benchmarks/", ".trust/")
+
+
+def configuration() -> dict[str, Any]:
+    """params.yaml with the overlay laid over it."""
+    config: dict[str, Any] = yaml.safe_load((ROOT / "params.yaml").read_text())
+    update_config(config, yaml.safe_load(TINY.read_text()))
+    return config
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -80,7 +94,7 @@ def run_with_kills(folder: Path) -> Path:
         if run.returncode == 0:
             assert not left, "every stage was caught in the middle"
             return folder
-        assert "Killed" in (folder / "output.txt").read_text()
+        assert "SIGKILL" in (folder / "output.txt").read_text()
 
 
 def run_in_peace(folder: Path) -> Path:
@@ -135,6 +149,9 @@ def test_one_command_makes_every_promised_file_and_leaves_no_working_state(run_f
         "report/index.html",
         "report/accuracy-usage.svg",
         "metrics.json",
+        "curves.json",
+        "configuration.json",
+        *(f"records/{stage}.json" for stage, _ in trust.stages(load_run(configuration()))),
     }
     stores = {name for name in made if ".zarr/" in name}
     assert made - stores | {name for name in stores if name.count("/") == 3 and "zarr.json" in name} == promised
@@ -146,7 +163,7 @@ def test_a_second_run_has_nothing_to_do_and_a_deleted_report_is_all_that_is_made
     again = snakemake(run_folder, "--cores", "2")
     assert again.returncode == 0 and "Nothing to be done" in again.stdout + again.stderr
     shutil.rmtree(run_folder / "results" / "tiny" / "report")
-    assert jobs(run_folder) == ["report"]
+    assert sorted(jobs(run_folder)) == ["provenance", "report"]
     assert snakemake(run_folder, "--cores", "2").returncode == 0
     assert contents(run_folder) == before
 
@@ -156,13 +173,35 @@ def test_a_changed_section_reruns_its_stage_and_what_follows_only(run_folder: Pa
     original = overlay.read_text()
     try:
         overlay.write_text(original.replace("report: {latents: 3", "report: {title: Another, latents: 3"))
-        assert jobs(run_folder) == ["report"]
+        assert sorted(jobs(run_folder)) == ["configuration", "provenance", "report"]
         overlay.write_text(original.replace("strengths: [2, 30]", "strengths: [2, 31]"))
-        assert sorted(set(jobs(run_folder))) == ["pruning", "report", "summary"]
+        assert sorted(set(jobs(run_folder))) == [
+            "configuration", "provenance", "pruning", "report", "summary",
+        ]  # fmt: skip
         overlay.write_text(original.replace("seeds: [0]", "seeds: [0, 1]"))
         assert not {"images", "backbone", "activations", "policy"} & set(jobs(run_folder))
     finally:
         overlay.write_text(original)
+
+
+def test_provenance_says_what_was_run_where_and_what_every_job_took(run_folder: Path) -> None:
+    run = run_folder / "results" / "tiny"
+    about = json.loads((run / "provenance.json").read_text())
+    assert about["configuration"] == json.loads((run / "configuration.json").read_text())
+    assert about["configuration"]["saes"]["topk"]["d_sae"] == 48 and about["configuration"]["run"] == "tiny"
+    digest = hashlib.sha256((run / "configuration.json").read_bytes()).hexdigest()
+    assert about["configuration_digest"] == digest
+    assert about["versions"]["torch"] and about["machine"]["processor"] and about["machine"]["memory_gb"] > 0
+    assert about["jobs"].keys() == {path.stem for path in (run / "logs").iterdir()} - {"provenance", "configuration"}
+    took = about["jobs"]["backbone-vit"]
+    assert took["seconds"] > 1 and took["cpu_seconds"] > 1 and took["peak_memory_mb"] > 100
+
+
+def test_planning_imports_no_heavy_library(tmp_path: Path) -> None:
+    command = [sys.executable, "-X", "importtime", "-m", "snakemake", "--configfile", "tiny.yaml", "--dry-run"]
+    done = subprocess.run(command, cwd=workspace(tmp_path / "w"), capture_output=True, text=True, check=True)
+    imported = set(re.findall(r"^import time:.*\| +([\w.]+)$", done.stderr, re.MULTILINE))
+    assert "sparsight.run" in imported and not {"torch", "timm", "zarr", "open_clip"} & imported
 
 
 FVU_BY_HAND = """
@@ -269,6 +308,15 @@ def test_a_stage_left_behind_by_a_killed_snakemake_keeps_a_second_one_out(
     assert (folder / target).exists() and not list((folder / "results" / "tiny" / ".work").iterdir())
 
 
+def test_a_shard_deleted_between_rules_is_made_again_as_the_message_says(run_folder: Path) -> None:
+    before = contents(run_folder)
+    store = run_folder / "results" / "tiny" / "activations" / "vit"
+    (store / "val.zarr" / "blocks.1.input" / "c" / "2" / "0").unlink()
+    (store / "val.json").unlink()
+    assert snakemake(run_folder, "--cores", "2").returncode == 0
+    assert contents(run_folder) == before
+
+
 def one_line(done: subprocess.CompletedProcess[str]) -> str:
     """The error of a failed command: status 1, one line, no traceback."""
     usual = ("Using workflow specific profile", "Config file params.yaml is extended", "24/24 images")
@@ -330,6 +378,10 @@ def truncate(path: Path) -> None:
     shard.write_bytes(shard.read_bytes()[:-1])
 
 
+def lose(path: Path) -> None:
+    (path / "blocks.2.input" / "c" / "0" / "0").unlink()
+
+
 def no_manifest(path: Path) -> None:
     path.with_suffix(".json").write_text("{")
 
@@ -339,6 +391,7 @@ def no_manifest(path: Path) -> None:
     [
         (not_a_number, r"train.zarr/blocks.2.input: NaN or infinite activation, image 17; make the store again"),
         (truncate, r"blocks.2.input/c/0/0: \d+ bytes instead of \d+; delete train.json beside the store"),
+        (lose, r"blocks.2.input/c/0/0: missing from the store; delete train.json beside the store"),
         (no_manifest, r"train.json: not JSON .*; delete train.json beside the store"),
     ],
 )

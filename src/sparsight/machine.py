@@ -3,8 +3,8 @@
 import importlib.metadata
 import os
 import platform
+import socket
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +12,25 @@ _PACKAGES = ("sparsight", "torch", "timm", "zarr", "numpy", "safetensors", "pyar
 
 
 def describe() -> dict[str, Any]:
-    """Processor, cores, system and accelerator."""
-    about: dict[str, Any] = {"processor": _processor(), "cores": os.cpu_count(), "system": platform.platform()}
-    if "torch" in sys.modules:
-        import torch
+    """Host, processor, cores, memory, system and accelerators."""
+    return {
+        "host": socket.gethostname(),
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
+        "system": platform.platform(),
+        "gpus": list(cards().values()),
+    }
 
-        if torch.cuda.is_available():
-            about["gpu"] = torch.cuda.get_device_name()
-    return about
+
+def cards() -> dict[str, str]:
+    """Names of the NVIDIA cards by their UUID, which means the same to every program; none without a driver."""
+    command = ["nvidia-smi", "--query-gpu=uuid,name", "--format=csv,noheader"]
+    try:
+        lines = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
+    except (OSError, subprocess.CalledProcessError):
+        return {}
+    return dict(line.split(", ", 1) for line in lines)
 
 
 def versions() -> dict[str, str]:

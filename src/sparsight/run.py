@@ -4,6 +4,7 @@ import dataclasses
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ class Run:
         """Where the run's results lie."""
         return Path("results") / self.run
 
-    @property
+    @cached_property
     def grids(self) -> dict[str, list[str]]:
         """The folders in ``saes`` of every section's SAEs, which are trained together."""
         return {
@@ -43,17 +44,17 @@ class Run:
             for name, s in self.saes.items()
         }
 
-    @property
+    @cached_property
     def sae_names(self) -> dict[str, Sae]:
         """Every SAE of one site, by the name of its folder (<section>-s<seed>)."""
         return {f"{name}-s{seed}": s for name, s in self.saes.items() if not s.sites for seed in s.seeds}
 
-    @property
+    @cached_property
     def chains(self) -> dict[str, Sae]:
         """Every ReSAE chain, by the name of its folder (<section>-s<seed>)."""
         return {f"{name}-s{seed}": s for name, s in self.saes.items() if s.sites for seed in s.seeds}
 
-    @property
+    @cached_property
     def transfers(self) -> list[str]:
         """The steering results that are tried on other images: VS2 on a model that classifies by prompts."""
         return [
@@ -63,7 +64,7 @@ class Run:
             and self.backbones[self.sae_names[sae].backbone].model.startswith("open_clip/")
         ]
 
-    @property
+    @cached_property
     def steering_names(self) -> dict[str, str]:
         """Every steering result (<section>-s<seed>) and the SAE folder it uses."""
         return {

@@ -9,9 +9,12 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from safetensors import SafetensorError
+
 from sparsight import records, schema
 from sparsight.config import Compute
-from sparsight.errors import SparsightError
+from sparsight.errors import SparsightError, reason
+from sparsight.gpu_slots import take_card
 from sparsight.work import Work, write_json
 
 if TYPE_CHECKING:
@@ -37,7 +40,12 @@ class Stage:
 
     @cached_property
     def device(self) -> "torch.device":
-        """The device, after torch has been told to be deterministic and how many threads to use."""
+        """The device, after torch has been told to be deterministic and how many threads to use.
+
+        A stage that asks for it on a GPU gets a card of its own, and may have to wait for one.
+        """
+        if self.compute.device == "cuda":
+            take_card()
         return prepare_torch(self.compute)
 
     def record(self) -> dict[str, Any]:
@@ -85,6 +93,10 @@ def run(main: Callable[[Stage], None], description: str, config: type | None = N
         if error.filename is None and error.errno is None:
             raise
         sys.exit(f"error: {error.filename or arguments.out}: {error.strerror}")
+    except SafetensorError as error:
+        if "os error" not in str(error):  # what the system refused, a full disk say, arrives as text
+            raise
+        sys.exit(f"error: {arguments.work}: {reason(error)}")
 
 
 def _run(

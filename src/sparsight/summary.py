@@ -1,15 +1,12 @@
-"""The headline numbers of a run, flat, and where they come from."""
+"""The headline numbers of a run, flat."""
 
-import dataclasses
 import json
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from sparsight import machine, tables
-from sparsight.config import Compute
+from sparsight import tables
 from sparsight.work import write_json
 
 
@@ -78,15 +75,3 @@ def by_strategy(rows: list[dict[str, Any]]) -> dict[tuple[str, str], list[dict[s
     for row in rows:
         groups.setdefault((row["strategy"], row["labels"]), []).append(row)
     return groups
-
-
-def write_provenance(compute: Compute, path: Path) -> None:
-    """Write ``provenance.json``: time, git commit, versions, machine, compute settings."""
-    about = {
-        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": machine.commit(),
-        "versions": machine.versions(),
-        "machine": machine.describe(),
-        "compute": dataclasses.asdict(compute),
-    }
-    write_json(path, about)

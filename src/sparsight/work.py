@@ -59,7 +59,7 @@ class Work:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
+            except BlockingIOError:
                 holder = _read(path) or "unknown process"
                 os.close(descriptor)
                 raise SparsightError(

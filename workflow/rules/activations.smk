@@ -17,8 +17,11 @@ rule extract:
         record=f"{R}/records/extract-{{backbone}}-{{split}}-{{part}}.json",
     log:
         f"{R}/logs/extract-{{backbone}}-{{split}}-{{part}}.log",
+    benchmark:
+        f"{R}/benchmarks/extract-{{backbone}}-{{split}}-{{part}}.jsonl"
     threads: THREADS
     resources:
+        **needs(),
         workers=RUN.compute.workers,  # not a parameter: another number makes no store stale
     params:
         parts=RUN.activations.parts,
@@ -41,6 +44,10 @@ rule activations:
         record=f"{R}/records/activations-{{backbone}}-{{split}}.json",
     log:
         f"{R}/logs/activations-{{backbone}}-{{split}}.log",
+    benchmark:
+        f"{R}/benchmarks/activations-{{backbone}}-{{split}}.jsonl"
+    resources:
+        **needs(gpu=0),
     params:
         out=subpath(output[0], parent=True),
         work=f"{R}/.work/activations-{{backbone}}-{{split}}",

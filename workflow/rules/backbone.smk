@@ -11,7 +11,11 @@ rule backbone:
         record=f"{R}/records/backbone-{{backbone}}.json",
     log:
         f"{R}/logs/backbone-{{backbone}}.log",
+    benchmark:
+        f"{R}/benchmarks/backbone-{{backbone}}.jsonl"
     threads: THREADS
+    resources:
+        **needs(),
     params:
         out=subpath(output[0], parent=True),
         work=f"{R}/.work/backbone-{{backbone}}",

@@ -1,5 +1,4 @@
 import ast
-import os
 import re
 import sys
 from functools import cache
@@ -7,14 +6,9 @@ from pathlib import Path
 
 from sparsight.trust import mark
 
-# `python` in a rule is the one that runs Snakemake, also where its environment is not activated.
-os.environ.update(PATH=os.pathsep.join([str(Path(sys.executable).parent), os.getenv("PATH", "")]))
-
 if workflow.is_main_process:  # not a job on a cluster node, which reads these files too
     for stage, reason in mark(RUN).items():
         print(f"{stage} is made again: {reason}", file=sys.stderr)
-
-THREADS = RUN.compute.threads  # what a stage takes; Snakemake's {threads} shrinks with --cores
 
 # What pruning steers with: steering result -> SAE.
 STEERED = {
@@ -74,6 +68,7 @@ def backbone_of_policy(wildcards):
     return f"{R}/backbones/{RUN.policies[wildcards.policy].backbone}/model.safetensors"
 
 
+@cache
 def sources(script, *extra):
     """A stage script and every file of sparsight that it can reach, so that a changed line reruns the stage.
 

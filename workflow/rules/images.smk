@@ -7,7 +7,11 @@ rule images:
         record=f"{R}/records/images.json",
     log:
         f"{R}/logs/images.log",
+    benchmark:
+        f"{R}/benchmarks/images.jsonl"
     threads: THREADS
+    resources:
+        **needs(gpu=0),
     params:
         out=subpath(output[0], parent=True),
         work=f"{R}/.work/images",
@@ -27,7 +31,11 @@ rule other_images:
         record=f"{R}/records/images-{{other}}.json",
     log:
         f"{R}/logs/images-{{other}}.log",
+    benchmark:
+        f"{R}/benchmarks/images-{{other}}.jsonl"
     threads: THREADS
+    resources:
+        **needs(gpu=0),
     params:
         out=subpath(output[0], parent=True),
         work=f"{R}/.work/images-{{other}}",

@@ -11,7 +11,11 @@ rule policy:
         record=f"{R}/records/policy-{{policy}}.json",
     log:
         f"{R}/logs/policy-{{policy}}.log",
+    benchmark:
+        f"{R}/benchmarks/policy-{{policy}}.jsonl"
     threads: THREADS
+    resources:
+        **needs(),
     params:
         out=subpath(output[0], parent=True),
         work=f"{R}/.work/policy-{{policy}}",
@@ -45,7 +49,11 @@ rule pruning:
         record=f"{R}/records/pruning-{{policy}}.json",
     log:
         f"{R}/logs/pruning-{{policy}}.log",
+    benchmark:
+        f"{R}/benchmarks/pruning-{{policy}}.jsonl"
     threads: THREADS
+    resources:
+        **needs(),
     params:
         out=subpath(output[0], parent=True),
         work=f"{R}/.work/pruning-{{policy}}",
@@ -67,8 +75,14 @@ rule timings:
         record=f"{R}/records/timings.json",
     log:
         f"{R}/logs/timings.log",
+    benchmark:
+        f"{R}/benchmarks/timings.jsonl"
     # More than there are: Snakemake cuts it to --cores, so nothing else runs while this stage measures.
     threads: 1024
+    resources:
+        **needs(),
+        cpus_per_task=THREADS,  # SLURM reads these two instead
+        slurm_extra="--exclusive",
     params:
         out=subpath(output[0], parent=True),
         work=f"{R}/.work/timings",

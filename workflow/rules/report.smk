@@ -1,3 +1,7 @@
+import dataclasses
+
+from sparsight.work import write_json
+
 RESULTS = {
     "backbones": expand(rules.backbone.output.config, backbone=RUN.backbones),
     "saes": expand(rules.evaluate_sae.output.metrics, sae=RUN.sae_names),
@@ -16,11 +20,12 @@ rule summary:
     output:
         metrics=f"{R}/metrics.json",
         curves=f"{R}/curves.json",
-        provenance=f"{R}/provenance.json",
         record=f"{R}/records/summary.json",
     log:
         f"{R}/logs/summary.log",
-    threads: 1
+    benchmark:
+        f"{R}/benchmarks/summary.jsonl"
+    localrule: True
     params:
         out=subpath(output[0], parent=True),
         work=f"{R}/.work/summary",
@@ -46,7 +51,11 @@ rule report:
         record=f"{R}/records/report.json",
     log:
         f"{R}/logs/report.log",
+    benchmark:
+        f"{R}/benchmarks/report.jsonl"
     threads: THREADS
+    resources:
+        **needs(),
     params:
         out=subpath(output[0], parent=True),
         work=f"{R}/.work/report",
@@ -58,4 +67,48 @@ rule report:
         " --from-steerings {input.steerings} --from-transfers {input.transfers} --from-policies {input.policies}"
         " --from-images {input.images} --from-stores {input.stores} --name {params.name}"
         " --out {params.out} --work {params.work} --record {output.record}"
+        " {params.flags} > {log} 2>&1"
+
+
+# The run's whole configuration: defaults, params.yaml and overlays in one file.
+rule configuration:
+    output:
+        f"{R}/configuration.json",
+    log:
+        f"{R}/logs/configuration.log",
+    localrule: True
+    params:
+        content=dataclasses.asdict(RUN),
+    run:
+        write_json(Path(output[0]), params.content)
+
+
+FINISHED = [
+    *rules.report.output,
+    *rules.summary.output,
+    *rules.timings.output,
+    *expand(f"{R}/activations/{{b}}/{{split}}.json", b=RUN.backbones, split=["train", "val", "test"]),
+]
+
+
+# Last of all, when every other stage has left its benchmark.
+rule provenance:
+    input:
+        configuration=rules.configuration.output,
+        finished=FINISHED,
+        code=sources("provenance.py"),
+    output:
+        f"{R}/provenance.json",
+    log:
+        f"{R}/logs/provenance.log",
+    threads: 1
+    resources:
+        **needs(),
+    params:
+        out=subpath(output[0], parent=True),
+        work=f"{R}/.work/provenance",
+        flags=flags(),
+    shell:
+        "python workflow/scripts/provenance.py --from-configuration {input.configuration}"
+        " --out {params.out} --work {params.work}"
         " {params.flags} > {log} 2>&1"

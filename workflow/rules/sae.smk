@@ -21,7 +21,11 @@ for GRID in RUN.saes:
             record=f"{R}/records/sae-{GRID}.json",
         log:
             f"{R}/logs/sae-{GRID}.log",
+        benchmark:
+            f"{R}/benchmarks/sae-{GRID}.jsonl"
         threads: THREADS
+        resources:
+            **needs(RUN.saes[GRID].memory_mb),
         params:
             name=GRID,
             out=subpath(output[0], ancestor=2 + RUN.grids[GRID][0].count("/")),
@@ -49,9 +53,13 @@ rule evaluate_sae:
         record=f"{R}/records/evaluate-{{sae}}.json",
     log:
         f"{R}/logs/evaluate-sae-{{sae}}.log",
+    benchmark:
+        f"{R}/benchmarks/evaluate-sae-{{sae}}.jsonl"
     wildcard_constraints:
         sae="|".join(map(re.escape, RUN.sae_names)),
     threads: THREADS
+    resources:
+        **needs(),
     params:
         out=subpath(output[0], parent=True),
         work=f"{R}/.work/evaluate-sae-{{sae}}",
@@ -84,7 +92,11 @@ for CHAIN, SECTION in RUN.chains.items():
             record=f"{R}/records/evaluate-{CHAIN}.json",
         log:
             f"{R}/logs/evaluate-{CHAIN}.log",
+        benchmark:
+            f"{R}/benchmarks/evaluate-{CHAIN}.jsonl"
         threads: THREADS
+        resources:
+            **needs(),
         params:
             name=CHAIN,
             out=subpath(output[0], parent=True),

@@ -21,7 +21,11 @@ rule steering:
         record=f"{R}/records/steering-{{steering}}-s{{seed}}.json",
     log:
         f"{R}/logs/steering-{{steering}}-s{{seed}}.log",
+    benchmark:
+        f"{R}/benchmarks/steering-{{steering}}-s{{seed}}.jsonl"
     threads: THREADS
+    resources:
+        **needs(),
     params:
         out=subpath(output[0], parent=True),
         work=f"{R}/.work/steering-{{steering}}-s{{seed}}",
@@ -50,7 +54,11 @@ rule steering_elsewhere:
         record=f"{R}/records/steering-{{steering}}-s{{seed}}-{{other}}.json",
     log:
         f"{R}/logs/steering-{{steering}}-s{{seed}}-{{other}}.log",
+    benchmark:
+        f"{R}/benchmarks/steering-{{steering}}-s{{seed}}-{{other}}.jsonl"
     threads: THREADS
+    resources:
+        **needs(),
     params:
         out=subpath(output[0], parent=True),
         work=f"{R}/.work/steering-{{steering}}-s{{seed}}-{{other}}",

@@ -1,14 +1,13 @@
-"""Collect the headline numbers of the run (metrics.json) and where they come from (provenance.json)."""
+"""Collect the headline numbers of the run: metrics.json."""
 
 from sparsight import stage
 
 
 def main(job: stage.Stage) -> None:
-    from sparsight.summary import write_curves, write_metrics, write_provenance
+    from sparsight.summary import write_curves, write_metrics
 
     write_metrics(job.inputs, job.work.out / "metrics.json")
     write_curves(job.inputs["saes"], job.work.out / "curves.json")
-    write_provenance(job.compute, job.work.out / "provenance.json")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,70 @@
+"""Kill stages and Snakemake itself at random moments until the run is done, and compare with a run left alone.
+
+``python tests/chaos.py`` kills 50 times, ``python tests/chaos.py 200 7`` 200 times with another seed.
+"""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+from conftest import snakemake, workspace
+from test_pipeline import contents, holder, run_in_peace, start
+
+SNAKEMAKE_SHARE = 0.25  # of the kills
+MEAN_SECONDS = 10.0  # between them; now and then there is time enough for the longest stage
+
+
+def stages(folder: Path) -> dict[int, str]:
+    """The stages that are running, by process."""
+    work = folder / "results" / "tiny" / ".work"
+    names = [path.name for path in work.iterdir()] if work.exists() else []
+    return {process: name for name in names if (process := holder(folder, name, "lock"))}
+
+
+def disturb(folder: Path, generator: random.Random, most: int) -> Counter[str]:
+    """Give the same command until it succeeds, killing what it is doing; returns how often what was killed."""
+    killed: Counter[str] = Counter()
+    while True:
+        run = start(folder)
+        while run.poll() is None:
+            try:
+                run.wait(generator.expovariate(1 / MEAN_SECONDS) if killed.total() < most else None)
+            except subprocess.TimeoutExpired:
+                if generator.random() < SNAKEMAKE_SHARE:
+                    run.kill()
+                    killed["snakemake"] += 1
+                elif running := stages(folder):
+                    process, name = generator.choice(sorted(running.items()))
+                    os.kill(process, signal.SIGKILL)
+                    killed[name] += 1
+        if run.returncode == 0:
+            return killed
+        if run.returncode == -signal.SIGKILL:
+            assert snakemake(folder, "--unlock").returncode == 0
+
+
+def main(kills: int = 50, seed: int = 0) -> None:
+    """Run again and again until so much was killed."""
+    generator, killed, begin = random.Random(seed), Counter[str](), time.monotonic()
+    with tempfile.TemporaryDirectory() as parent:
+        undisturbed = contents(run_in_peace(workspace(Path(parent, "peace"))))
+        while killed.total() < kills:
+            folder = workspace(Path(parent, f"chaos-{killed.total()}"))
+            killed += disturb(folder, generator, kills - killed.total())
+            made = contents(folder)
+            differing = [name for name in made.keys() | undisturbed if made.get(name) != undisturbed.get(name)]
+            left = [path.name for path in (folder / "results" / "tiny" / ".work").iterdir()]
+            print(f"{killed.total()} kills, {time.monotonic() - begin:.0f} s: {killed.most_common()}", flush=True)
+            if differing or left:
+                sys.exit(f"these files differ: {differing}; working folders left behind: {left}")
+    print(f"{killed.total()} kills, of them {killed['snakemake']} of Snakemake: the bytes of the undisturbed run")
+
+
+if __name__ == "__main__":
+    main(*map(int, sys.argv[1:]))

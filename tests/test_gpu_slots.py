@@ -1,0 +1,92 @@
+"""Cards handed out by lock files; the list of cards is pretended by a program that stands for nvidia-smi."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+STAGE = "import os; from sparsight.gpu_slots import take_card; take_card(); "
+STAGE += "print(os.environ.get('CUDA_VISIBLE_DEVICES'), flush=True); input()"
+
+
+@pytest.fixture
+def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A machine of two cards, and a place for its lock files."""
+    program = tmp_path / "bin" / "nvidia-smi"
+    program.parent.mkdir()
+    program.write_text("#!/bin/sh\necho GPU-a, NVIDIA A\necho GPU-b, NVIDIA A\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{program.parent}:{os.environ['PATH']}")
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    for name in ("CUDA_VISIBLE_DEVICES", "SLURM_JOB_ID"):
+        monkeypatch.delenv(name, raising=False)
+    return tmp_path
+
+
+class Stage:
+    """A process that takes a card and keeps it until it is stopped."""
+
+    def __init__(self, errors: Path, **environment: str) -> None:
+        self.errors = errors / f"{time.monotonic_ns()}.txt"
+        with self.errors.open("w") as file:
+            self.process = subprocess.Popen(
+                [sys.executable, "-c", STAGE],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=file,
+                text=True,
+                env={**os.environ, **environment},
+            )
+
+    def __enter__(self) -> "Stage":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
+        self.process.communicate()
+
+    def card(self) -> str:
+        """What it sees, as soon as it has a card."""
+        assert self.process.stdout is not None
+        return self.process.stdout.readline().strip()
+
+
+def test_two_stages_get_two_cards_and_a_third_waits_until_one_is_killed(machine: Path) -> None:
+    with Stage(machine) as first, Stage(machine) as second:
+        taken = [first.card(), second.card()]
+        assert sorted(taken) == ["GPU-a", "GPU-b"]
+        with Stage(machine) as third:
+            while not third.errors.read_text():
+                assert third.process.poll() is None
+                time.sleep(0.02)
+            message = "every card (GPU-a, GPU-b) is in use by another stage; waiting for one\n"
+            assert third.errors.read_text() == message
+            second.process.kill()
+            assert third.card() == taken[1]
+            assert third.errors.read_text() == message, "said once"
+
+
+def test_cards_named_by_the_user_are_the_only_ones_handed_out(machine: Path) -> None:
+    with Stage(machine, CUDA_VISIBLE_DEVICES="3, 5") as first, Stage(machine, CUDA_VISIBLE_DEVICES="3,5") as second:
+        assert sorted([first.card(), second.card()]) == ["3", "5"]
+
+
+@pytest.mark.parametrize("visible", ["0", "0,1"])
+def test_what_slurm_gives_is_taken_as_it_is(machine: Path, visible: str) -> None:
+    job = {"SLURM_JOB_ID": "7", "CUDA_VISIBLE_DEVICES": visible}
+    with Stage(machine, **job) as first, Stage(machine, **job) as second:
+        assert first.card() == second.card() == visible
+
+
+@pytest.mark.parametrize("program", ["#!/bin/sh\nexit 9\n", None])
+def test_a_machine_without_cards_leaves_everything_as_it_is(machine: Path, program: str | None) -> None:
+    path = machine / "bin" / "nvidia-smi"
+    path.unlink()
+    if program:
+        path.write_text(program)
+        path.chmod(0o755)
+    with Stage(machine) as stage:
+        assert stage.card() == "None"

@@ -1,0 +1,13 @@
+"""Record where the run comes from and what each job took: provenance.json."""
+
+from sparsight import stage
+
+
+def main(job: stage.Stage) -> None:
+    from sparsight.provenance import write_provenance
+
+    write_provenance(job.inputs["configuration"], job.out / "benchmarks", job.work.out / "provenance.json")
+
+
+if __name__ == "__main__":
+    stage.run(main, __doc__, configuration="configuration.json of the run")
