@@ -3,7 +3,6 @@
 import dataclasses
 import itertools
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
@@ -22,7 +21,7 @@ from sparsight.pruning import classes, controls, evaluate, frontiers, last_block
 from sparsight.pruning.evaluate import Steered
 from sparsight.pruning.last_block import arrive, pack, unpack
 from sparsight.pruning.outcomes import Outcome
-from sparsight.pruning.policy import HeadPolicy
+from sparsight.pruning.policy import Given, HeadPolicy
 from sparsight.pruning.strategies import KINDS, LABELS, NONE, Row
 from sparsight.sae import SAE
 from sparsight.steering import latents
@@ -219,16 +218,6 @@ def by_definition(study: Study, row: Row, cls: Tensor, c: int) -> tuple[Tensor, 
     return study.policy.logits(2, cls + edit)[0], edit
 
 
-@dataclass
-class Masks:
-    """Given masks, as a policy."""
-
-    keep_BH: Tensor
-
-    def decide(self, block: int, cls_BD: Tensor) -> Tensor:
-        return self.keep_BH
-
-
 def test_every_row_equals_its_definition_run_image_by_image(manifest: Manifest) -> None:
     """Edit the class token, ask the policy, run the whole model under that mask; no table, no closed form."""
     study = Study(manifest, saes=1)
@@ -277,7 +266,7 @@ def test_every_row_equals_its_definition_run_image_by_image(manifest: Manifest) 
                 predicted = int(backbone.classify(x).argmax())
             elif row.strategy == "class-latents-in-stream":
                 whole = torch.cat([cls[:, None] + edit, x[:, 1:]], dim=1)
-                taken = Masks(torch.from_numpy(unpack(np.array([code]), 6)))
+                taken = Given(torch.from_numpy(unpack(np.array([code]), 6)))
                 predicted = int(backbone.classify(backbone.run_blocks(whole, 2, 3, taken)[0]).argmax())
             assert got[row].predicted[n] == predicted and got[row].hits[n] == (predicted == test.labels[n]), row
             assert got[row].usage[n] == pytest.approx(bin(code).count("1") / 6)

@@ -23,7 +23,7 @@ from sparsight import attention
 from sparsight.backbones import Backbone
 from sparsight.images import Split
 from sparsight.progress import Progress
-from sparsight.pruning.policy import HeadPolicy
+from sparsight.pruning.policy import Given, HeadPolicy
 
 _AFFORDABLE = 64  # what a table may cost: passes through the last block, per image
 
@@ -183,19 +183,9 @@ class _Runs:
 
     def _last(self, x_BTD: Tensor, codes_B: np.ndarray, heads: attention.HeadMode) -> np.ndarray:
         last = self.backbone.n_blocks - 1
-        keep = _Given(torch.from_numpy(unpack(codes_B, self.backbone.n_heads)).to(x_BTD.device))
+        keep = Given(torch.from_numpy(unpack(codes_B, self.backbone.n_heads)).to(x_BTD.device))
         out_BTD, _ = self.backbone.run_blocks(x_BTD, last, last + 1, keep, heads)
         return self.backbone.classify(out_BTD).argmax(dim=1).cpu().numpy()
-
-
-@dataclass
-class _Given:
-    """Masks of the one block that is run, as a policy."""
-
-    mask_BH: Tensor
-
-    def decide(self, block: int, cls_BD: Tensor) -> Tensor:
-        return self.mask_BH
 
 
 def _prefixes(

@@ -4,6 +4,7 @@ Shapes: B batch, D width (d_in), P blocks with a policy, H heads.
 """
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -78,3 +79,14 @@ class HeadPolicy(nn.Module):
         policy = cls(config["d_in"], config["n_heads"], config["blocks"])
         policy.load_state_dict(load_file(folder / "policy.safetensors"))
         return policy.requires_grad_(False)
+
+
+@dataclass(frozen=True)
+class Given:
+    """Masks given in advance, the same in every block that asks, as a policy."""
+
+    keep_BH: Tensor
+
+    def decide(self, block: int, cls_BD: Tensor) -> Tensor:
+        """Bool (B, H)."""
+        return self.keep_BH

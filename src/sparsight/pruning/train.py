@@ -20,7 +20,7 @@ from sparsight.backbones import Backbone
 from sparsight.batches import RowNumbers
 from sparsight.errors import SparsightError
 from sparsight.images import Manifest, Pixels, Split
-from sparsight.pruning.policy import HeadPolicy
+from sparsight.pruning.policy import Given, HeadPolicy
 from sparsight.seeds import derive_seed
 from sparsight.work import Work
 
@@ -60,19 +60,9 @@ def _check_heads(backbone: Backbone, blocks: list[int], name: str) -> None:
     keep = torch.ones(1, backbone.n_heads, dtype=torch.bool, device=backbone.device)
     for block in blocks:
         try:
-            backbone.run_blocks(x_BTD, block, block + 1, _Always(keep), "gathered")
+            backbone.run_blocks(x_BTD, block, block + 1, Given(keep), "gathered")
         except SparsightError as error:
             raise SparsightError(f"policies.{name}: block {block}: {error}") from None
-
-
-@dataclasses.dataclass
-class _Always:
-    """The same mask in every block, as a policy."""
-
-    keep_BH: Tensor
-
-    def decide(self, block: int, cls_BD: Tensor) -> Tensor:
-        return self.keep_BH
 
 
 @torch.no_grad()
