@@ -18,7 +18,9 @@ up() {
     }
     mkdir -p "$STATE"/{controller,node} /etc/slurm
     install -d -o munge -g munge -m 755 /run/munge
-    munge -n > /dev/null 2>&1 || setpriv --reuid=munge --regid=munge --clear-groups munged --force
+    munge -n > /dev/null 2>&1 || {
+        setpriv --reuid=munge --regid=munge --clear-groups munged --force --pid-file=/run/munge/sparsight.pid
+    }
     wait_for munge -n
     touch "$STATE/gpu0"
     echo "NodeName=$HOST Name=gpu File=$STATE/gpu0" > "$STATE/gres.conf"
@@ -65,6 +67,7 @@ down() {
     for daemon in slurmd slurmctld; do
         [ ! -s "$STATE/$daemon.pid" ] || kill "$(cat "$STATE/$daemon.pid")" 2> /dev/null || true
     done
+    [ ! -s /run/munge/sparsight.pid ] || kill "$(cat /run/munge/sparsight.pid)"
     rm /etc/slurm/{slurm,gres,cgroup}.conf
     wait_for [ ! -e "$STATE/slurmd.pid" ]  # which a daemon removes when it ends
     wait_for [ ! -e "$STATE/slurmctld.pid" ]
