@@ -32,7 +32,7 @@ BACKBONE_FILES = ("model.safetensors", "prompts.safetensors", "config.json", "tr
 VARYING = ("timings.json", "provenance.json", "logs/", "benchmarks/", ".trust/")
 
 
-def configuration() -> dict[str, Any]:
+def tiny() -> dict[str, Any]:
     """params.yaml with the overlay laid over it."""
     config: dict[str, Any] = yaml.safe_load((ROOT / "params.yaml").read_text())
     update_config(config, yaml.safe_load(TINY.read_text()))
@@ -151,7 +151,7 @@ def test_one_command_makes_every_promised_file_and_leaves_no_working_state(run_f
         "metrics.json",
         "curves.json",
         "configuration.json",
-        *(f"records/{stage}.json" for stage, _ in trust.stages(load_run(configuration()))),
+        *(f"records/{stage}.json" for stage, _ in trust.stages(load_run(tiny())) if stage != "configuration"),
     }
     stores = {name for name in made if ".zarr/" in name}
     assert made - stores | {name for name in stores if name.count("/") == 3 and "zarr.json" in name} == promised

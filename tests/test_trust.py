@@ -1,6 +1,7 @@
 """Files that are not the configuration's are made again, whatever times and Snakemake's memory say."""
 
 import copy
+import dataclasses
 import json
 import os
 import re
@@ -129,6 +130,14 @@ def test_files_are_read_once_until_they_change(made: Run, monkeypatch: pytest.Mo
     assert len(read) == 3
 
 
+def test_the_configuration_s_own_file_is_compared_with_it(made: Run) -> None:
+    path = made.folder / "configuration.json"
+    write_json(path, dataclasses.asdict(made))
+    assert trust.mark(made) == {}
+    other = make_run(images={"source": "mnist-5000", "val_fraction": 0.2})
+    assert trust.mark(other) == {"configuration": "it is another configuration's"}
+
+
 def planned(folder: Path) -> set[str]:
     """The stages that Snakemake would run, by the names of their records."""
     done = snakemake(folder, "--dry-run", "--printshellcmds")
@@ -143,7 +152,7 @@ def test_every_rule_leaves_the_record_that_is_looked_for(tmp_path: Path) -> None
     update_config(config, overlay)
     folder = workspace(tmp_path / "w")
     (folder / "tiny.yaml").write_text(yaml.safe_dump(overlay))
-    assert planned(folder) == {stage for stage, _ in trust.stages(load_run(config))}
+    assert planned(folder) == {stage for stage, _ in trust.stages(load_run(config))} - {"configuration"}
 
 
 def write_overlay(folder: Path, **topk: Any) -> None:

@@ -6,6 +6,7 @@ anything is planned :func:`mark` compares the records with the configuration and
 differs gets a new mark, a small file that its rule has as an input, so that it is made again.
 """
 
+import dataclasses
 import json
 import os
 import uuid
@@ -16,6 +17,7 @@ from typing import Any
 from sparsight import schema
 from sparsight.records import settings
 from sparsight.run import Run
+from sparsight.work import json_text
 
 
 def mark(run: Run) -> dict[str, str]:
@@ -61,6 +63,7 @@ def stages(run: Run) -> Iterator[tuple[str, Any]]:
     for name, policy in run.policies.items():
         yield f"policy-{name}", policy
         yield f"pruning-{name}", run.pruning
+    yield "configuration", run
     yield "timings", None
     yield "summary", None
     yield "report", run.report
@@ -68,6 +71,10 @@ def stages(run: Run) -> Iterator[tuple[str, Any]]:
 
 def _difference(run: Run, stage: str, section: Any, digests: "_Digests") -> str:
     """Why a stage's files are not to be trusted; empty where they are, or are not there."""
+    if stage == "configuration":  # says itself what it is of
+        path = run.folder / "configuration.json"
+        same = not path.exists() or path.read_text() == json_text(dataclasses.asdict(run))
+        return "" if same else "it is another configuration's"
     try:
         about = json.loads((run.folder / "records" / f"{stage}.json").read_text())
     except FileNotFoundError:

@@ -120,7 +120,12 @@ def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
 
 def write_json(path: Path, value: object) -> None:
     """Write JSON whose bytes are equal for equal values: sorted keys, one per line."""
-    path.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n")
+    path.write_text(json_text(value))
+
+
+def json_text(value: object) -> str:
+    """What :func:`write_json` writes."""
+    return json.dumps(value, indent=1, sort_keys=True) + "\n"
 
 
 def remove(path: Path) -> None:

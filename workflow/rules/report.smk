@@ -72,6 +72,8 @@ rule report:
 
 # The run's whole configuration: defaults, params.yaml and overlays in one file.
 rule configuration:
+    input:
+        trust=f"{R}/.trust/configuration",
     output:
         f"{R}/configuration.json",
     log:
