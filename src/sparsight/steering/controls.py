@@ -29,20 +29,17 @@ def mean_difference_edit(classes_B: Tensor, found: ClassLatents, size_B: Tensor)
     return of_size((found.class_mean - found.mean)[classes_B], size_B)
 
 
-def unit_edit(method: str, sae: SAE, cls_BD: Tensor, classes_B: Tensor, found: ClassLatents) -> Tensor:
-    """The edit of factor 2 by a method's name, (B, D); every method has the size of class-latents."""
-    return _beside(method, class_edit(sae, sae.encode(cls_BD).dense(), classes_B, found), sae, classes_B, found)
-
-
 def edits(sae: SAE, found: ClassLatents, edit: Literal["amplify", "clamp"]) -> dict[str, Edit]:
     """Class latents and their controls, by name; strength is the factor on the latents or on their class mean."""
 
     def named(method: str) -> Edit:
         def apply(batch: Batch, factor: float) -> Tensor:
             assert batch.classes is not None
+            codes_BF = sae.encode(batch.x).dense()
             if edit == "amplify":
-                return batch.x + (factor - 1) * unit_edit(method, sae, batch.x, batch.classes, found)
-            clamped_BD = clamp_edit(sae, sae.encode(batch.x).dense(), batch.classes, found, factor)
+                unit_BD = class_edit(sae, codes_BF, batch.classes, found)
+                return batch.x + (factor - 1) * _beside(method, unit_BD, sae, batch.classes, found)
+            clamped_BD = clamp_edit(sae, codes_BF, batch.classes, found, factor)
             return batch.x + _beside(method, clamped_BD, sae, batch.classes, found)
 
         return Edit(apply, ("predicted", "oracle"))
