@@ -27,7 +27,8 @@ def run_in_one_process(folder: Path) -> Path:
     make_folder(folder / "images", per_class=60)
     plan = snakemake(folder, "--dry-run", "--printshellcmds")
     assert plan.returncode == 0, plan.stderr
-    commands = re.findall(r"(python workflow/scripts/.*) > ", plan.stdout + plan.stderr)
+    every = re.findall(r"(python workflow/scripts/.*) > ", plan.stdout + plan.stderr)
+    commands = [command for command in every if "provenance.py" not in command]  # it reads what Snakemake itself writes
     python = [sys.executable, "-c", IN_ONE_PROCESS]
     done = subprocess.run(python, cwd=folder, input="\n".join(commands), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-5000:]
