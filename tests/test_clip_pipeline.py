@@ -61,7 +61,11 @@ def test_every_stage_classifies_by_the_same_prompts(run: Path) -> None:
 def test_heads_of_the_image_tower_are_pruned_and_timed(run: Path) -> None:
     overall = pq.read_table(run / "pruning" / "heads" / "overall.parquet").to_pylist()
     assert {row["strategy"] for row in overall} >= {"none", "class-latents", "random-latents", "logit-bias"}
-    usage, macs = np.array([(row["usage_all"], row["macs"]) for row in overall]).T
+    alone = ("none", "all-heads", "zero-heads", "logit-bias", "class-threshold", "class-static")
+    plain = [row for row in overall if row["strategy"] in alone and row["labels"] in ("none", "oracle")]
+    assert {row["strategy"] for row in plain} == set(alone), "these need nothing beside the model"
+    usage, macs = np.array([(row["usage_all"], row["macs"]) for row in plain]).T
+    assert usage.min() < usage.max()
     np.testing.assert_allclose(macs - macs[0], (usage - usage[0]) * 18 * head_macs(24, 4, 17), atol=1)
     metrics = json.loads((run / "pruning" / "heads" / "metrics.json").read_text())
     assert metrics["gathered_against_masked"]["max_abs_logit_difference"] < 1e-3
