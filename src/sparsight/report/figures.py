@@ -33,7 +33,7 @@ _MARKERS = {"none": "s", "predicted": "o", "oracle": "^"}
 
 def steering(rows: list[dict[str, Any]], classes: list[dict[str, Any]], gate: list[dict[str, Any]]) -> str:
     """Accuracy against strength on val, the gate's curve on test where there is one, and test gains by class."""
-    figure = Figure(figsize=(10.5, 3.4), layout="constrained")
+    figure = Figure(figsize=(10.5, 3.9), layout="constrained")
     axes = figure.subplots(1, 3 if gate else 2, squeeze=False)[0]
     val = [row for row in rows if row["split"] == "val"]
     for (method, labels), group in _groups(val, "method", "labels").items():
@@ -44,7 +44,7 @@ def steering(rows: list[dict[str, Any]], classes: list[dict[str, Any]], gate: li
         else:
             axes[0].plot([r["strength"] for r in group], [r["accuracy"] for r in group], label=label, **style)
     axes[0].set(title="val: every strength", xlabel="strength", ylabel="accuracy")
-    axes[0].legend(frameon=False, fontsize=7)
+    figure.legend(loc="outside lower center", ncols=5, frameon=False, fontsize=7)  # too many for a corner of the axes
     main = next(row["method"] for row in val if row["method"] not in ("none", "reconstruct"))
     shown = [row for row in classes if row["method"] not in ("none", "reconstruct") and row["labels"] != "oracle"]
     names = list(dict.fromkeys(row["class_name"] for row in classes))
