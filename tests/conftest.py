@@ -19,9 +19,10 @@ import pytest
 import torch
 from PIL import Image
 
-from sparsight import backbones
+from sparsight import backbones, config
 from sparsight.backbones import Backbone
 from sparsight.config import Compute
+from sparsight.images import Manifest, write_manifest
 from sparsight.sae import SAE, Trainer
 from sparsight.stage import prepare_torch
 from sparsight.store_writer import Plan, StoreWriter, finish_store, shard_size
@@ -60,6 +61,13 @@ def make_folder(path: Path, per_class: int = 12, size: int = 16) -> Path:
             pixels = generator.integers(level, level + 60, (size, size), dtype=np.uint8)
             Image.fromarray(pixels).save(path / name / f"{i:03}.png")
     return path
+
+
+def make_manifest(folder: Path, per_class: int) -> Manifest:
+    """The manifest of such a folder, read from ``folder``."""
+    section = config.Images(source="folder", path=str(make_folder(folder / "images", per_class)))
+    write_manifest(section, 0, {}, 2, folder / "m.parquet")
+    return Manifest(folder / "m.parquet")
 
 
 def workspace(path: Path, overlay: Path = TINY) -> Path:

@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import make_backbone, make_folder
+from conftest import make_backbone, make_manifest
 from torch import Tensor
 
 from sparsight import config, sae, tables
 from sparsight.backbones import Backbone
-from sparsight.images import Manifest, write_manifest
+from sparsight.images import Manifest
 from sparsight.sae import SAE
 from sparsight.steering import controls, latents
 from sparsight.steering.at_site import AtSite, attribution
@@ -28,10 +28,7 @@ SITE = "blocks.1.output"
 
 @pytest.fixture(scope="module")
 def manifest(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
-    folder = tmp_path_factory.mktemp("images")
-    make_folder(folder / "images", per_class=20)
-    write_manifest(config.Images(source="folder", path=str(folder / "images")), 0, {}, 2, folder / "m.parquet")
-    return Manifest(folder / "m.parquet")
+    return make_manifest(tmp_path_factory.mktemp("images"), per_class=20)
 
 
 @pytest.fixture(scope="module")

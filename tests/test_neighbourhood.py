@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 import torch
 import zarr
-from conftest import make_backbone, make_folder, write_store
+from conftest import make_backbone, make_manifest, write_store
 from torch import Tensor
 
 from sparsight import config, sae, tables
 from sparsight.backbones import Backbone
 from sparsight.errors import SparsightError
-from sparsight.images import Manifest, write_manifest
+from sparsight.images import Manifest
 from sparsight.sae import SAE
 from sparsight.seeds import derive_seed
 from sparsight.steering.edits import Batch
@@ -35,10 +35,7 @@ Stores = dict[str, ActivationStore]
 
 @pytest.fixture(scope="module")
 def manifest(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
-    folder = tmp_path_factory.mktemp("images")
-    make_folder(folder / "images", per_class=40)
-    write_manifest(config.Images(source="folder", path=str(folder / "images")), 0, {}, 2, folder / "m.parquet")
-    return Manifest(folder / "m.parquet")
+    return make_manifest(tmp_path_factory.mktemp("images"), per_class=40)
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import zarr
-from conftest import make_backbone, make_folder, write_store
+from conftest import make_backbone, make_manifest, write_store
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -15,7 +15,7 @@ from torch import Tensor
 from sparsight import config, sae, tables
 from sparsight.backbones import Backbone
 from sparsight.errors import SparsightError
-from sparsight.images import Manifest, write_manifest
+from sparsight.images import Manifest
 from sparsight.sae import SAE
 from sparsight.steering import vs2
 from sparsight.steering.at_site import check_site
@@ -31,10 +31,7 @@ SECTION = config.Steering(sae="sae", kind="vs2", strengths=(0.5, 2.0), quantiles
 
 @pytest.fixture(scope="module")
 def manifest(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
-    folder = tmp_path_factory.mktemp("images")
-    make_folder(folder / "images", per_class=40)
-    write_manifest(config.Images(source="folder", path=str(folder / "images")), 0, {}, 2, folder / "m.parquet")
-    return Manifest(folder / "m.parquet")
+    return make_manifest(tmp_path_factory.mktemp("images"), per_class=40)
 
 
 def at_site(backbone: Backbone, manifest: Manifest, split: str) -> Tensor:
