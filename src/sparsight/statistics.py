@@ -38,9 +38,9 @@ def paired(hits: np.ndarray, reference: np.ndarray) -> dict[str, float]:
     Returns:
         delta, delta_lo, delta_hi.
     """
-    delta, centre, half = _agresti_min(hits, reference)
+    delta, centre, error = _agresti_min(hits, reference)
     # in tiny samples the shrunken centre can leave delta outside
-    low, high = min(delta, centre - Z * half), max(delta, centre + Z * half)
+    low, high = min(delta, centre - Z * error), max(delta, centre + Z * error)
     return {"delta": delta, "delta_lo": float(low), "delta_hi": float(high)}
 
 
@@ -49,8 +49,8 @@ def loss_bound(hits: np.ndarray, reference: np.ndarray) -> float:
 
     Below a margin fixed in advance it says that ``hits`` is not inferior by more than that margin.
     """
-    delta, centre, half = _agresti_min(hits, reference)
-    return float(-min(delta, centre - Z_ONE_SIDED * half))
+    delta, centre, error = _agresti_min(hits, reference)
+    return float(-min(delta, centre - Z_ONE_SIDED * error))
 
 
 def _agresti_min(hits: np.ndarray, reference: np.ndarray) -> tuple[float, float, float]:
