@@ -14,7 +14,7 @@ from sparsight import backbones
 from sparsight.attention import parts
 from sparsight.backbones import Backbone
 from sparsight.errors import SparsightError
-from sparsight.pruning.last_block import every_mask, unpack
+from sparsight.pruning.headwise import Headwise, unpack
 
 SMALL: dict[str, Any] = {"embed_dim": 48, "depth": 2, "num_heads": 3, "img_size": 32, "patch_size": 8, "num_classes": 5}
 CLIP: dict[str, Any] = {
@@ -278,7 +278,7 @@ def test_every_mask_of_the_last_block_is_what_masking_gives(case: Case) -> None:
         pytest.skip("its heads cannot be switched")
     H, last = backbone.n_heads, backbone.n_blocks - 1
     stream, _ = backbone.run_blocks(backbone.tokens(x), 0, last)
-    got = torch.cat(list(every_mask(backbone, stream)), dim=1)
+    got = torch.cat(list(Headwise.of(backbone, stream).every()), dim=1)
     assert got.shape[:2] == (len(x), 2**H)
     for code in range(0, 2**H, max(1, 2**H // 8)):
         mask = torch.ones(len(x), last + 1, H, dtype=torch.bool)

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT, make_backbone, make_folder
@@ -19,8 +20,9 @@ from sparsight.backbones import Backbone
 from sparsight.errors import SparsightError
 from sparsight.images import Manifest, write_manifest
 from sparsight.pruning import train
-from sparsight.pruning.policy import HeadPolicy
-from sparsight.pruning.train import _cls_statistics, _straight_through, _Training
+from sparsight.pruning.passes import AtLastBlock, Whole
+from sparsight.pruning.policy import Given, HeadPolicy
+from sparsight.pruning.train import _straight_through, _Training
 from sparsight.work import Work, write_json
 
 SCRIPT = str(ROOT / "workflow" / "scripts" / "policy.py")
@@ -89,6 +91,7 @@ def test_killed_twice_the_stage_ends_with_the_same_bytes(manifest: Manifest, tmp
         words = [f"--out={out}", f"--work={out}.work", "--name=heads", "--threads=1", "--backbone=vit"]
         inputs = [f"--from-images={tmp_path / 'm.parquet'}", f"--from-backbone={weights}"]
         command = [sys.executable, "-c", KILLED, str(at), SCRIPT, *inputs, *words, "--batch-size=6", "--epochs=2"]
+        command += ["--backbone-lr=0.001"]  # more to restore
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode in (0, -signal.SIGKILL), done.stderr
         return done.returncode
@@ -129,6 +132,43 @@ def test_a_policy_of_the_last_block_leaves_the_others_whole(manifest: Manifest, 
     assert list(masks) == [2]
 
 
+class AtBlock2(Given):
+    """Masks for block 2 alone."""
+
+    def decide(self, block: int, cls_BD: Tensor) -> Tensor | None:  # type: ignore[override]
+        return self.keep_BH if block == 2 else None
+
+
+def test_images_stored_at_the_last_block_give_what_the_whole_model_gives(manifest: Manifest) -> None:
+    backbone = make_backbone(classes=2).requires_grad_(False)
+    train, val = manifest.split("train"), manifest.split("val")
+    whole, stored = Whole(backbone, train, val, [2], 7), AtLastBlock(backbone, train, val, 7)
+    for one, other in zip(whole.statistics(), stored.statistics(), strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
+    rows, gradients, logits = np.arange(1, len(train), 3), [], []
+    for passes in (whole, stored):
+        keep = torch.rand(len(rows), 6, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        logits.append(passes.logits(rows, AtBlock2(keep)))
+        gradients.append(torch.autograd.grad(logits[-1][:, 0].sum(), keep)[0])
+    torch.testing.assert_close(*logits, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(*gradients, atol=1e-5, rtol=1e-4)
+    policy = random_policy()
+    policy.blocks = [2]
+    for got, wanted in zip(whole.on_val(policy), stored.on_val(policy), strict=True):
+        np.testing.assert_allclose(got, wanted)
+
+
+def test_a_fine_tuned_backbone_is_kept_with_its_policy(manifest: Manifest, tmp_path: Path) -> None:
+    original, tuned = make_backbone(classes=2), make_backbone(classes=2)
+    section = config.Policy("vit", target=0.5, epochs=2, batch_size=6, backbone_lr=1e-3)
+    policy, _ = fit(section, tuned, manifest, tmp_path / "policy")
+    own, images = policy.own(original), torch.randn(4, 1, 16, 16)
+    assert torch.equal(own(images, policy=policy), tuned(images, policy=policy))
+    assert not torch.equal(own(images), original(images))
+    frozen, _ = fit(config.Policy("vit", epochs=1, batch_size=6), original, manifest, tmp_path / "frozen")
+    assert frozen.own(original) is original and torch.equal(original(images), make_backbone(classes=2)(images))
+
+
 class Foreign(Attention):  # type: ignore[misc]
     """An attention layer that computes something else."""
 
@@ -166,7 +206,7 @@ def last_inputs(backbone: Backbone, manifest: Manifest, split: str) -> Tensor:
 
 def test_folded_policy_decides_as_the_standardised_one(manifest: Manifest) -> None:
     backbone = make_backbone(classes=2)
-    mean, std = _cls_statistics(backbone, manifest.split("train"), [1, 2], 7)
+    mean, std = Whole(backbone, manifest.split("train"), manifest.split("val"), [1, 2], 7).statistics()
     x = last_inputs(backbone, manifest, "train")[:, 0]
     torch.testing.assert_close(mean[1], x.mean(dim=0), atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(std[1], x.std(dim=0, correction=0), atol=1e-4, rtol=1e-3)

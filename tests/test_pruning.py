@@ -17,9 +17,10 @@ from sparsight import config, sae, tables
 from sparsight.backbones import Backbone
 from sparsight.errors import SparsightError
 from sparsight.images import Manifest, write_manifest
-from sparsight.pruning import classes, controls, evaluate, frontiers, last_block, outcomes, probe, strategies
+from sparsight.pruning import classes, controls, evaluate, frontiers, headwise, outcomes, probe, strategies
 from sparsight.pruning.evaluate import Steered
-from sparsight.pruning.last_block import arrive, pack, unpack
+from sparsight.pruning.headwise import Headwise, pack, unpack
+from sparsight.pruning.last_block import arrive
 from sparsight.pruning.outcomes import Outcome
 from sparsight.pruning.policy import Given, HeadPolicy
 from sparsight.pruning.strategies import KINDS, LABELS, NONE, Row
@@ -115,7 +116,7 @@ def test_every_mask_of_the_table_has_the_logits_of_masking(manifest: Manifest, o
     H = backbone.n_heads
     images = backbone.normalize(manifest.split("test").batch(slice(0, 5), backbone.preprocess))
     x, _ = backbone.run_blocks(backbone.tokens(images), 0, 2)
-    got = torch.cat(list(last_block.every_mask(backbone, x)), dim=1)
+    got = torch.cat(list(Headwise.of(backbone, x).every()), dim=1)
     assert got.shape == (5, 2**H, 2)
     for code in range(2**H):
         mask = torch.ones(5, 3, H, dtype=torch.bool)
@@ -129,7 +130,7 @@ def test_the_table_and_the_direct_way_predict_the_same(
 ) -> None:
     backbone, policy, test = two_classes(**options), random_policy(), manifest.split("test")
     table = arrive(backbone, policy, test, 7)
-    monkeypatch.setattr(last_block, "_AFFORDABLE", 0)
+    monkeypatch.setattr(headwise, "_AFFORDABLE", 0)
     direct = arrive(backbone, policy, test, 7)
     assert table.tabulated and not direct.tabulated
     codes = np.repeat(np.arange(64, dtype=np.int32)[:, None], len(test), axis=1)
@@ -319,7 +320,7 @@ def test_controls_are_fitted_on_train_as_they_say(manifest: Manifest) -> None:
 def test_static_subsets_without_a_table_keep_the_heads_with_the_largest_mean_logits(
     manifest: Manifest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(last_block, "_AFFORDABLE", 0)
+    monkeypatch.setattr(headwise, "_AFFORDABLE", 0)
     study = Study(manifest)
     for c in (0, 1):
         order = study.train.logits_NH[study.train.labels == c].mean(dim=0).argsort(descending=True).tolist()

@@ -15,6 +15,7 @@ from sparsight import config, training
 from sparsight.backbones import Backbone
 from sparsight.errors import SparsightError
 from sparsight.images import Pixels, Split
+from sparsight.progress import Progress
 
 
 class Recipe:
@@ -119,15 +120,27 @@ class Probe(Recipe):
         if head is None:
             raise SparsightError(f"training: {backbone.name} has no linear class head to probe with")
         super().__init__(section, backbone, head.requires_grad_(True), train, val)
-        embeddings = [
-            backbone.taps(backbone.normalize(pixels), ["embedding"])["embedding"]
-            for pixels in train.batches(backbone.preprocess, section.batch_size, torch.get_num_threads())
-        ]
-        self.embeddings_ND = torch.cat(embeddings)
+        self.embeddings_ND, self.val_ND = (_embeddings(backbone, split, section.batch_size) for split in (train, val))
 
     def loss(self, rows: np.ndarray, generator: torch.Generator) -> dict[str, Tensor]:
         embeddings = self.embeddings_ND[torch.from_numpy(rows).to(self.embeddings_ND.device)]
         return _classified(self.trained(embeddings), labels_of(self.train, rows, embeddings), self.section)
+
+    @torch.no_grad()
+    def epoch_end(self) -> dict[str, float]:
+        with self.averaged():
+            logits = self.trained(self.val_ND)
+        return {"val_accuracy": float(share(logits, labels_of(self.val, np.arange(len(self.val)), logits)))}
+
+
+def _embeddings(backbone: Backbone, split: Split, batch_size: int) -> Tensor:
+    """What the classifier reads of each image, (N, D)."""
+    found = []
+    with Progress(len(split), "images") as progress:
+        for pixels in split.batches(backbone.preprocess, batch_size, torch.get_num_threads()):
+            found.append(backbone.taps(backbone.normalize(pixels), ["embedding"])["embedding"])
+            progress(len(pixels))
+    return torch.cat(found)
 
 
 def _classified(logits_BC: Tensor, labels_B: Tensor, section: config.Backbone) -> dict[str, Tensor]:

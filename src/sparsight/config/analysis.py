@@ -102,7 +102,7 @@ class Policy:
     """A head policy and its training."""
 
     backbone: str
-    """Name of the backbone whose heads it switches; its weights stay frozen."""
+    """Name of the backbone whose heads it switches."""
     blocks: Literal["all", "last"] = "all"
     """Which it decides: ``all`` but the first, as AdaViT, or the ``last`` alone."""
     target: float = 0.6
@@ -119,11 +119,21 @@ class Policy:
     """Images a step."""
     lr: float = 1e-2
     """Peak learning rate of Adam; cosine to 0."""
+    backbone_lr: float | None = None
+    """The same for the backbone's weights, which are then fine-tuned with the policy, as in AdaViT, and kept in its
+    file; null freezes them."""
 
     def __post_init__(self) -> None:
         if not 0 < self.target <= 1:
             raise SparsightError(f"target: must lie above 0 and at most at 1, got {self.target}")
-        positive(self, "temperature", "epochs", "batch_size", "lr")
+        positive(
+            self,
+            "temperature",
+            "epochs",
+            "batch_size",
+            "lr",
+            *(["backbone_lr"] if self.backbone_lr is not None else []),
+        )
         not_negative(self, "usage_weight")
 
 

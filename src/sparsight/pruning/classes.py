@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 
 from sparsight import config
-from sparsight.pruning.last_block import Arrival, unpack
+from sparsight.pruning.headwise import unpack
+from sparsight.pruning.last_block import Arrival
 from sparsight.pruning.outcomes import Outcome, Point, points, rank, run
 from sparsight.pruning.strategies import NONE, Row, Strategies
 from sparsight.statistics import bootstrap, loss_bound, paired, wilson

@@ -25,7 +25,8 @@ from sparsight.images import Manifest, Split
 from sparsight.progress import say
 from sparsight.pruning import classes, controls, frontiers, probe
 from sparsight.pruning.dictionary import Dictionary, scramble
-from sparsight.pruning.last_block import Arrival, arrive, unpack
+from sparsight.pruning.headwise import unpack
+from sparsight.pruning.last_block import Arrival, arrive
 from sparsight.pruning.outcomes import Outcome, Point, choose, frontier, pick_targets, points, run
 from sparsight.pruning.policy import HeadPolicy
 from sparsight.pruning.strategies import LABELS, NONE, Row, Strategies, every_row
@@ -65,6 +66,8 @@ def evaluate(
     policy.check(backbone)
     for one in steered:
         _check_site(one.sae, backbone)
+    unpruned = _whole(backbone, manifest.split("test"), section.batch_size)
+    backbone = policy.own(backbone)
     names = manifest.classes
     train, val, test = (
         arrive(backbone, policy, manifest.split(part), section.batch_size) for part in ("train", "val", "test")
@@ -96,11 +99,10 @@ def evaluate(
         tables.write(work.out / f"{name}.parquet", table)
     pushes = {name: one.push_HF.contiguous() for name, one in strategies.dictionaries.items()}
     save_file(pushes, work.out / "head_latents.safetensors")
-    whole = _whole(backbone, manifest.split("test"), section.batch_size)
     metrics = {
         "format_version": 1,
-        "unpruned": wilson(whole),
-        "policy": {**overall[0], "minus_unpruned": paired(on_test[NONE].hits, whole)},
+        "unpruned": wilson(unpruned),
+        "policy": {**overall[0], "minus_unpruned": paired(on_test[NONE].hits, unpruned)},
         **_masks(test, on_test[NONE]),
         "gathered_against_masked": _gathered_against_masked(
             backbone, policy, manifest.split("test"), section.batch_size

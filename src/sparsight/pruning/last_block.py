@@ -1,15 +1,11 @@
 """A split as it reaches the last block, and what the model says under every head mask of that block.
 
-A mask of the H heads is written as one number, its code: bit h is set where head h is kept.
-
-The class logits depend on a mask only through the sum of the kept heads' projected outputs. So where it is
-cheap, all 2^H masks of an image are tabulated at once: every head is computed and projected once, and per mask
-there is a sum and the MLP, of those tokens alone that the classifier reads. Any strategy is then a look-up.
+A mask of the H heads is written as one number, its code: bit h is set where head h is kept. Where it is cheap, all
+2^H masks of an image are tabulated at once (:mod:`sparsight.pruning.headwise`), and any strategy is a look-up.
 Otherwise (many heads, or a classifier that pools over all tokens) the masks that are asked for are run, each
 once per image.
 
-Shapes: N images, B batch, T tokens, R tokens that the classifier reads, D width (d_in), L blocks, H heads, C channels
-of a head, M masks, S rows of a table.
+Shapes: N images, B batch, T tokens, D width (d_in), L blocks, H heads, M masks, S rows of a table.
 """
 
 from collections.abc import Iterator
@@ -23,20 +19,8 @@ from sparsight import attention
 from sparsight.backbones import Backbone
 from sparsight.images import Split
 from sparsight.progress import Progress
+from sparsight.pruning.headwise import Headwise, affordable, pack, unpack
 from sparsight.pruning.policy import Given, HeadPolicy
-
-_AFFORDABLE = 64  # what a table may cost: passes through the last block, per image
-
-
-def pack(keep: Tensor) -> np.ndarray:
-    """Bool (..., H) -> codes, int32 (...)."""
-    powers = 2 ** torch.arange(keep.shape[-1], device=keep.device)
-    return (keep * powers).sum(dim=-1).to(torch.int32).cpu().numpy()
-
-
-def unpack(codes: np.ndarray, n_heads: int) -> np.ndarray:
-    """Codes (...) -> bool (..., H)."""
-    return (codes[..., None] >> np.arange(n_heads) & 1).astype(bool)
 
 
 @dataclass(frozen=True)
@@ -98,7 +82,7 @@ def arrive(backbone: Backbone, policy: HeadPolicy, split: Split, batch_size: int
             cls.append(x_BTD[:, 0])
             skipped.append(backbone.classify(x_BTD).argmax(dim=1).cpu().numpy())
             if tabulated:
-                parts = [logits.argmax(dim=2) for logits in every_mask(backbone, x_BTD)]
+                parts = [logits.argmax(dim=2) for logits in Headwise.of(backbone, x_BTD).every()]
                 table.append(torch.cat(parts, dim=1).to(torch.int32).cpu().numpy())
             progress(len(x_BTD))
     cls_ND = torch.cat(cls)
@@ -107,35 +91,6 @@ def arrive(backbone: Backbone, policy: HeadPolicy, split: Split, batch_size: int
         split.labels, cls_ND, policy.logits(last, cls_ND), np.concatenate(kept), np.concatenate(skipped),
         np.concatenate(table) if tabulated else None, runs,
     )  # fmt: skip
-
-
-def affordable(backbone: Backbone) -> bool:
-    """Whether a table of all masks costs no more than some passes through the last block."""
-    share = backbone.tower.n_read / (backbone.n_prefix + backbone.n_patches)
-    return bool(2**backbone.n_heads * share <= _AFFORDABLE)
-
-
-@torch.no_grad()
-def every_mask(backbone: Backbone, x_BTD: Tensor) -> Iterator[Tensor]:
-    """Class logits (B, M, classes) under every mask of the last block, in the order of codes, some at a time.
-
-    Args:
-        x_BTD: the residual stream entering the last block.
-    """
-    last, R, H = backbone.n_blocks - 1, backbone.tower.n_read, backbone.n_heads
-    parts, shared = backbone.tower.parts(last), backbone.tower.shared()[last]
-    assert parts.attention is not None, "the policy has decided heads of this block's kind"
-    proj = attention.parts(parts.attention, **shared).proj
-    out_BRHC = attention.head_outputs(parts.attention, parts.before(x_BTD), **shared)[:, :R]
-    projected_HBRD = torch.stack(
-        [out @ w.T for out, w in zip(out_BRHC.unbind(2), proj.weight.chunk(H, 1), strict=True)]
-    )
-    masks_MH = torch.from_numpy(unpack(np.arange(2**H), H)).to(x_BTD)
-    for masks in masks_MH.split(max(1, x_BTD.shape[1] // R)):  # no more rows at a time than the batch has tokens
-        attn = torch.tensordot(masks, projected_HBRD, 1)
-        middle = x_BTD[:, :R] + parts.after(attn if proj.bias is None else attn + proj.bias)
-        middle = middle.flatten(0, 1)
-        yield backbone.classify(middle + parts.mlp(middle)).unflatten(0, (len(masks), -1)).transpose(0, 1)
 
 
 @dataclass

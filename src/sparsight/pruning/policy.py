@@ -3,6 +3,7 @@
 Shapes: B batch, D width (d_in), P blocks with a policy, H heads.
 """
 
+import copy
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from sparsight.errors import SparsightError
 from sparsight.work import write_json
 
 FORMAT_VERSION = 1
+_BACKBONE = "backbone."  # in front of the names of fine-tuned weights
 
 
 class HeadPolicy(nn.Module):
@@ -33,6 +35,8 @@ class HeadPolicy(nn.Module):
     def __init__(self, d_in: int, n_heads: int, blocks: list[int]) -> None:
         super().__init__()
         self.blocks = blocks
+        self.finetuned: dict[str, Tensor] = {}
+        """Weights of the backbone's model where they were trained with the policy; nothing for a frozen one."""
         self.weight = nn.Parameter(torch.zeros(len(blocks), n_heads, d_in))
         self.bias = nn.Parameter(torch.ones(len(blocks), n_heads))
 
@@ -56,9 +60,19 @@ class HeadPolicy(nn.Module):
         """Bool (B, H); None for a block without a policy."""
         return self.logits(block, cls_BD) > 0 if block in self.blocks else None
 
+    def own(self, backbone: Backbone) -> Backbone:
+        """The model that the policy was trained with: ``backbone`` itself, or a copy with the fine-tuned weights."""
+        if not self.finetuned:
+            return backbone
+        adapted = copy.deepcopy(backbone)
+        adapted.model.load_state_dict(self.finetuned)
+        return adapted
+
     def save(self, folder: Path, **about: Any) -> None:
-        """Write ``policy.safetensors`` (weight (P, H, D), bias (P, H)) and ``config.json``."""
-        save_file({k: v.contiguous() for k, v in self.state_dict().items()}, folder / "policy.safetensors")
+        """Write ``policy.safetensors`` (weight (P, H, D), bias (P, H), ``backbone.*``) and ``config.json``."""
+        tensors = self.state_dict() | {f"{_BACKBONE}{name}": value for name, value in self.finetuned.items()}
+        tensors = {name: value.clone(memory_format=torch.contiguous_format) for name, value in tensors.items()}
+        save_file(tensors, folder / "policy.safetensors")
         _, n_heads, d_in = self.weight.shape
         config = {**about, "format_version": FORMAT_VERSION, "blocks": self.blocks, "n_heads": n_heads, "d_in": d_in}
         write_json(folder / "config.json", config)
@@ -77,7 +91,11 @@ class HeadPolicy(nn.Module):
         if config.get("format_version") != FORMAT_VERSION:
             raise SparsightError(f"{folder}: format_version {config.get('format_version')}, expected {FORMAT_VERSION}")
         policy = cls(config["d_in"], config["n_heads"], config["blocks"])
-        policy.load_state_dict(load_file(folder / "policy.safetensors"))
+        tensors = load_file(folder / "policy.safetensors")
+        policy.finetuned = {
+            name.removeprefix(_BACKBONE): tensors.pop(name) for name in list(tensors) if name.startswith(_BACKBONE)
+        }
+        policy.load_state_dict(tensors)
         return policy.requires_grad_(False)
 
 

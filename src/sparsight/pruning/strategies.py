@@ -19,7 +19,8 @@ from torch import Tensor
 from sparsight import config
 from sparsight.pruning.controls import THRESHOLD_SHARES, Controls, static_shares
 from sparsight.pruning.dictionary import Dictionary
-from sparsight.pruning.last_block import Arrival, pack
+from sparsight.pruning.headwise import pack
+from sparsight.pruning.last_block import Arrival
 from sparsight.pruning.policy import HeadPolicy
 
 LABELS = ("predicted", "probe", "oracle")

@@ -11,7 +11,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from sparsight.backbones import Backbone
-from sparsight.pruning.last_block import Arrival, unpack
+from sparsight.pruning.headwise import unpack
+from sparsight.pruning.last_block import Arrival
 from sparsight.pruning.outcomes import Outcome
 from sparsight.pruning.strategies import KINDS, NONE, Row, Strategies
 from sparsight.statistics import loss_bound, paired, wilson

@@ -19,6 +19,7 @@ from sparsight.work import write_json
 
 _BATCH = 64
 _ROUNDS = 15
+_SECONDS = 120.0  # after three rounds, no more are begun for one model
 
 
 def measure(models: dict[str, Backbone], seed: int, path: Path) -> None:
@@ -27,7 +28,7 @@ def measure(models: dict[str, Backbone], seed: int, path: Path) -> None:
     Every image keeps its own random heads in all blocks but the first. The ways take turns in each round,
     so that a slow moment of the machine meets all of them.
     """
-    result = {"machine": describe(), "threads": torch.get_num_threads(), "batch_size": _BATCH, "rounds": _ROUNDS}
+    result = {"machine": describe(), "threads": torch.get_num_threads(), "batch_size": _BATCH}
     heads = {name: _measure(backbone, derive_seed(seed, "timing", name)) for name, backbone in models.items()}
     write_json(path, {**result, "heads": heads})
     for name, rows in heads.items():
@@ -47,7 +48,10 @@ def _measure(backbone: Backbone, seed: int) -> list[dict[str, float]]:
         mask[:, 0] = True
         cases |= {(kept, "masked"): mask.to(backbone.device), (kept, "gathered"): mask.to(backbone.device)}
     seconds: dict[tuple[int, HeadMode], list[float]] = {case: [] for case in cases}
+    start = time.perf_counter()
     for turn in range(_ROUNDS + 1):
+        if turn > 3 and time.perf_counter() - start > _SECONDS:
+            break
         for (kept, mode), mask in cases.items():
             begin = time.perf_counter()
             backbone(images, head_mask=mask, heads=mode)
@@ -57,7 +61,7 @@ def _measure(backbone: Backbone, seed: int) -> list[dict[str, float]]:
                 seconds[kept, mode].append(time.perf_counter() - begin)
     rows = []
     for kept in range(H + 1):
-        row: dict[str, float] = {"kept": kept}
+        row: dict[str, float] = {"kept": kept, "rounds": len(seconds[kept, "masked"])}
         for mode in ("masked", "gathered"):
             per_image = [1000 * s / _BATCH for s in seconds[kept, mode]]
             row[f"{mode}_ms_min"] = round(min(per_image), 5)

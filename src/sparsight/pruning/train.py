@@ -1,4 +1,4 @@
-"""Training of the head policy on a frozen backbone.
+"""Training of the head policy, on a frozen backbone or together with its weights.
 
 AdaViT's loss, with two changes that the docs list as ours: the class token is centred and scaled (folded
 into the saved weights), because its large constant part would make the policy nearly the same for every
@@ -13,13 +13,15 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from sparsight import config, training
 from sparsight.backbones import Backbone
 from sparsight.batches import RowNumbers
 from sparsight.errors import SparsightError
-from sparsight.images import Manifest, Pixels, Split
+from sparsight.images import Manifest, Split
+from sparsight.progress import say
+from sparsight.pruning.passes import AtLastBlock, Passes, Whole
 from sparsight.pruning.policy import Given, HeadPolicy
 from sparsight.seeds import derive_seed
 from sparsight.work import Work
@@ -36,19 +38,26 @@ def fit(
     """
     if not backbone.class_positions:
         raise SparsightError(f"policies.{name}: the backbone has no class token for the policy to read")
-    backbone.requires_grad_(False)
-    threads = torch.get_num_threads()
+    finetuned = section.backbone_lr is not None
+    backbone.requires_grad_(finetuned)
     train, val = manifest.split("train"), manifest.split("val")
     last = backbone.n_blocks - 1
     blocks = [last] if section.blocks == "last" else list(range(1, last + 1))
     _check_heads(backbone, blocks, name)
-    mean_PD, std_PD = _cls_statistics(backbone, train, blocks, section.batch_size)
+    passes: Passes
+    if section.blocks == "last" and not finetuned and AtLastBlock.fits(backbone, len(train) + len(val)):
+        say("only the last block is decided: every image passes the blocks before it once")
+        passes = AtLastBlock(backbone, train, val, section.batch_size)
+    else:
+        passes = Whole(backbone, train, val, blocks, section.batch_size)
     policy = HeadPolicy(backbone.d_in, backbone.n_heads, blocks).to(backbone.device)
-    loop = _Training(section, policy, backbone, Pixels(train, backbone.preprocess, threads), val, mean_PD, std_PD)
+    loop = _Training(section, policy, backbone, passes, train, val)
     seed = derive_seed(seed, "policy", name)
     batches, log_path = RowNumbers(len(train), section.batch_size, seed), work.out / "training.jsonl"
     training.train(loop, batches, section.epochs, seed, work.state, log_path)
     folded = loop.folded()
+    if finetuned:
+        folded.finetuned = backbone.model.state_dict()
     about = {"name": name, "backbone": section.backbone, "training": dataclasses.asdict(section), "record": record}
     folded.save(work.out, **about)
 
@@ -65,39 +74,29 @@ def _check_heads(backbone: Backbone, blocks: list[int], name: str) -> None:
             raise SparsightError(f"policies.{name}: block {block}: {error}") from None
 
 
-@torch.no_grad()
-def _cls_statistics(backbone: Backbone, split: Split, blocks: list[int], batch_size: int) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of the class token at each block's input, (P, D) each."""
-    names = [f"blocks.{block}.input" for block in blocks]
-    total = square = torch.zeros((), dtype=torch.float64)
-    for pixels in split.batches(backbone.preprocess, batch_size, torch.get_num_threads()):
-        taps = backbone.taps(backbone.normalize(pixels), names)
-        cls = torch.stack([taps[name][:, 0].double() for name in names])
-        total, square = total + cls.sum(dim=1), square + cls.square().sum(dim=1)
-    mean = total / len(split)
-    variance = (square / len(split) - mean.square()).clamp(min=1e-12)
-    return mean.float(), variance.sqrt().float()
-
-
 class _Training:
     """See :class:`sparsight.training.Trainable`."""
 
     def __init__(
-        self, section: config.Policy, policy: HeadPolicy, backbone: Backbone, pixels: Pixels, val: Split,
-        mean_PD: Tensor, std_PD: Tensor,
-    ) -> None:  # fmt: skip
-        self.section, self.policy, self.backbone, self.pixels, self.val = section, policy, backbone, pixels, val
-        self.mean_PD, self.std_PD = mean_PD, std_PD
-        self.optimizer = torch.optim.Adam(policy.parameters(), lr=section.lr, fused=True)
+        self, section: config.Policy, policy: HeadPolicy, backbone: Backbone, passes: Passes, train: Split, val: Split
+    ) -> None:
+        self.section, self.policy, self.backbone, self.passes = section, policy, backbone, passes
+        self.train_labels, self.val_labels = train.labels, val.labels
+        self.mean_PD, self.std_PD = passes.statistics()
+        self.trained = nn.ModuleDict({"policy": policy})
+        groups = [{"params": list(policy.parameters()), "peak": section.lr}]
+        if section.backbone_lr is not None:
+            self.trained["backbone"] = backbone
+            groups.append({"params": list(backbone.parameters()), "peak": section.backbone_lr})
+        self.optimizer = torch.optim.Adam(groups, fused=True)
 
     def step(self, rows: np.ndarray, progress: float, generator: torch.Generator) -> dict[str, Tensor]:
         section = self.section
-        images = self.backbone.normalize(self.pixels[rows])
-        labels = torch.from_numpy(self.pixels.split.labels[rows]).long().to(images.device)
         for group in self.optimizer.param_groups:
-            group["lr"] = section.lr * training.warmup_cosine(progress)
+            group["lr"] = group["peak"] * training.warmup_cosine(progress)
         sampled = _Sampled(self, generator)
-        cross_entropy = F.cross_entropy(self.backbone(images, policy=sampled), labels)
+        logits = self.passes.logits(rows, sampled)
+        cross_entropy = F.cross_entropy(logits, torch.from_numpy(self.train_labels[rows]).long().to(logits.device))
         usage = torch.stack(sampled.evaluated).mean()
         loss = cross_entropy + section.usage_weight * (usage - section.target).square()
         self.optimizer.zero_grad()
@@ -110,22 +109,16 @@ class _Training:
             "usage_sampled": torch.stack(sampled.sampled).mean(),
         }
 
-    @torch.no_grad()
     def epoch_end(self) -> dict[str, float]:
-        policy, hits, usage = self.folded(), [], []
-        for pixels in self.val.batches(self.backbone.preprocess, 4 * self.section.batch_size, torch.get_num_threads()):
-            tokens = self.backbone.tokens(self.backbone.normalize(pixels))
-            x, masks = self.backbone.run_blocks(tokens, 0, self.backbone.n_blocks, policy, "gathered")
-            hits.append(self.backbone.classify(x).argmax(dim=1).cpu().numpy())
-            usage.append(torch.stack(list(masks.values()), dim=1).float().mean(dim=(1, 2)).cpu().numpy())
-        accuracy = float((np.concatenate(hits) == self.val.labels).mean())
-        return {"val_accuracy": accuracy, "val_usage_policy_blocks": float(np.concatenate(usage).mean())}
+        predicted, usage = self.passes.on_val(self.folded())
+        accuracy = float((predicted == self.val_labels).mean())
+        return {"val_accuracy": accuracy, "val_usage_policy_blocks": float(usage.mean())}
 
     def state(self) -> dict[str, Tensor]:
-        return training.module_state(self.policy) | training.optimizer_state(self.optimizer)
+        return training.module_state(self.trained) | training.optimizer_state(self.optimizer)
 
     def restore(self, state: dict[str, Tensor]) -> None:
-        training.restore_module(self.policy, state)
+        training.restore_module(self.trained, state)
         training.restore_optimizer(self.optimizer, state)
 
     @torch.no_grad()
