@@ -60,7 +60,11 @@ class Recipe:
 
     def epoch_end(self) -> dict[str, float]:
         with self.averaged():
-            return {"val_accuracy": float(correct(self.backbone, self.val, self.section.batch_size).mean())}
+            return {"val_accuracy": self.on_val()}
+
+    def on_val(self) -> float:
+        """Accuracy on val with the weights as they are now."""
+        return float(correct(self.backbone, self.val, self.section.batch_size).mean())
 
     def averaged(self) -> "_Swap":
         """Inside ``with``, the backbone has the averaged weights, if there are any."""
@@ -127,10 +131,9 @@ class Probe(Recipe):
         return _classified(self.trained(embeddings), labels_of(self.train, rows, embeddings), self.section)
 
     @torch.no_grad()
-    def epoch_end(self) -> dict[str, float]:
-        with self.averaged():
-            logits = self.trained(self.val_ND)
-        return {"val_accuracy": float(share(logits, labels_of(self.val, np.arange(len(self.val)), logits)))}
+    def on_val(self) -> float:
+        labels = labels_of(self.val, np.arange(len(self.val)), self.val_ND)
+        return float(share(self.trained(self.val_ND), labels))
 
 
 def _embeddings(backbone: Backbone, split: Split, batch_size: int) -> Tensor:
