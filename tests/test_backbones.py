@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor
 
-from sparsight import backbones
+from sparsight import backbones, macs
 from sparsight.attention import HeadMode, attend
 from sparsight.backbones import Backbone
 from sparsight.errors import SparsightError
@@ -133,7 +133,11 @@ def test_macs_are_those_of_the_layers(backbone: Backbone) -> None:
             layer.register_forward_hook(count)
     backbone(images())
     expected = total + 3 * 2 * 6 * 17 * 17 * 8 + backbone.model.patch_embed.proj.weight.numel() * 16
-    assert backbone.macs(3 * 6) + backbone.macs_outside_attention == expected
+    assert 3 * 6 * macs.of_head(backbone) + macs.outside_heads(backbone) == expected
+    alone = macs.of_head(backbone)
+    backbone.couples_mlp = True
+    assert macs.of_head(backbone) == alone + 8 * 17 * 4 * 48
+    assert 3 * 6 * macs.of_head(backbone) + macs.outside_heads(backbone) == expected
 
 
 def test_normalisation_follows_the_model_s_own_config() -> None:

@@ -272,10 +272,40 @@ def test_the_head_reads_the_tokens_in_front_that_it_names(case: Case) -> None:
 
 
 @ALL
-def test_every_mask_of_the_last_block_is_what_masking_gives(case: Case) -> None:
+def test_a_coupled_mlp_reads_only_the_channels_of_the_kept_heads(case: Case) -> None:
     backbone, x = setup(case)
     if case.heads == "none":
         pytest.skip("its heads cannot be switched")
+    H, last = backbone.n_heads, backbone.n_blocks - 1
+    keep = torch.rand(len(x), H, generator=torch.Generator().manual_seed(4)) < 0.5
+    keep[0], keep[1] = False, True
+    mask = torch.ones(len(x), last + 1, H, dtype=torch.bool)
+    mask[:, last] = keep
+    uncoupled = backbone(x, head_mask=mask)
+    backbone.couples_mlp = True
+    assert torch.equal(backbone(x, head_mask=torch.ones_like(mask)), backbone(x))
+    coupled = backbone(x, head_mask=mask)
+    tolerance = 1e-5 * float(uncoupled.abs().max())
+    if case.heads != "masked":
+        torch.testing.assert_close(backbone(x, head_mask=mask, heads="gathered"), coupled, atol=tolerance, rtol=1e-5)
+    assert torch.equal(coupled[1], uncoupled[1]) and not torch.allclose(coupled[0], uncoupled[0], atol=10 * tolerance)
+    linears = backbone.tower.parts(last).mlp_inputs
+    assert linears
+    backbone.couples_mlp, weights = False, [linear.weight.detach().clone() for linear in linears]
+    for i, keep_H in enumerate(keep):
+        for linear, weight in zip(linears, weights, strict=True):
+            linear.weight.data = weight * keep_H.repeat_interleave(backbone.d_in // H)
+        expected = backbone(x[i : i + 1], head_mask=mask[i : i + 1])
+        torch.testing.assert_close(coupled[i : i + 1], expected, atol=tolerance, rtol=1e-5)
+
+
+@pytest.mark.parametrize("coupled", [False, True])
+@ALL
+def test_every_mask_of_the_last_block_is_what_masking_gives(case: Case, coupled: bool) -> None:
+    backbone, x = setup(case)
+    if case.heads == "none":
+        pytest.skip("its heads cannot be switched")
+    backbone.couples_mlp = coupled
     H, last = backbone.n_heads, backbone.n_blocks - 1
     stream, _ = backbone.run_blocks(backbone.tokens(x), 0, last)
     got = torch.cat(list(Headwise.of(backbone, stream).every()), dim=1)

@@ -166,7 +166,19 @@ def test_a_fine_tuned_backbone_is_kept_with_its_policy(manifest: Manifest, tmp_p
     assert torch.equal(own(images, policy=policy), tuned(images, policy=policy))
     assert not torch.equal(own(images), original(images))
     frozen, _ = fit(config.Policy("vit", epochs=1, batch_size=6), original, manifest, tmp_path / "frozen")
-    assert frozen.own(original) is original and torch.equal(original(images), make_backbone(classes=2)(images))
+    assert torch.equal(frozen.own(original)(images), original(images))
+    assert torch.equal(original(images), make_backbone(classes=2)(images))
+
+
+@pytest.mark.parametrize("blocks", ["all", "last"])
+def test_a_policy_remembers_that_mlps_were_coupled(manifest: Manifest, tmp_path: Path, blocks: Any) -> None:
+    backbone, images = make_backbone(classes=2), torch.randn(4, 1, 16, 16)
+    section = config.Policy("vit", blocks=blocks, target=0.3, couple_mlp=True, epochs=1, batch_size=6)
+    policy, _ = fit(section, backbone, manifest, tmp_path / "policy")
+    backbone.couples_mlp = False
+    policy.bias[:, :3] = -100  # whatever training did: half of the heads
+    uncoupled, coupled = backbone(images, policy=policy), policy.own(backbone)(images, policy=policy)
+    assert not backbone.couples_mlp and not torch.allclose(uncoupled, coupled, atol=1e-3)
 
 
 class Foreign(Attention):  # type: ignore[misc]

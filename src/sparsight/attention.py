@@ -3,7 +3,8 @@
 Shapes: B batch, T tokens, D width, H heads, K kept heads, C channels of a head.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -74,6 +75,40 @@ def attend(attention: nn.Module, x_BTD: Tensor, keep_BH: Tensor, mode: HeadMode,
             )
         return _gathered(layer, x_BTD, keep_BH)
     raise SparsightError(f"heads: {mode!r} is neither 'masked' nor 'gathered'")
+
+
+@contextmanager
+def narrowed(linears: Sequence[nn.Linear], keep_BH: Tensor, mode: HeadMode) -> Iterator[None]:
+    """Inside ``with``, these maps read only the channels of the heads that image b keeps (AdaViT's coupling of fc1).
+
+    Channels h C to (h + 1) C are those of head h, with C = D / H. ``mode`` as for :func:`attend`.
+    """
+    for linear in linears:
+        linear.forward = _Narrow(linear, keep_BH, mode)  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        for linear in linears:
+            del linear.forward  # the instance's; the class's own is seen again
+
+
+@dataclass(frozen=True)
+class _Narrow:
+    linear: nn.Linear
+    keep_BH: Tensor
+    mode: HeadMode
+
+    def __call__(self, x_BTD: Tensor) -> Tensor:
+        H, weight, bias = self.keep_BH.shape[1], self.linear.weight, self.linear.bias
+        if self.mode == "masked":
+            keep_BD = self.keep_BH.repeat_interleave(x_BTD.shape[2] // H, dim=1)
+            return F.linear(x_BTD * keep_BD[:, None].to(x_BTD.dtype), weight, bias)
+
+        def run(rows_b: Tensor, kept_K: Tensor, bias: Tensor | None) -> Tensor:
+            channels = torch.arange(x_BTD.shape[2], device=x_BTD.device).view(H, -1)[kept_K].flatten()
+            return F.linear(x_BTD[rows_b][:, :, channels], weight[:, channels], bias)
+
+        return _by_group(x_BTD, self.keep_BH, len(weight), bias, run)
 
 
 def head_outputs(attention: nn.Module, x_BTD: Tensor, **shared: Tensor) -> Tensor:
@@ -182,21 +217,42 @@ def _mix(attention: Any) -> Callable[[Tensor, Tensor], Tensor] | None:
 
 
 def _gathered(layer: Layer, x_BTD: Tensor, keep_BH: Tensor) -> Tensor:
-    """Images are grouped by mask, or by head where there are more masks than heads: the fewer, larger products."""
+    def run(rows_b: Tensor, kept_K: Tensor, bias: Tensor | None) -> Tensor:
+        return _project(layer, _heads(layer, x_BTD[rows_b], kept_K), kept_K, bias)
+
+    return _by_group(x_BTD, keep_BH, layer.proj.out_features, layer.proj.bias, run)
+
+
+def _by_group(
+    x_BTD: Tensor,
+    keep_BH: Tensor,
+    width: int,
+    bias: Tensor | None,
+    run: Callable[[Tensor, Tensor, Tensor | None], Tensor],
+) -> Tensor:
+    """Images are grouped by mask, or by head where there are more masks than heads: the fewer, larger products.
+
+    Args:
+        x_BTD: the input.
+        keep_BH: bool.
+        width: of the output.
+        bias: added once to every image.
+        run: (images, kept heads, bias) -> their part of the output.
+    """
     masks_GH, group_B = torch.unique(keep_BH, dim=0, return_inverse=True)
-    bias = layer.proj.bias
-    if len(masks_GH) <= layer.n_heads:
+    H, shape = keep_BH.shape[1], (*x_BTD.shape[:2], width)
+    if len(masks_GH) <= H:
         groups = [(torch.nonzero(group_B == g)[:, 0], torch.nonzero(mask)[:, 0]) for g, mask in enumerate(masks_GH)]
-        outs = [_project(layer, _heads(layer, x_BTD[rows], kept), kept, bias) for rows, kept in groups]
-        out_BTD = outs[0].new_empty(len(x_BTD), *outs[0].shape[1:])
+        outs = [run(rows, kept, bias) for rows, kept in groups]
+        out_BTD = outs[0].new_empty(shape)
         for (rows, _), out in zip(groups, outs, strict=True):
             out_BTD[rows] = out
         return out_BTD
-    out_BTD = x_BTD.new_zeros(*x_BTD.shape[:2], layer.proj.out_features)
-    for head in range(layer.n_heads):
-        rows, kept = torch.nonzero(keep_BH[:, head])[:, 0], torch.tensor([head], device=x_BTD.device)
-        out_BTD[rows] += _project(layer, _heads(layer, x_BTD[rows], kept), kept, None)
-    return out_BTD if bias is None else out_BTD + bias
+    total_BTD = x_BTD.new_zeros(shape)  # the stream's float32, also of bfloat16 parts
+    for head in range(H):
+        rows = torch.nonzero(keep_BH[:, head])[:, 0]
+        total_BTD[rows] += run(rows, torch.tensor([head], device=keep_BH.device), None)
+    return total_BTD if bias is None else total_BTD + bias
 
 
 def _heads(layer: Layer, x_BTD: Tensor, kept_K: Tensor | None) -> Tensor:

@@ -38,6 +38,8 @@ class Parts:
     """Everything between attention and the residual stream: layer scale, norm (post-norm), drop path."""
     mlp: Branch
     """The whole MLP branch."""
+    mlp_inputs: tuple[nn.Linear, ...] = ()
+    """The linear maps in it that read the normalised stream; () where they have no names here."""
 
 
 class Tower:
@@ -189,6 +191,7 @@ def _plain(block: Any) -> Parts:
         block.attn,
         lambda x: block.drop_path1(block.ls1(x)),
         lambda x: block.drop_path2(block.ls2(block.mlp(block.norm2(x)))),
+        _mlp_inputs(block.mlp),
     )
 
 
@@ -199,6 +202,7 @@ def _post_norm(block: Any) -> Parts:
         block.attn,
         lambda x: block.drop_path1(block.norm1(x)),
         lambda x: block.drop_path2(block.norm2(block.mlp(x))),
+        _mlp_inputs(block.mlp),
     )
 
 
@@ -214,6 +218,7 @@ def _scaled(block: Any) -> Parts:
         block.attn,
         lambda x: block.drop_path1(scale(block.gamma_1, x)),
         lambda x: block.drop_path2(scale(block.gamma_2, block.mlp(block.norm2(x)))),
+        _mlp_inputs(block.mlp),
     )
 
 
@@ -228,8 +233,13 @@ def _several(block: Any) -> Parts:
 
 def _open_clip(block: Any) -> Parts:
     return Parts(
-        block.ln_1, block.attention, block.attn, block.ls_1, lambda x: block.ls_2(block.mlp(block.ln_2(x)))
-    )  # fmt: skip
+        block.ln_1,
+        block.attention,
+        block.attn,
+        block.ls_1,
+        lambda x: block.ls_2(block.mlp(block.ln_2(x))),
+        _mlp_inputs(block.mlp),
+    )
 
 
 def _open_clip_custom(block: Any) -> Parts:
@@ -239,7 +249,14 @@ def _open_clip_custom(block: Any) -> Parts:
         block.attn,
         lambda x: block.ls_1(block.ln_attn(x)),
         lambda x: block.ls_2(block.mlp(block.ln_2(x))),
+        _mlp_inputs(block.mlp),
     )
+
+
+def _mlp_inputs(mlp: nn.Module) -> tuple[nn.Linear, ...]:
+    """By the names that timm and open_clip give them."""
+    layers = [getattr(mlp, name, None) for name in ("fc1", "fc1_g", "fc1_x", "c_fc")]
+    return tuple(layer for layer in layers if isinstance(layer, nn.Linear))
 
 
 _BLOCKS: dict[str, Callable[[Any], Parts]] = {

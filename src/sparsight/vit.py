@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from timm.data import resolve_model_data_config
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from sparsight import attention, sites
 from sparsight.attention import HeadMode
@@ -53,6 +52,9 @@ class Backbone(nn.Module):
         self.model, self.preprocess = model.eval(), preprocess or _preprocess(model, self.tower)
         self.class_names: list[str] | None = None
         """What its outputs stand for, where the backbone stage said so."""
+        self.couples_mlp = False
+        """Whether a head that is off also takes its channels from what the block's MLP reads (AdaViT's released
+        models); see :meth:`run_blocks`."""
         self.register_buffer("prompts_CE", None, persistent=False)
 
     @property
@@ -74,7 +76,7 @@ class Backbone(nn.Module):
     @property
     def d_embedding(self) -> int:
         """Width of ``embedding``; an attention pool may change it (CoCa)."""
-        return self.taps(self._blank, ["embedding"])["embedding"].shape[1]
+        return self.taps(self.blank, ["embedding"])["embedding"].shape[1]
 
     @property
     def n_prefix(self) -> int:
@@ -192,7 +194,7 @@ class Backbone(nn.Module):
         """
         sites.check(f"blocks.{block}.attn", self.n_blocks, "head_outputs")
         x_BTD, _ = self.run_blocks(self.tokens(images), 0, block)
-        layer = self._switchable(block)
+        layer = self.switchable(block)
         return attention.head_outputs(layer, self.tower.parts(block).before(x_BTD), **self.tower.shared()[block])
 
     def tokens(self, images: Tensor) -> Tensor:
@@ -217,12 +219,28 @@ class Backbone(nn.Module):
                 continue
             masks[i] = keep_BH
             parts = self.tower.parts(i)
-            kept_BTD = attention.attend(self._switchable(i), parts.before(x_BTD), keep_BH, heads, **shared[i])
+            kept_BTD = attention.attend(self.switchable(i), parts.before(x_BTD), keep_BH, heads, **shared[i])
             x_BTD = x_BTD + parts.after(kept_BTD)
-            x_BTD = x_BTD + parts.mlp(x_BTD)
+            x_BTD = x_BTD + self.mlp(i, x_BTD, keep_BH, heads)
         return x_BTD, masks
 
-    def _switchable(self, block: int) -> nn.Module:
+    def mlp(self, block: int, x_BTD: Tensor, keep_BH: Tensor, heads: HeadMode = "masked") -> Tensor:
+        """What a block's MLP adds to the stream where the heads of ``keep_BH`` were kept.
+
+        Raises:
+            SparsightError: the MLP is coupled to the heads, and its input or the heads' channels have no names here.
+        """
+        parts = self.tower.parts(block)
+        if not self.couples_mlp:
+            return parts.mlp(x_BTD)
+        if not parts.mlp_inputs or self.d_in % self.n_heads:
+            kind = type(self.tower.blocks[block]).__name__
+            raise SparsightError(f"couple_mlp: the MLP of this {kind} has no input of {self.n_heads} equal parts")
+        with attention.narrowed(parts.mlp_inputs, keep_BH, heads):
+            return parts.mlp(x_BTD)
+
+    def switchable(self, block: int) -> nn.Module:
+        """The attention layer of a block; :class:`SparsightError` where it is more than one."""
         layer = self.tower.parts(block).attention
         if layer is None:
             kind = type(self.tower.blocks[block]).__name__
@@ -280,28 +298,10 @@ class Backbone(nn.Module):
         if not self.has_text:
             raise SparsightError(f"backbone {self.name!r} has no text tower; use an open_clip/<model>")
 
-    def macs(self, n_kept: float | Tensor) -> float | Tensor:
-        """Multiply-accumulates of one block's attention with ``n_kept`` heads: qkv, scores, values, projection."""
-        tokens = self.n_prefix + self.n_patches
-        return n_kept * self._head_dim * tokens * (4 * self.d_in + 2 * tokens)
-
     @property
-    def _head_dim(self) -> int:
-        return attention.parts(self._switchable(0), **self.tower.shared()[0]).proj.in_features // self.n_heads
-
-    @property
-    def _blank(self) -> Tensor:
+    def blank(self) -> Tensor:
+        """One empty image, as :meth:`forward` takes it."""
         return torch.zeros(1, self.preprocess.channels, *self.tower.image_size, device=self.device)
-
-    @property
-    def macs_outside_attention(self) -> int:
-        """Multiply-accumulates of one image outside the blocks' attention, counted on a forward pass."""
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            self.forward(self._blank)
-        products = sum(n for op, n in counter.get_flop_counts()["Global"].items() if "scaled_dot" not in str(op))
-        tokens = self.n_prefix + self.n_patches
-        linear = self.n_blocks * self.n_heads * self._head_dim * tokens * 4 * self.d_in
-        return products // 2 - linear
 
 
 @dataclasses.dataclass

@@ -107,6 +107,8 @@ class Policy:
     """Which it decides: ``all`` but the first, as AdaViT, or the ``last`` alone."""
     target: float = 0.6
     """Share of heads to keep on average in the blocks that it decides, above 0, at most 1."""
+    couple_mlp: bool = False
+    """A head that is off also takes its channels from the input of the block's MLP, as in AdaViT's released models."""
     usage_weight: float = 2.0
     """Weight of the usage loss against the cross-entropy."""
     temperature: float = 5.0

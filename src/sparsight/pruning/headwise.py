@@ -80,7 +80,7 @@ class Headwise:
     def logits(self, keep_NH: Tensor) -> Tensor:
         """Class logits (N, classes) under a mask per image; a float mask gets gradients."""
         attn_NRD = torch.einsum("nh,hnrd->nrd", keep_NH.to(self.x_NRD), self.projected_HNRD)
-        return self._finish(attn_NRD[None])[:, 0]
+        return self._finish(attn_NRD[None], keep_NH[None])[:, 0]
 
     @torch.no_grad()
     def every(self) -> Iterator[Tensor]:
@@ -88,9 +88,10 @@ class Headwise:
         H, T = len(self.projected_HNRD), self.backbone.n_prefix + self.backbone.n_patches
         masks_MH = torch.from_numpy(unpack(np.arange(2**H), H)).to(self.x_NRD)
         for masks in masks_MH.split(max(1, T // self.x_NRD.shape[1])):  # no more rows than the whole stream has
-            yield self._finish(torch.tensordot(masks, self.projected_HNRD, 1))
+            keep_MNH = masks[:, None].expand(-1, len(self), -1)
+            yield self._finish(torch.tensordot(masks, self.projected_HNRD, 1), keep_MNH)
 
-    def _finish(self, attn_MNRD: Tensor) -> Tensor:
+    def _finish(self, attn_MNRD: Tensor, keep_MNH: Tensor) -> Tensor:
         """From the heads' sum to the class logits, (N, M, classes)."""
         last, tower = self.backbone.n_blocks - 1, self.backbone.tower
         parts = tower.parts(last)
@@ -98,4 +99,5 @@ class Headwise:
         bias = attention.parts(parts.attention, **tower.shared()[last]).proj.bias
         middle = self.x_NRD + parts.after(attn_MNRD if bias is None else attn_MNRD + bias)
         middle = middle.flatten(0, 1)
-        return self.backbone.classify(middle + parts.mlp(middle)).unflatten(0, attn_MNRD.shape[:2]).transpose(0, 1)
+        out = middle + self.backbone.mlp(last, middle, keep_MNH.flatten(0, 1))
+        return self.backbone.classify(out).unflatten(0, attn_MNRD.shape[:2]).transpose(0, 1)

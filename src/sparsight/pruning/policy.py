@@ -35,6 +35,8 @@ class HeadPolicy(nn.Module):
     def __init__(self, d_in: int, n_heads: int, blocks: list[int]) -> None:
         super().__init__()
         self.blocks = blocks
+        self.couples_mlp = False
+        """Whether it was trained with MLPs coupled to the heads: :attr:`Backbone.couples_mlp`."""
         self.finetuned: dict[str, Tensor] = {}
         """Weights of the backbone's model where they were trained with the policy; nothing for a frozen one."""
         self.weight = nn.Parameter(torch.zeros(len(blocks), n_heads, d_in))
@@ -61,11 +63,14 @@ class HeadPolicy(nn.Module):
         return self.logits(block, cls_BD) > 0 if block in self.blocks else None
 
     def own(self, backbone: Backbone) -> Backbone:
-        """The model that the policy was trained with: ``backbone`` itself, or a copy with the fine-tuned weights."""
-        if not self.finetuned:
-            return backbone
-        adapted = copy.deepcopy(backbone)
-        adapted.model.load_state_dict(self.finetuned)
+        """The model that the policy was trained with, made of ``backbone``, which stays as it is.
+
+        It has the fine-tuned weights, if there are any, and its MLPs are coupled to the heads where the policy's were.
+        """
+        adapted = copy.deepcopy(backbone) if self.finetuned else copy.copy(backbone)
+        adapted.couples_mlp = self.couples_mlp
+        if self.finetuned:
+            adapted.model.load_state_dict(self.finetuned)
         return adapted
 
     def save(self, folder: Path, **about: Any) -> None:
@@ -75,7 +80,7 @@ class HeadPolicy(nn.Module):
         save_file(tensors, folder / "policy.safetensors")
         _, n_heads, d_in = self.weight.shape
         config = {**about, "format_version": FORMAT_VERSION, "blocks": self.blocks, "n_heads": n_heads, "d_in": d_in}
-        write_json(folder / "config.json", config)
+        write_json(folder / "config.json", {**config, "couples_mlp": self.couples_mlp})
 
     @classmethod
     def load(cls, folder: Path) -> "HeadPolicy":
@@ -91,6 +96,7 @@ class HeadPolicy(nn.Module):
         if config.get("format_version") != FORMAT_VERSION:
             raise SparsightError(f"{folder}: format_version {config.get('format_version')}, expected {FORMAT_VERSION}")
         policy = cls(config["d_in"], config["n_heads"], config["blocks"])
+        policy.couples_mlp = config["couples_mlp"]
         tensors = load_file(folder / "policy.safetensors")
         policy.finetuned = {
             name.removeprefix(_BACKBONE): tensors.pop(name) for name in list(tensors) if name.startswith(_BACKBONE)

@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
-from torch.utils.flop_counter import FlopCounterMode
 
+from sparsight import macs
 from sparsight.backbones import Backbone
 from sparsight.pruning.headwise import unpack
 from sparsight.pruning.last_block import Arrival
@@ -23,11 +22,11 @@ class Costs:
     """Multiply-accumulates of one image."""
 
     head: float
-    """One head of one block."""
+    """One head of one block, with what is coupled to it."""
     outside: float
-    """Everything outside the blocks' attention."""
+    """Everything else."""
     last_mlp: float
-    """The last block's MLP."""
+    """The last block's MLP, but for what is coupled to heads."""
     encoder: dict[str, float]
     """Encoding one activation, by SAE."""
     probe: float
@@ -35,13 +34,9 @@ class Costs:
     @classmethod
     def of(cls, backbone: Backbone, strategies: Strategies, n_classes: int) -> "Costs":
         """Counted on a forward pass, or by their sizes."""
-        parts, tokens = backbone.tower.parts(backbone.n_blocks - 1), backbone.n_prefix + backbone.n_patches
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            parts.mlp(torch.zeros(1, tokens, backbone.d_in, device=backbone.device))
         encoder = {name: float(one.sae.d_in * one.sae.d_sae) for name, one in strategies.dictionaries.items()}
-        head = float(backbone.macs(1))
-        mlp = counter.get_total_flops() / 2
-        return cls(head, float(backbone.macs_outside_attention), mlp, encoder, float(backbone.d_in * n_classes))
+        mlp, probe = macs.of_mlp(backbone, backbone.n_blocks - 1), backbone.d_in * n_classes
+        return cls(macs.of_head(backbone), macs.outside_heads(backbone), mlp, encoder, probe)
 
     def mean(self, row: Row, kept: float, kept_unsteered: float) -> float:
         """Everything that is computed to answer under a row.

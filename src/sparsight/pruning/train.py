@@ -40,6 +40,7 @@ def fit(
         raise SparsightError(f"policies.{name}: the backbone has no class token for the policy to read")
     finetuned = section.backbone_lr is not None
     backbone.requires_grad_(finetuned)
+    backbone.couples_mlp = section.couple_mlp
     train, val = manifest.split("train"), manifest.split("val")
     last = backbone.n_blocks - 1
     blocks = [last] if section.blocks == "last" else list(range(1, last + 1))
@@ -56,6 +57,7 @@ def fit(
     batches, log_path = RowNumbers(len(train), section.batch_size, seed), work.out / "training.jsonl"
     training.train(loop, batches, section.epochs, seed, work.state, log_path)
     folded = loop.folded()
+    folded.couples_mlp = section.couple_mlp
     if finetuned:
         folded.finetuned = backbone.model.state_dict()
     about = {"name": name, "backbone": section.backbone, "training": dataclasses.asdict(section), "record": record}

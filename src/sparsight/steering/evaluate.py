@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from sparsight import config, tables
+from sparsight import config, macs, tables
 from sparsight.backbones import Backbone
 from sparsight.images import Manifest
 from sparsight.progress import say
@@ -122,7 +122,7 @@ def steer(
 def cost(sae: SAE, backbone: Backbone) -> dict[str, float]:
     """Multiply-accumulates of steering one image (encode, and decode its active latents) and of the whole encoder."""
     edit = sae.d_in * sae.d_sae + sae.k * sae.d_in
-    whole = backbone.n_blocks * float(backbone.macs(backbone.n_heads)) + backbone.macs_outside_attention
+    whole = backbone.n_blocks * backbone.n_heads * macs.of_head(backbone) + macs.outside_heads(backbone)
     return {"edit_macs": edit, "encoder_macs": whole, "share": edit / whole}
 
 
