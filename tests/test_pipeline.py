@@ -147,7 +147,9 @@ def test_one_command_makes_every_promised_file_and_leaves_no_working_state(run_f
         *(f"pruning/heads/{f}" for f in ("policy.safetensors", "config.json", "training.jsonl", "metrics.json")),
         "pruning/heads/head_latents.safetensors",
         "report/index.html",
-        "report/accuracy-usage.svg",
+        *(f"report/figures/{kind}-heads.svg" for kind in ("frontier", "heads", "latents")),
+        *(f"report/figures/steering-{name}-s0.svg" for name in ("class-latents", "vs2", "neighbours")),
+        *(f"report/figures/{name}.svg" for name in ("saes", "chain-resae-s0", "backbone-vit", "backbone-clip")),
         "metrics.json",
         "curves.json",
         "configuration.json",
@@ -195,6 +197,18 @@ def test_provenance_says_what_was_run_where_and_what_every_job_took(run_folder: 
     assert about["jobs"].keys() == {path.stem for path in (run / "logs").iterdir()} - {"provenance", "configuration"}
     took = about["jobs"]["backbone-vit"]
     assert took["seconds"] > 1 and took["cpu_seconds"] > 1 and took["peak_memory_mb"] > 100
+
+
+def test_snakemake_s_own_report_has_every_figure_with_its_caption(run_folder: Path) -> None:
+    assert snakemake(run_folder, "--report", "out.html").returncode == 0
+    page = (run_folder / "out.html").read_text()
+    for figure in (run_folder / "results" / "tiny" / "report" / "figures").iterdir():
+        assert f'"name": "{figure.name}"' in page, figure.name
+    captions = list((ROOT / "src" / "sparsight" / "report" / "captions").iterdir())
+    assert len(captions) == 7
+    for caption in captions:
+        assert caption.read_text().split("\n")[0][:50] in page, caption.name
+    assert all(category in page for category in ("Head pruning", "SAEs", "Steering", "Backbones"))
 
 
 def test_planning_imports_no_heavy_library(tmp_path: Path) -> None:
@@ -341,6 +355,13 @@ def test_mistakes_in_the_configuration_stop_snakemake_with_one_line(tmp_path: Pa
     (folder / "bad.yaml").write_text(overlay)
     error = one_line(snakemake(folder, "bad.yaml", "--dry-run"))
     assert error.startswith("error in params.yaml or its overlay: ") and message in error
+
+
+def test_an_experiment_file_that_is_missing_is_named_in_the_last_line(tmp_path: Path) -> None:
+    """Snakemake stops before it reads any line of ours."""
+    done = snakemake(workspace(tmp_path / "w"), "experiments/none.yaml", "--dry-run")
+    assert done.returncode == 1 and not (tmp_path / "w" / "results").exists()
+    assert done.stdout.rstrip().endswith("No such file or directory: 'experiments/none.yaml'")
 
 
 def test_results_that_cannot_be_written_stop_snakemake_with_one_line(tmp_path: Path) -> None:

@@ -208,3 +208,24 @@ def test_a_touched_input_of_equal_content_reruns_nothing(small: Path) -> None:
     for name in ("images/manifest.parquet", "backbones/vit/model.safetensors", "activations/vit/train.json"):
         (results / name).touch()
     assert planned(small) == set()
+
+
+@pytest.mark.parametrize(
+    ("file", "follow"),
+    [
+        ("report/figures.py", {"report"}),
+        ("report/captions/saes.rst", {"report"}),
+        ("sae/topk.py", FOLLOWS_SAE),
+    ],
+)
+def test_a_changed_line_reruns_the_stages_that_use_it(small: Path, tmp_path: Path, file: str, follow: set[str]) -> None:
+    folder = workspace(tmp_path / "w")
+    shutil.copytree(small / "results", folder / "results")
+    shutil.copytree(small / ".snakemake", folder / ".snakemake")
+    write_overlay(folder)
+    (folder / "src").unlink()
+    shutil.copytree(ROOT / "src", folder / "src")
+    assert planned(folder) == set()
+    with (folder / "src" / "sparsight" / file).open("a") as changed:
+        changed.write("# a comment\n")
+    assert planned(folder) == follow

@@ -1,7 +1,3 @@
-import dataclasses
-
-from sparsight.work import write_json
-
 RESULTS = {
     "backbones": expand(rules.backbone.output.config, backbone=RUN.backbones),
     "saes": expand(rules.evaluate_sae.output.metrics, sae=RUN.sae_names),
@@ -44,10 +40,15 @@ rule report:
         images=rules.images.output.manifest,
         stores=expand(f"{R}/activations/{{backbone}}/test.json", backbone=RUN.backbones),
         trust=f"{R}/.trust/report",
-        code=sources("report.py", "src/sparsight/report/page.html.j2", *map(sae_code, RUN.sae_names)),
+        code=sources(
+            "report.py",
+            "src/sparsight/report/page.html.j2",
+            *expand("src/sparsight/report/captions/{kind}.rst", kind=CATEGORIES),
+            *map(sae_code, RUN.sae_names),
+        ),
     output:
         page=f"{R}/report/index.html",
-        figure=[f"{R}/report/accuracy-usage.svg"] if RUN.policies else [],
+        figures=[figure(kind, *name) for kind, *name in FIGURES],
         record=f"{R}/records/report.json",
     log:
         f"{R}/logs/report.log",
@@ -67,50 +68,4 @@ rule report:
         " --from-steerings {input.steerings} --from-transfers {input.transfers} --from-policies {input.policies}"
         " --from-images {input.images} --from-stores {input.stores} --name {params.name}"
         " --out {params.out} --work {params.work} --record {output.record}"
-        " {params.flags} > {log} 2>&1"
-
-
-# The run's whole configuration: defaults, params.yaml and overlays in one file.
-rule configuration:
-    input:
-        trust=f"{R}/.trust/configuration",
-    output:
-        f"{R}/configuration.json",
-    log:
-        f"{R}/logs/configuration.log",
-    localrule: True
-    params:
-        content=dataclasses.asdict(RUN),
-    run:
-        write_json(Path(output[0]), params.content)
-
-
-FINISHED = [
-    *rules.report.output,
-    *rules.summary.output,
-    *rules.timings.output,
-    *expand(f"{R}/activations/{{b}}/{{split}}.json", b=RUN.backbones, split=["train", "val", "test"]),
-]
-
-
-# Last of all, when every other stage has left its benchmark.
-rule provenance:
-    input:
-        configuration=rules.configuration.output,
-        finished=FINISHED,
-        code=sources("provenance.py"),
-    output:
-        f"{R}/provenance.json",
-    log:
-        f"{R}/logs/provenance.log",
-    threads: 1
-    resources:
-        **needs(),
-    params:
-        out=subpath(output[0], parent=True),
-        work=f"{R}/.work/provenance",
-        flags=flags(),
-    shell:
-        "python workflow/scripts/provenance.py --from-configuration {input.configuration}"
-        " --out {params.out} --work {params.work}"
         " {params.flags} > {log} 2>&1"

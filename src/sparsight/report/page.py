@@ -18,12 +18,13 @@ from sparsight.sae.base import SAE
 from sparsight.store import ActivationStore
 from sparsight.windows import in_order
 
+_CAPTIONS = Path(__file__).parent / "captions"  # by kind of figure; Snakemake's own report reads them too
 _THUMBNAIL = 56
 _IMAGES = 256  # whose tokens are encoded at a time
 
 
 def write_page(section: config.Report, run: str, inputs: dict[str, Any], device: torch.device, out: Path) -> None:
-    """Write ``index.html`` and, for use elsewhere, ``accuracy-usage.svg`` of the first policy, if there is one.
+    """Write ``index.html`` and, for use elsewhere, each of its figures as ``figures/<name>.svg``.
 
     Args:
         run: name of the run.
@@ -33,6 +34,13 @@ def write_page(section: config.Report, run: str, inputs: dict[str, Any], device:
     saes = {path.parent.name: path.parent for path in inputs["saes"]}
     sae_metrics = {path.parent.name: json.loads(path.read_text()) for path in inputs["saes"]}
     policies = [pruning.policy(path.parent) for path in inputs["policies"]]
+    backbones = [_backbone(path.parent) for path in inputs["backbones"]]
+    chains = [_chain(path.parent) for path in inputs["chains"]]
+    steerings = [_steering(path, inputs["transfers"]) for path in inputs["steerings"]]
+    levels = {name: (metrics["fvu"], metrics["fvu_pca_k"]) for name, metrics in sae_metrics.items()}
+    drawn = {"saes": figures.sae_training(saes, levels)}
+    for part in (*policies, *chains, *steerings, *backbones):
+        drawn |= part["figures"]
     first = next(iter(saes))
     stores = {path.parent.name: path for path in inputs["stores"]}
     environment = jinja2.Environment(
@@ -42,23 +50,26 @@ def write_page(section: config.Report, run: str, inputs: dict[str, Any], device:
         title=section.title or f"sparsight: {run} run",
         manifest=manifest,
         counts={part: len(manifest.split(part)) for part in ("train", "val", "test")},
-        backbones=[_backbone(path.parent) for path in inputs["backbones"]],
+        backbones=backbones,
         sae_metrics=sae_metrics,
-        sae_figure=figures.sae_training(saes, {name: (m["fvu"], m["fvu_pca_k"]) for name, m in sae_metrics.items()}),
-        chains=[_chain(path.parent) for path in inputs["chains"]],
-        steerings=[_steering(path, inputs["transfers"]) for path in inputs["steerings"]],
+        chains=chains,
+        steerings=steerings,
         policies=policies,
+        figures=drawn,
+        captions={path.stem: path.read_text() for path in _CAPTIONS.glob("*.rst")},
         latent_sae=first,
         latents=_latents(sae.load(saes[first]).to(device), stores, manifest, section.latents, section.images),
     )
     (out / "index.html").write_text(page)
-    if policies:
-        (out / "accuracy-usage.svg").write_text(policies[0]["frontier_figure"])
+    (out / "figures").mkdir(exist_ok=True)
+    for name, svg in drawn.items():
+        (out / "figures" / f"{name}.svg").write_text(svg)
 
 
 def _backbone(folder: Path) -> dict[str, Any]:
     about = json.loads((folder / "config.json").read_text())
-    return {"name": folder.name, "about": about, "figure": figures.backbone_training(folder)}
+    svg = figures.backbone_training(folder)
+    return {"name": folder.name, "about": about, "figures": {f"backbone-{folder.name}": svg} if svg else {}}
 
 
 def _chain(folder: Path) -> dict[str, Any]:
@@ -72,7 +83,7 @@ def _chain(folder: Path) -> dict[str, Any]:
         "affine": about["training"]["affine"],
         "metrics": metrics,
         "sites": sites,
-        "figure": figure,
+        "figures": {f"chain-{folder.name}": figure},
     }
 
 
@@ -83,7 +94,7 @@ def _steering(path: Path, transfers: list[Path]) -> dict[str, Any]:
         "name": path.stem,
         "rows": [row for row in rows if row["split"] == "test"],
         "summary": summary,
-        "figure": figures.steering(rows, classes, summary["gate"]),
+        "figures": {f"steering-{path.stem}": figures.steering(rows, classes, summary["gate"])},
         "elsewhere": {file.stem: _elsewhere(file) for file in transfers if file.parent.name == path.stem},
     }
 

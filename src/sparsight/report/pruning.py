@@ -29,10 +29,11 @@ def policy(folder: Path) -> dict[str, Any]:
         "matched": metrics["matched_usage"],
         "selected": metrics["selected_classes"],
         "subsets": _subsets(read["class_subsets"], read["false_positives"]),
-        "frontier_figure": figures.frontiers(read["frontier"], metrics["unpruned"]["accuracy"]),
-        "head_figure": figures.class_by_head(read["per_head"], [key for key in maps if key in by_key]),
-        "latents_sae": saes[0],
-        "latents_figure": figures.head_latents(folder / "head_latents.safetensors", saes[0]),
+        "figures": {
+            f"frontier-{folder.name}": figures.frontiers(read["frontier"], metrics["unpruned"]["accuracy"]),
+            f"heads-{folder.name}": figures.class_by_head(read["per_head"], [key for key in maps if key in by_key]),
+            f"latents-{folder.name}": figures.head_latents(folder / "head_latents.safetensors", saes[0]),
+        },
     }
 
 

@@ -1,0 +1,49 @@
+import dataclasses
+
+from sparsight.work import write_json
+
+
+# The run's whole configuration: defaults, params.yaml and overlays in one file.
+rule configuration:
+    input:
+        trust=f"{R}/.trust/configuration",
+    output:
+        f"{R}/configuration.json",
+    log:
+        f"{R}/logs/configuration.log",
+    localrule: True
+    params:
+        content=dataclasses.asdict(RUN),
+    run:
+        write_json(Path(output[0]), params.content)
+
+
+FINISHED = [
+    *rules.report.output,
+    *rules.summary.output,
+    *rules.timings.output,
+    *expand(f"{R}/activations/{{b}}/{{split}}.json", b=RUN.backbones, split=["train", "val", "test"]),
+]
+
+
+# Last of all, when every other stage has left its benchmark.
+rule provenance:
+    input:
+        configuration=rules.configuration.output,
+        finished=FINISHED,
+        code=sources("provenance.py"),
+    output:
+        f"{R}/provenance.json",
+    log:
+        f"{R}/logs/provenance.log",
+    threads: 1
+    resources:
+        **needs(),
+    params:
+        out=subpath(output[0], parent=True),
+        work=f"{R}/.work/provenance",
+        flags=flags(),
+    shell:
+        "python workflow/scripts/provenance.py --from-configuration {input.configuration}"
+        " --out {params.out} --work {params.work}"
+        " {params.flags} > {log} 2>&1"
