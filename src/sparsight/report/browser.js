@@ -90,7 +90,7 @@
       element("h3", { tabindex: "-1" }, `Latent ${one.latent} of ${chosen.value}`),
       element("dl", {}, ...facts.flatMap(([name, text]) => [element("dt", {}, name), element("dd", {}, text)])),
       element("div", { class: "latent" }, ...one.top.map(picture)),
-      element("p", { class: "note" }, `Activations above zero, from 0 to ${number(one.max, 2)}:`), histogram(one.histogram),
+      element("p", { class: "note" }, `Activations above zero, up to ${number(one.max, 2)}; each bin is twice as wide as the one before:`), histogram(one.histogram),
     );
     detail.hidden = false;
     detail.firstChild.focus();

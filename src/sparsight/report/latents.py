@@ -47,9 +47,10 @@ class Browser:
         rows = tables.read(folder / "latents.parquet")
         values_FK, images_FK = top_images(one, store, len(self.split), self.n_images)
         limit, shown = self._bytes + share * _BYTES, []
-        for row in sorted(rows, key=lambda row: (-row["selectivity"], row["latent"]))[: self.n_latents]:
-            if row["frequency"] == 0 or self._bytes > limit:
-                break  # the others never fire, or there is no room
+        fires = [row for row in rows if not np.isnan(row["selectivity"])]
+        for row in sorted(fires, key=lambda row: (-row["selectivity"], row["latent"]))[: self.n_latents]:
+            if self._bytes > limit:
+                break
             active = values_FK[row["latent"]] > 0
             images = images_FK[row["latent"]][active]
             heats = _heats(one, store, images, row["latent"])
