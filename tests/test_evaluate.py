@@ -16,7 +16,8 @@ from sparsight import config, sae
 from sparsight.backbones import Backbone
 from sparsight.images import Manifest, Split, write_manifest
 from sparsight.sae import SAE
-from sparsight.sae.evaluate import chain_metrics, evaluate_chain, reconstruction_metrics
+from sparsight.sae.evaluate import chain_metrics, evaluate_chain
+from sparsight.sae.metrics.measure import measure
 from sparsight.sae.residual import ReSAE, by_group, fit_maps, fit_moments
 from sparsight.sae.splice import Clean, Replacement, spliced
 from sparsight.store import ActivationStore
@@ -66,7 +67,8 @@ def fvu(x: np.ndarray, x_hat: np.ndarray) -> float:
 
 def test_reconstruction_metrics_are_those_of_all_rows_at_once(stores: tuple[ActivationStore, ActivationStore]) -> None:
     one = random_sae(0)
-    found = reconstruction_metrics(one, SITES[1], *stores)
+    labels = dict.fromkeys(("train", "test"), np.arange(64) % 2)
+    found = measure(one, SITES[1], *stores, labels, 2, 0).metrics
     train, test = (np.asarray(zarr.open_group(s.path)[SITES[1]][:]).reshape(-1, D).astype(np.float64) for s in stores)
     codes = one.encode(test.astype(np.float32))
     assert found["n"] == len(test) == 64 * 17

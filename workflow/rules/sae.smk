@@ -50,6 +50,9 @@ rule evaluate_sae:
         code=lambda wildcards: sources("evaluate_sae.py", sae_code(wildcards.sae)),
     output:
         metrics=f"{R}/saes/{{sae}}/metrics.json",
+        latents=f"{R}/saes/{{sae}}/latents.parquet",
+        baselines=f"{R}/saes/{{sae}}/baselines.parquet",
+        probing=f"{R}/saes/{{sae}}/probing.parquet",
         record=f"{R}/records/evaluate-{{sae}}.json",
     log:
         f"{R}/logs/evaluate-sae-{{sae}}.log",
@@ -107,3 +110,6 @@ for CHAIN, SECTION in RUN.chains.items():
             " --from-train {input.train} --from-test {input.test} --from-maps {input.maps} --from-saes {input.saes}"
             " --name {params.name} --out {params.out} --work {params.work} --record {output.record}"
             " {params.flags} > {log} 2>&1"
+
+
+include: "stability.smk"
