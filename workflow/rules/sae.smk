@@ -1,5 +1,6 @@
 SAE_WEIGHTS = f"{R}/saes/{{sae}}/sae.safetensors"
 SAE_CONFIG = f"{R}/saes/{{sae}}/config.json"
+RANDOM_SAE = "src/sparsight/sae/topk.py"  # the variant of the random dictionary that every SAE is compared with
 MAPS = f"{R}/saes/{{chain}}/affine.safetensors"
 
 # One job trains the SAEs of a section, one per seed (and site of a chain), on one reading of the store.
@@ -47,7 +48,7 @@ rule evaluate_sae:
         sae=SAE_WEIGHTS,
         config=SAE_CONFIG,
         trust=f"{R}/.trust/evaluate-{{sae}}",
-        code=lambda wildcards: sources("evaluate_sae.py", sae_code(wildcards.sae)),
+        code=lambda wildcards: sources("evaluate_sae.py", sae_code(wildcards.sae), RANDOM_SAE),
     output:
         metrics=f"{R}/saes/{{sae}}/metrics.json",
         latents=f"{R}/saes/{{sae}}/latents.parquet",

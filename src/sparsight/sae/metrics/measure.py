@@ -169,6 +169,7 @@ def measure(
         "n": rows.n,
         **{key: table[0][key] for key in ("fvu", "explained_variance", "l0", "bits", "fvu_quantised")},
         "fvu_pca_k": table[1]["fvu"],
+        **{f"{key}_{row['method']}": row[key] for row in table[2:-1] for key in ("fvu", "monosemanticity")},
         "bits_pca": table[-1]["bits"],
         "dead_test": int((firing.count == 0).sum()),
         "dead_train": int((train_codes["sae"].fired.sum(axis=0) == 0).sum()),
