@@ -10,13 +10,15 @@ import pytest
 import torch
 import zarr
 from conftest import make_backbone, make_folder, write_store
+from sklearn.metrics.pairwise import cosine_similarity
 from torch import Tensor
 
 from sparsight import config, sae
 from sparsight.backbones import Backbone
 from sparsight.images import Manifest, Split, write_manifest
 from sparsight.sae import SAE
-from sparsight.sae.evaluate import chain_metrics, evaluate_chain, reconstruction_metrics
+from sparsight.sae.evaluate import chain_metrics, evaluate_chain, redundancies
+from sparsight.sae.metrics.measure import measure
 from sparsight.sae.residual import ReSAE, by_group, fit_maps, fit_moments
 from sparsight.sae.splice import Clean, Replacement, spliced
 from sparsight.store import ActivationStore
@@ -66,7 +68,8 @@ def fvu(x: np.ndarray, x_hat: np.ndarray) -> float:
 
 def test_reconstruction_metrics_are_those_of_all_rows_at_once(stores: tuple[ActivationStore, ActivationStore]) -> None:
     one = random_sae(0)
-    found = reconstruction_metrics(one, SITES[1], *stores)
+    labels = dict.fromkeys(("train", "test"), np.arange(64) % 2)
+    found = measure(one, SITES[1], *stores, labels, 2, 0).metrics
     train, test = (np.asarray(zarr.open_group(s.path)[SITES[1]][:]).reshape(-1, D).astype(np.float64) for s in stores)
     codes = one.encode(test.astype(np.float32))
     assert found["n"] == len(test) == 64 * 17
@@ -99,8 +102,28 @@ def test_chain_metrics_are_those_of_all_rows_at_once(stores: tuple[ActivationSto
     seen, rebuilt = (np.concatenate(parts) for parts in zip(*residuals, strict=True))
     assert found[SITES[1]]["fvu_residual"] == pytest.approx(fvu(seen, rebuilt), rel=1e-4)
     assert found[SITES[0]]["fvu"] == pytest.approx(found[SITES[0]]["fvu_residual"])
-    assert "fvu_affine" not in found[SITES[0]]
+    assert "fvu_affine" not in found[SITES[0]] and "redundancy" not in found[SITES[0]]
+    earlier, later = (chain.saes[site].W_dec.numpy() for site in SITES)
+    assert found[SITES[1]]["redundancy"] == pytest.approx(
+        cosine_similarity(later, earlier).max(axis=1).mean(), rel=1e-5
+    )
+    carried = [earlier @ pairs[0][0].T.numpy() for pairs in chain.maps.values()]
+    transported = np.mean([cosine_similarity(later, rows).max(axis=1).mean() for rows in carried])
+    assert found[SITES[1]]["redundancy_transported"] == pytest.approx(transported, rel=1e-5)
+    assert found[SITES[1]]["redundancy_random"] == pytest.approx(found[SITES[1]]["redundancy"], abs=0.05)
+    assert found[SITES[1]]["redundancy_over_0.9"] == 0
     assert found[SITES[1]]["fvu_affine"] < 0.5
+
+
+def test_a_chain_without_maps_transports_nothing_and_equal_decoders_are_redundant(
+    stores: tuple[ActivationStore, ActivationStore],
+) -> None:
+    moments = fit_moments(by_group(stores[0], SITES, CPU), SITES)
+    chain = ReSAE(SITES, dict.fromkeys(SITES, random_sae(0)), fit_maps(SITES, moments, "zero"))
+    found = redundancies(chain, 1)
+    assert "redundancy_transported" not in found and found["redundancy_over_0.9"] == 1
+    chain.maps = fit_maps(SITES, moments, "identity")
+    assert redundancies(chain, 1)["redundancy_transported"] == pytest.approx(found["redundancy"]) == pytest.approx(1)
 
 
 def hooked(backbone: Backbone, images: Tensor, inserted: Mapping[int, Tensor], positions: list[int]) -> Tensor:

@@ -27,6 +27,7 @@ from sparsight import trust
 from sparsight.run import load_run
 
 BACKBONES, SPLITS = ("vit", "clip"), ("train", "val", "test")
+SAES = ("topk-s0", "switch-s0", "switch-s1", "final-s0")
 BACKBONE_FILES = ("model.safetensors", "prompts.safetensors", "config.json", "training.jsonl")
 # Files with times and hosts, and marks for Snakemake; everything else is byte-equal between equal runs.
 VARYING = ("timings.json", "provenance.json", "logs/", "benchmarks/", ".trust/")
@@ -133,9 +134,11 @@ def test_one_command_makes_every_promised_file_and_leaves_no_working_state(run_f
         *(f"activations/{b}/{s}{f}" for b in BACKBONES for s in SPLITS for f in (".json", ".zarr/zarr.json")),
         *(
             f"saes/{name}/{f}"
-            for name in ("topk-s0", "switch-s0", "final-s0", "resae-s0/blocks.1.input", "resae-s0/blocks.2.input")
+            for name in (*SAES, "resae-s0/blocks.1.input", "resae-s0/blocks.2.input")
             for f in ("sae.safetensors", "config.json", "metrics.json", "training.jsonl")
         ),
+        *(f"saes/{name}/{f}.parquet" for name in SAES for f in ("latents", "baselines", "probing")),
+        "saes/switch-stability.json",
         *(f"saes/resae-s0/{f}" for f in ("affine.safetensors", "metrics.json")),
         *(
             f"steering/{name}-s0{f}"
@@ -248,7 +251,7 @@ def show(folder, x, x_hat):
     fvu = np.square(x - x_hat).sum() / np.square(x - x.mean(axis=0)).sum()
     print(folder.relative_to(run / "saes").as_posix(), fvu)
 
-for folder in sorted((run / "saes").iterdir()):
+for folder in sorted(path for path in (run / "saes").iterdir() if path.is_dir()):
     if not (folder / "affine.safetensors").exists():
         x = stored(folder)
         show(folder, x, reconstruct(folder, x))
@@ -272,7 +275,7 @@ def test_fvu_is_reproduced_from_the_files_without_sparsight(run_folder: Path) ->
     run = run_folder / "results" / "tiny"
     command = [sys.executable, "-c", FVU_BY_HAND, str(run)]
     lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
-    assert len(lines) == 5
+    assert len(lines) == 6
     for line in lines:
         name, fvu = line.split()
         metrics = json.loads((run / "saes" / name / "metrics.json").read_text())

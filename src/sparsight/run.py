@@ -55,6 +55,11 @@ class Run:
         return {f"{name}-s{seed}": s for name, s in self.saes.items() if s.sites for seed in s.seeds}
 
     @cached_property
+    def repeated(self) -> list[str]:
+        """The sections of ``saes`` with several seeds, whose SAEs can be compared."""
+        return [name for name, section in self.saes.items() if len(section.seeds) > 1]
+
+    @cached_property
     def transfers(self) -> list[str]:
         """The steering results that are tried on other images: VS2 on a model that classifies by prompts."""
         return [

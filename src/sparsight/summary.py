@@ -9,13 +9,18 @@ import numpy as np
 from sparsight import tables
 from sparsight.work import write_json
 
+_OF_SAES = (
+    "fvu", "fvu_pca_k", "l0", "dead_train", "dense_test", "bits", "bits_pca", "monosemanticity", "nearest_duplicates",
+    "probing_sae_5", "probing_random_5", "probing_neurons_5", "accuracy_spliced",
+)  # fmt: skip
+
 
 def write_metrics(inputs: dict[str, list[Path]], path: Path) -> None:
     """Write ``metrics.json``: test-split numbers under flat keys ``<stage>.<name>...``.
 
     Args:
-        inputs: ``backbones`` (config.json), ``saes``, ``chains`` and ``policies`` (metrics.json), ``steerings``
-            (Parquet), ``transfers`` (JSON).
+        inputs: ``backbones`` (config.json), ``saes``, ``chains`` and ``policies`` (metrics.json), ``stabilities``
+            and ``transfers`` (JSON), ``steerings`` (Parquet).
     """
     flat: dict[str, float] = {}
     for file in inputs["backbones"]:
@@ -24,13 +29,16 @@ def write_metrics(inputs: dict[str, list[Path]], path: Path) -> None:
             flat[f"backbone.{file.parent.name}.accuracy"] = about["accuracy"]["test"]["accuracy"]
     for file in inputs["saes"]:
         metrics = json.loads(file.read_text())
-        for key in ("fvu", "fvu_pca_k", "l0", "dead_train", "accuracy_spliced"):
+        for key in _OF_SAES:
             if key in metrics:
                 flat[f"sae.{file.parent.name}.{key}"] = metrics[key]
     for file in inputs["chains"]:
         metrics = json.loads(file.read_text())
         shown = ("fvu", *(f"{key}_{mode}" for mode in ("forced", "unchained", "online") for key in ("accuracy", "kl")))
         flat |= {f"chain.{file.parent.name}.{key}": metrics[key] for key in shown if key in metrics}
+    for file in inputs["stabilities"]:
+        for site, found in json.loads(file.read_text())["sites"].items():
+            flat |= {f"{file.stem}.{site}.{key}": found[key] for key in ("cosine", "cosine_random")}
     for file in inputs["steerings"]:
         for row in tables.read(file):
             if row["split"] == "test":

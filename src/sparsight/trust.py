@@ -55,6 +55,8 @@ def stages(run: Run) -> Iterator[tuple[str, Any]]:
         yield f"sae-{name}", sae
     for name in (*run.sae_names, *run.chains):
         yield f"evaluate-{name}", None
+    for name in run.repeated:
+        yield f"stability-{name}", None
     for name in run.steering_names:
         yield f"steering-{name}", run.steering[name.rpartition("-s")[0]]
     for name in run.transfers:

@@ -11,6 +11,7 @@ RESULTS = {
 rule summary:
     input:
         **RESULTS,
+        stabilities=expand(rules.stability.output.stability, grid=RUN.repeated),
         trust=f"{R}/.trust/summary",
         code=sources("summary.py"),
     output:
@@ -28,7 +29,7 @@ rule summary:
         flags=flags(),
     shell:
         "python workflow/scripts/summary.py --from-backbones {input.backbones} --from-saes {input.saes}"
-        " --from-chains {input.chains}"
+        " --from-chains {input.chains} --from-stabilities {input.stabilities}"
         " --from-steerings {input.steerings} --from-transfers {input.transfers} --from-policies {input.policies}"
         " --out {params.out} --work {params.work} --record {output.record}"
         " {params.flags} > {log} 2>&1"

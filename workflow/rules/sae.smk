@@ -1,5 +1,6 @@
 SAE_WEIGHTS = f"{R}/saes/{{sae}}/sae.safetensors"
 SAE_CONFIG = f"{R}/saes/{{sae}}/config.json"
+RANDOM_SAE = "src/sparsight/sae/topk.py"  # the variant of the random dictionary that every SAE is compared with
 MAPS = f"{R}/saes/{{chain}}/affine.safetensors"
 
 # One job trains the SAEs of a section, one per seed (and site of a chain), on one reading of the store.
@@ -47,9 +48,12 @@ rule evaluate_sae:
         sae=SAE_WEIGHTS,
         config=SAE_CONFIG,
         trust=f"{R}/.trust/evaluate-{{sae}}",
-        code=lambda wildcards: sources("evaluate_sae.py", sae_code(wildcards.sae)),
+        code=lambda wildcards: sources("evaluate_sae.py", sae_code(wildcards.sae), RANDOM_SAE),
     output:
         metrics=f"{R}/saes/{{sae}}/metrics.json",
+        latents=f"{R}/saes/{{sae}}/latents.parquet",
+        baselines=f"{R}/saes/{{sae}}/baselines.parquet",
+        probing=f"{R}/saes/{{sae}}/probing.parquet",
         record=f"{R}/records/evaluate-{{sae}}.json",
     log:
         f"{R}/logs/evaluate-sae-{{sae}}.log",
@@ -107,3 +111,6 @@ for CHAIN, SECTION in RUN.chains.items():
             " --from-train {input.train} --from-test {input.test} --from-maps {input.maps} --from-saes {input.saes}"
             " --name {params.name} --out {params.out} --work {params.work} --record {output.record}"
             " {params.flags} > {log} 2>&1"
+
+
+include: "stability.smk"

@@ -1,4 +1,7 @@
-"""Evaluate one SAE on the test split, by itself and put into the backbone: metrics.json."""
+"""Evaluate one SAE on the test split, by itself, beside baselines, and put into the backbone.
+
+Writes metrics.json, latents.parquet, baselines.parquet and probing.parquet.
+"""
 
 from sparsight import stage
 
@@ -13,8 +16,9 @@ def main(job: stage.Stage) -> None:
     one = sae.load(job.inputs["sae"].parent).to(device)
     backbone, _ = backbones.open_folder(job.inputs["backbone"].parent)
     train, test = (ActivationStore.open(job.inputs[name]) for name in ("train", "test"))
-    images = Manifest(job.inputs["images"]).split("test")
-    evaluate(one, backbone.to(device), train, test, images, job.work, job.record())
+    manifest = Manifest(job.inputs["images"])
+    labels, images = manifest.split("train").labels, manifest.split("test")
+    evaluate(one, backbone.to(device), train, test, labels, images, job.seed, job.work, job.record())
 
 
 if __name__ == "__main__":

@@ -92,6 +92,11 @@ class SAE(nn.Module, ABC):
         self.register_buffer("dead", torch.zeros(d_sae, dtype=torch.bool), persistent=False)
         self.dead: Tensor
 
+    @property
+    def macs_encode(self) -> int:
+        """Multiply-accumulates of encoding an activation: its product with the encoder."""
+        return self.d_in * self.d_sae
+
     @abstractmethod
     def encode(self, x: Tensor | np.ndarray) -> Codes:
         """Codes of activations (B, D), in the units of the stored activations.

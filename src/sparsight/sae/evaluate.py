@@ -9,10 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sparsight import tables
 from sparsight.backbones import Backbone
 from sparsight.images import Split
 from sparsight.progress import say
 from sparsight.sae.base import SAE
+from sparsight.sae.metrics.geometry import random_rows, redundancy
+from sparsight.sae.metrics.measure import measure
 from sparsight.sae.residual import Moments, ReSAE, by_group
 from sparsight.sae.splice import Clean, Replacement, spliced
 from sparsight.store import ActivationStore
@@ -20,40 +23,30 @@ from sparsight.work import Work, write_json
 
 
 def evaluate(
-    sae: SAE, backbone: Backbone, train: ActivationStore, test: ActivationStore, split: Split,
-    work: Work, record: dict[str, Any],
+    sae: SAE, backbone: Backbone, train: ActivationStore, test: ActivationStore, train_labels: np.ndarray, split: Split,
+    seed: int, work: Work, record: dict[str, Any],
 ) -> None:  # fmt: skip
-    """Write ``metrics.json``: :func:`reconstruction_metrics` and :func:`spliced`.
+    """Write ``metrics.json``, ``latents.parquet``, ``baselines.parquet`` and ``probing.parquet`` (docs/evaluation.md).
 
-    The modes of the latter are ``spliced`` and, as the floor, ``mean_instead``: the train mean in the activation's
-    place.
+    They are what :func:`measure` finds; the first has :func:`spliced` too. Its modes are ``spliced`` and, as the
+    floor, ``mean_instead``: the train mean in the activation's place.
 
     Args:
-        train: store of the train split, for the controls.
+        train: store of the train split, which all that is fitted is fitted on.
         test: store of the test split.
+        train_labels: int (N,), the classes of the images of the train split.
         split: the images of the test split.
+        seed: of the baselines.
     """
     site = sae.about["site"]
-    metrics = reconstruction_metrics(sae, site, train, test)
+    labels = {"train": train_labels, "test": split.labels}
+    found = measure(sae, site, train, test, labels, len(split.classes), seed)
     modes = {"spliced": lambda _: _decoded(sae), "mean_instead": lambda _: _means(train, [site])}
-    metrics |= spliced(backbone, split, [site], _positions(test, site, backbone), modes)
+    metrics = {**found.metrics, **spliced(backbone, split, [site], _positions(test, site, backbone), modes)}
     write_json(work.out / "metrics.json", {**metrics, "record": record})
-    say(", ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
-
-
-@torch.no_grad()
-def reconstruction_metrics(sae: SAE, site: str, train: ActivationStore, test: ActivationStore) -> dict[str, float]:
-    """FVU, L0 and dead latents on test; the FVU of PCA with k components (fitted on train) as control.
-
-    fvu = sum ||x - x_hat||^2 / sum ||x - mean of the split||^2; a latent is dead on a split on which it
-    never fires.
-    """
-    tallies = {name: _Tally(sae) for name in ("train", "test")}
-    for name, store in (("train", train), ("test", test)):
-        for groups in by_group(store, [site], sae.W_dec.device):
-            for rows in groups.values():
-                tallies[name].update(rows[site])
-    return _compare(tallies["train"], tallies["test"])
+    for name in ("latents", "baselines", "probing"):
+        tables.write(work.out / f"{name}.parquet", getattr(found, name))
+    say(_line(metrics))
 
 
 def evaluate_chain(
@@ -70,7 +63,7 @@ def evaluate_chain(
     for site, metrics in by_site.items():
         (work.out / site).mkdir(exist_ok=True)
         write_json(work.out / site / "metrics.json", {**metrics, "record": record})
-        say(f"{site}: " + ", ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
+        say(f"{site}: {_line(metrics)}")
 
     def forced(clean: Clean, chained: bool) -> Replacement:
         rebuilt = {
@@ -88,16 +81,16 @@ def evaluate_chain(
     metrics = {"n": len(split), "fvu": float(np.mean([one["fvu"] for one in by_site.values()]))}
     metrics |= spliced(backbone, split, chain.sites, _positions(test, chain.sites[0], backbone), modes)
     write_json(work.out / "metrics.json", {**metrics, "record": record})
-    say(", ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
+    say(_line(metrics))
 
 
 @torch.no_grad()
 def chain_metrics(chain: ReSAE, train: ActivationStore, test: ActivationStore) -> dict[str, dict[str, float]]:
-    """What a chain reconstructs on test, by site.
+    """What a chain reconstructs on test, by site, and what each decoder has of the one before (:func:`redundancies`).
 
     ``fvu`` and ``fvu_unchained`` are of the activation, by the teacher-forced reconstruction through the maps and
     not; ``fvu_affine`` is what the map alone leaves. ``fvu_residual``, ``fvu_pca_k``, ``l0``, ``dead_test`` and
-    ``dead_train`` are of the SAE on its own input, the residual, as in :func:`reconstruction_metrics`.
+    ``dead_train`` are of the SAE on its own input, the residual.
     """
     tallies = {name: {site: _Tally(one) for site, one in chain.saes.items()} for name in ("train", "test")}
     activations = {site: Moments([site]) for site in chain.sites}
@@ -125,8 +118,24 @@ def chain_metrics(chain: ReSAE, train: ActivationStore, test: ActivationStore) -
         own["fvu_residual"] = own.pop("fvu")
         variance = activations[site].n * float(activations[site].covariance(site, site)[0].trace())
         of_activations = {key: error / variance for key, error in errors[site].items() if m or key != "fvu_affine"}
-        metrics[site] = {**own, **of_activations}
+        metrics[site] = {**own, **of_activations, **(redundancies(chain, m) if m else {})}
     return metrics
+
+
+def redundancies(chain: ReSAE, m: int) -> dict[str, float]:
+    """Decoder redundancy of sites m - 1 and m (:func:`redundancy`), of random rows of the same shape, and transported.
+
+    The last is with the earlier rows taken along by the affine map, the mean over the token groups' maps; it is left
+    out where there is no map to speak of (``affine: zero``).
+    """
+    later, earlier = (chain.saes[chain.sites[place]].W_dec for place in (m, m - 1))
+    found = {"redundancy": redundancy(later, earlier)}
+    found["redundancy_random"] = redundancy(*(random_rows(rows, place) for place, rows in enumerate((later, earlier))))
+    maps = [pairs[m - 1][0] for pairs in chain.maps.values()]
+    if any(A.any() for A in maps):
+        each = [redundancy(later, earlier, A) for A in maps]
+        found["redundancy_transported"] = {key: float(np.mean([one[key] for one in each])) for key in each[0]}
+    return {name + (key != "mean") * f"_{key}": value for name, one in found.items() for key, value in one.items()}
 
 
 class _Tally:
@@ -159,6 +168,10 @@ def _compare(train: _Tally, test: _Tally) -> dict[str, float]:
         "dead_test": int((~test.fired).sum()),
         "dead_train": int((~train.fired).sum()),
     }
+
+
+def _line(metrics: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {value if isinstance(value, str) else f'{value:.4g}'}" for name, value in metrics.items())
 
 
 def _squares(error_ND: Tensor) -> float:

@@ -59,6 +59,10 @@ class Switch(SAE):
         self.W_router = nn.Parameter((2 * router - 1) / math.sqrt(d_in))
         self.b_router = nn.Parameter(torch.zeros(d_in))
 
+    @property
+    def macs_encode(self) -> int:
+        return self.d_in * (self.experts + self.d_sae // self.experts)
+
     def encode(self, x: Tensor | np.ndarray) -> SparseCodes:
         x = self.validate(x)
         return self._codes(x, self._route(x))

@@ -1,0 +1,86 @@
+"""Seconds and peak memory of all that is measured of an SAE on stored activations, without the model.
+
+    python benchmarks/metrics.py [--train 60000] [--test 60000] [--width 384] [--d-sae 8192] [--k 32] [--threads 2]
+
+Writes two stores of random activations that lie near one of many random directions, and measures a random TopK SAE on
+them. Memory is of the whole process, and what it was before the SAE and the stores were opened is printed beside it.
+"""
+
+import argparse
+import dataclasses
+import json
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from sparsight import machine, sae
+from sparsight.config import Compute
+from sparsight.sae.metrics.measure import measure
+from sparsight.stage import prepare_torch
+from sparsight.store import ActivationStore
+from sparsight.store_writer import Plan, StoreWriter, finish_store
+
+SITE = "blocks.1.input"
+CLASSES = 100
+
+
+def main() -> None:
+    """Print seconds, processor seconds and memory."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--train", type=int, default=60_000)
+    parser.add_argument("--test", type=int, default=60_000)
+    parser.add_argument("--width", type=int, default=384)
+    parser.add_argument("--d-sae", type=int, default=8192)
+    parser.add_argument("--k", type=int, default=32)
+    parser.add_argument("--threads", type=int, default=2)
+    arguments = parser.parse_args()
+    prepare_torch(Compute(threads=arguments.threads))
+    print(f"{machine.describe()}, {arguments.threads} threads, torch {torch.__version__}")
+    print(", ".join(f"{name} {value}" for name, value in vars(arguments).items()))
+    with tempfile.TemporaryDirectory() as folder:
+        centres = np.random.default_rng(0).standard_normal((CLASSES, arguments.width))
+        labels = {
+            name: _write(Path(folder, name), getattr(arguments, name), centres, seed)
+            for seed, name in enumerate(("train", "test"))
+        }
+        stores = {name: ActivationStore.open(Path(folder, name, "store.zarr")) for name in labels}
+        one = sae.create("topk", arguments.width, arguments.d_sae, arguments.k).requires_grad_(False)
+        before, start, cpu = machine.peak_memory(), time.perf_counter(), time.process_time()
+        found = measure(one, SITE, stores["train"], stores["test"], labels, CLASSES, 0)
+        print(f"{time.perf_counter() - start:.1f} s, {time.process_time() - cpu:.1f} CPU s")
+    print(f"peak memory {machine.peak_memory():.0f} MB, {before:.0f} before")
+    print(f"{len(found.latents)} latents, {len(found.baselines)} methods, {len(found.probing)} probes")
+
+
+def _write(folder: Path, n: int, centres: np.ndarray, seed: int) -> np.ndarray:
+    """A store of n activations around the centres of their classes; returns the classes."""
+    folder.mkdir()
+    width = centres.shape[1]
+    plan = Plan(n, {SITE: (width,), "embedding": (width,)}, "float16", 4096)
+    writer, generator, labels, records = (
+        StoreWriter(folder / "store.zarr", plan, folder),
+        np.random.default_rng(seed),
+        [],
+        {},
+    )
+    for shard, images in enumerate(plan.shards):
+        labels.append(generator.integers(len(centres), size=images.stop - images.start))
+        noise = generator.standard_normal((2, len(labels[-1]), width))
+        values = {
+            site: (centres[labels[-1]] + own).astype(np.float16) for site, own in zip(plan.shapes, noise, strict=True)
+        }
+        records[shard] = writer.write(shard, values, [])
+    about = {"split": "train", "tokens": "cls", "token_positions": {"class": [0], "register": [], "patches": [1, 2]}}
+    part = folder / "store.part-0.json"
+    part.write_text(
+        json.dumps({"plan": dataclasses.asdict(plan), "about": about | {"backbone": "vit"}, "shards": records})
+    )
+    finish_store(folder / "store.zarr", [part], folder / "store.json")
+    return np.concatenate(labels)
+
+
+if __name__ == "__main__":
+    main()

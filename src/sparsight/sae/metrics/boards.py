@@ -1,0 +1,92 @@
+"""One row of ``baselines.parquet`` for each method: what it reconstructs, in how many bits, at what cost.
+
+Shapes: B rows of a window, I images of it, D width (d_in), E width of the embedding.
+"""
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from sparsight.sae.metrics import description
+from sparsight.sae.metrics.description import RISE, Bits, quantised, restored
+from sparsight.sae.metrics.methods import Method
+from sparsight.sae.metrics.monosemanticity import Monosemanticity
+from sparsight.sae.metrics.sparse import Matrix
+
+
+@dataclasses.dataclass
+class Board:
+    """Sums over the test split for one method."""
+
+    method: Method
+    step: float | None
+    """Of quantisation; None for a method whose codes are a choice, which is told exactly."""
+    d_embedding: int
+
+    def __post_init__(self) -> None:
+        width, d_in = self.method.rows.shape
+        self.squares = self.squares_quantised = 0.0
+        self.error, self.active = np.zeros(d_in), 0
+        self.bits = Bits(width)
+        self.monosemanticity = Monosemanticity(width, self.d_embedding)
+
+    def update(self, x_BD: np.ndarray, z: Matrix, images: Matrix, unit_IE: np.ndarray) -> None:
+        """Add activations, their codes, the images' mean codes and the images' embeddings."""
+        error = x_BD - self.method.decode(z)
+        own = float(np.square(error, dtype=np.float64).sum())
+        self.squares += own
+        self.error += error.sum(axis=0, dtype=np.float64)
+        self.active += int(np.count_nonzero(z.data))
+        symbols = quantised(z, self.step or 1.0)
+        self.bits.update(symbols)
+        if self.step is not None:
+            own = description.squared_error(self.method, x_BD, restored(symbols, self.step))
+        self.squares_quantised += own
+        self.monosemanticity.update(images, unit_IE)
+
+    def row(self, n: int, variance: float) -> dict[str, Any]:
+        """The row of the table.
+
+        Args:
+            n: activations of the split.
+            variance: sum of their squared distances from their mean.
+        """
+        scores = self.monosemanticity.scores()
+        known = scores[~np.isnan(scores)]
+        l0 = self.active / n
+        return {
+            "method": self.method.name,
+            "features": len(self.method.rows),
+            "fvu": self.squares / variance,
+            "explained_variance": 1 - (self.squares - float(np.square(self.error).sum()) / n) / variance,
+            "l0": l0,
+            "step": self.step,
+            "fvu_quantised": self.squares_quantised / variance,
+            "bits": self.bits.of_the_choice() if self.step is None else self.bits.per_activation(),
+            "macs": self.method.macs(l0),
+            "monosemanticity": float(known.mean()) if len(known) else None,
+        }
+
+
+def boards(methods: list[Method], all_components: Method, x_BD: Tensor, d_embedding: int) -> list[Board]:
+    """The boards of the SAE, first of ``methods``, and of what it is compared with; steps are chosen on ``x_BD``.
+
+    Each method's step lets its own squared error rise by 5 %. ``all_components`` gets the step at which its error is
+    that of the quantised SAE: bits at equal error.
+    """
+    x = x_BD.cpu().numpy()
+    found = []
+    equal_error = 0.0
+    for method in methods:
+        z = method.encode(x_BD)
+        step = None
+        if method.name != "kmeans":
+            step = description.step_for(method, x, z, (1 + RISE) * description.squared_error(method, x, z))
+            if method is methods[0]:
+                equal_error = description.squared_error(method, x, restored(quantised(z, step), step))
+        found.append(Board(method, step, d_embedding))
+    z = all_components.encode(x_BD)
+    step = description.step_for(all_components, x, z, equal_error)
+    return [*found, Board(all_components, step, d_embedding)]
