@@ -9,9 +9,12 @@ them. Memory is of the whole process, and what it was before the SAE and the sto
 import argparse
 import dataclasses
 import json
+import os
 import tempfile
 import time
 from pathlib import Path
+
+os.environ.setdefault("GOMP_SPINCOUNT", "20000")  # as the stages do
 
 import numpy as np
 import torch

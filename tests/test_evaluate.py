@@ -214,7 +214,7 @@ def test_a_chain_of_perfect_saes_changes_nothing_whatever_the_way_back(split: Sp
         evaluate_chain(chain, backbone, store, store, split, work, {})
         work.finish(tmp_path / "out")
     whole = json.loads((tmp_path / "out" / "metrics.json").read_text())
-    assert whole["fvu"] < 1e-9
+    assert whole["fvu"] < 1e-9 and whole["redundancy"] == pytest.approx(1)
     for mode in ("forced", "unchained", "online"):
         assert whole[f"kl_{mode}"] < 1e-9 and whole[f"accuracy_{mode}"] == whole["accuracy_untouched"]
     assert whole["kl_mean_instead"] > 1e-3

@@ -244,6 +244,8 @@ def test_k_means_gives_the_nearest_centre_and_the_same_ones_every_time() -> None
     assert within < 0.6 * np.square(x.numpy() - x.numpy().mean(axis=0)).sum()
     assert len(methods.kmeans(x, 5000, 0).rows) == 200 // 8, "8 rows a centre"
     assert len(methods.kmeans(x[:3], 5000, 0).rows) == 1
+    few = methods.kmeans(x[:3].repeat(40, 1), 15, 0)  # more centres than there are different rows
+    np.testing.assert_allclose(few.decode(few.encode(x[:3])), x[:3].numpy(), rtol=1e-4)
 
 
 def test_neurons_are_the_dimensions_farthest_from_their_mean() -> None:

@@ -34,7 +34,8 @@ def write_metrics(inputs: dict[str, list[Path]], path: Path) -> None:
                 flat[f"sae.{file.parent.name}.{key}"] = metrics[key]
     for file in inputs["chains"]:
         metrics = json.loads(file.read_text())
-        shown = ("fvu", *(f"{key}_{mode}" for mode in ("forced", "unchained", "online") for key in ("accuracy", "kl")))
+        shown = [f"redundancy{kind}" for kind in ("", "_transported", "_random")]
+        shown += ["fvu", *(f"{key}_{mode}" for mode in ("forced", "unchained", "online") for key in ("accuracy", "kl"))]
         flat |= {f"chain.{file.parent.name}.{key}": metrics[key] for key in shown if key in metrics}
     for file in inputs["stabilities"]:
         for site, found in json.loads(file.read_text())["sites"].items():

@@ -2,6 +2,7 @@ RESULTS = {
     "backbones": expand(rules.backbone.output.config, backbone=RUN.backbones),
     "saes": expand(rules.evaluate_sae.output.metrics, sae=RUN.sae_names),
     "chains": expand(f"{R}/saes/{{chain}}/metrics.json", chain=RUN.chains),
+    "stabilities": expand(rules.stability.output.stability, grid=RUN.repeated),
     "steerings": expand(f"{R}/steering/{{name}}.parquet", name=RUN.steering_names),
     "transfers": expand(f"{R}/steering/{{name}}/{{other}}.json", name=RUN.transfers, other=RUN.other_images),
     "policies": expand(rules.pruning.output.metrics, policy=RUN.policies),
@@ -11,7 +12,6 @@ RESULTS = {
 rule summary:
     input:
         **RESULTS,
-        stabilities=expand(rules.stability.output.stability, grid=RUN.repeated),
         trust=f"{R}/.trust/summary",
         code=sources("summary.py"),
     output:
@@ -66,7 +66,7 @@ rule report:
         flags=flags(RUN.report),
     shell:
         "python workflow/scripts/report.py --from-backbones {input.backbones} --from-saes {input.saes}"
-        " --from-chains {input.chains}"
+        " --from-chains {input.chains} --from-stabilities {input.stabilities}"
         " --from-steerings {input.steerings} --from-transfers {input.transfers} --from-policies {input.policies}"
         " --from-images {input.images} --from-stores {input.stores} --name {params.name}"
         " --out {params.out} --work {params.work} --record {output.record}"

@@ -19,6 +19,7 @@ if __name__ == "__main__":
         backbones=["config.json of every backbone"],
         saes=["metrics.json of every SAE"],
         chains=["metrics.json of every ReSAE chain"],
+        stabilities=["<section>-stability.json of every section of several seeds"],
         stores=["test.json of every backbone"],
         steerings=["<name>.parquet of every steering result"],
         transfers=["<data set>.json of every steering result on other images"],

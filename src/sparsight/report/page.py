@@ -21,7 +21,8 @@ def write_page(section: config.Report, run: str, inputs: dict[str, Any], device:
 
     Args:
         run: name of the run.
-        inputs: paths by name: images, and lists of backbones, saes, chains, stores, steerings, transfers, policies.
+        inputs: paths by name: images, and lists of backbones, saes, chains, stabilities, stores, steerings, transfers,
+            policies.
     """
     manifest = Manifest(inputs["images"])
     saes = {path.parent.name: path.parent for path in inputs["saes"]}
@@ -45,6 +46,7 @@ def write_page(section: config.Report, run: str, inputs: dict[str, Any], device:
         backbones=backbones,
         sae_metrics=sae_metrics,
         chains=chains,
+        stabilities=[row for path in inputs["stabilities"] for row in _stability(path)],
         steerings=steerings,
         policies=policies,
         figures=drawn,
@@ -77,6 +79,12 @@ def _chain(folder: Path) -> dict[str, Any]:
         "sites": sites,
         "figures": {f"chain-{folder.name}": figure},
     }
+
+
+def _stability(path: Path) -> list[dict[str, Any]]:
+    """A row per site: what the SAEs of a section have in common over its seeds."""
+    name, sites = path.stem.removesuffix("-stability"), json.loads(path.read_text())["sites"]
+    return [{"name": name, "site": site, **found} for site, found in sites.items()]
 
 
 def _steering(path: Path, transfers: list[Path]) -> dict[str, Any]:

@@ -55,9 +55,9 @@ def evaluate_chain(
 ) -> None:  # fmt: skip
     """Write ``<site>/metrics.json`` of every site, :func:`chain_metrics`, and ``metrics.json`` of the whole chain.
 
-    The latter is :func:`spliced` at all sites at once, with modes ``forced`` (every SAE sees clean activations, the
-    reconstructions go through the maps), ``unchained`` (the maps take the clean activation), ``online`` (one pass,
-    each SAE sees what arrives) and ``mean_instead``.
+    The latter has means over the sites, and :func:`spliced` at all sites at once, with modes ``forced`` (every SAE sees
+    clean activations, the reconstructions go through the maps), ``unchained`` (the maps take the clean activation),
+    ``online`` (one pass, each SAE sees what arrives) and ``mean_instead``.
     """
     by_site = chain_metrics(chain, train, test)
     for site, metrics in by_site.items():
@@ -78,7 +78,10 @@ def evaluate_chain(
         "online": lambda _: lambda m, group, h, before: chain.replace(m, h, before, group),
         "mean_instead": lambda _: _means(train, chain.sites),
     }
-    metrics = {"n": len(split), "fvu": float(np.mean([one["fvu"] for one in by_site.values()]))}
+    metrics = {"n": len(split)}
+    for key in ("fvu", "redundancy", "redundancy_transported", "redundancy_random"):
+        if values := [one[key] for one in by_site.values() if key in one]:
+            metrics[key] = float(np.mean(values))
     metrics |= spliced(backbone, split, chain.sites, _positions(test, chain.sites[0], backbone), modes)
     write_json(work.out / "metrics.json", {**metrics, "record": record})
     say(_line(metrics))

@@ -16,7 +16,7 @@ DUPLICATE = 0.9
 """Decoder rows of a larger cosine are duplicates (Mudide et al. 2024, arXiv 2410.08201)."""
 MATCHED = 0.7
 """Rows of two dictionaries of a larger cosine are taken for the same feature."""
-_ENTRIES = 2**26  # of a matrix of costs: half a gigabyte of float64, and minutes of matching
+_ENTRIES = 2**26  # of a matrix of costs: half a gigabyte of float64
 
 
 def unit(rows_FD: Tensor) -> Tensor:

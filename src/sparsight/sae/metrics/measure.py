@@ -130,7 +130,7 @@ def measure(
         *_sparse_probes(on_train, coded, train_codes),
         *dense.probes("neurons", np.eye(sae.d_in), COUNTS),
         *dense.probes("pca", components.cpu().numpy(), COUNTS),
-        *dense.probes("activation", np.eye(sae.d_in), (sae.d_in,)),
+        dense.probe("activation"),
     ]
     k = min(sae.k, sae.d_in)
     clusters = derive_seed(seed, "metrics", "kmeans")

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+import torch
 from scipy import sparse
 
 from sparsight.sae.metrics.latents import ByClass
@@ -58,7 +59,8 @@ class DenseMoments:
         """Add images, float64 (I, D), and their classes, int (I,)."""
         self.images += np.bincount(labels, minlength=len(self.images))
         self.total += by_class(labels, len(self.images)) @ x_ID
-        self.products += x_ID.T @ x_ID
+        x = torch.from_numpy(x_ID)
+        self.products += (x.T @ x).numpy()
 
     def probes(self, method: str, basis_DP: np.ndarray, counts: tuple[int, ...]) -> Iterator[Probe]:
         """Probes on the features x basis, as probes on x.
@@ -73,14 +75,24 @@ class DenseMoments:
         means = self.total @ basis_DP / np.maximum(self.images, 1)[:, None]
         covariance = basis_DP.T @ self.products @ basis_DP / n - np.outer(mean, mean)
         chosen = select(means, mean, np.sqrt(np.maximum(covariance.diagonal(), 0)), self.images, max(counts))
+        shares = self.images / n
         for count in counts:
             if count > basis_DP.shape[1]:
                 continue
-            W, b = np.zeros((len(basis_DP), len(means))), np.zeros(len(means))
-            for c, at in enumerate(chosen[:, :count]):
-                w, b[c] = ridge(covariance[np.ix_(at, at)], mean[at], means[c, at], self.images[c] / n)
-                W[:, c] = basis_DP[:, at] @ w
-            yield Probe(method, count, W, b)
+            at = chosen[:, :count]
+            own = covariance[at[:, :, None], at[:, None, :]]
+            w, b = ridge(own, mean[at], np.take_along_axis(means, at, axis=1), shares)
+            yield Probe(
+                method, count, np.stack([basis_DP[:, a] @ one for a, one in zip(at, w, strict=True)], axis=1), b
+            )
+
+    def probe(self, method: str) -> Probe:
+        """The probe on all of x."""
+        n = self.images.sum()
+        mean = self.total.sum(axis=0) / n
+        means = self.total / np.maximum(self.images, 1)[:, None]
+        w, b = ridge(self.products / n - np.outer(mean, mean), mean, means, self.images / n)
+        return Probe(method, len(mean), w.T, b)
 
 
 def sparse_probes(
@@ -99,14 +111,16 @@ def sparse_probes(
     for count in COUNTS:
         if count > width:
             continue
-        W, b = sparse.lil_array((width, len(chosen))), np.zeros(len(chosen))
-        for c, at in enumerate(chosen[:, :count]):
-            own = columns[:, np.searchsorted(union, at)]
-            mean = train.mean[at]
-            covariance = (own.T @ own).toarray() / n - np.outer(mean, mean)
-            w, b[c] = ridge(covariance, mean, train.means[c, at], train.images[c] / n)
-            W[at, [c]] = w
-        yield Probe(method, count, W.tocsc(), b)
+        at = chosen[:, :count]
+        mean = train.mean[at]
+        products = []
+        for one in at:
+            own = columns[:, np.searchsorted(union, one)]
+            products.append((own.T @ own).toarray())
+        covariance = np.stack(products) / n - mean[:, :, None] * mean[:, None, :]
+        w, b = ridge(covariance, mean, np.take_along_axis(train.means, at, axis=1), train.images / n)
+        starts = np.arange(0, at.size + 1, count)
+        yield Probe(method, count, sparse.csc_array((w.ravel(), at.ravel(), starts), shape=(width, len(at))), b)
 
 
 def select(means: np.ndarray, mean: np.ndarray, deviation: np.ndarray, images: np.ndarray, count: int) -> np.ndarray:
@@ -119,23 +133,37 @@ def select(means: np.ndarray, mean: np.ndarray, deviation: np.ndarray, images: n
         images: of each class, (C,).
         count: P, if there are as many features.
     """
-    varies = deviation > 1e-6 * (np.abs(mean) + deviation.max(initial=0))
+    varies = deviation > _floor(mean, deviation)
     score = np.abs(means - mean) / np.where(varies, deviation, np.inf) * (images > 0)[:, None]
     return np.argsort(-score, axis=1, kind="stable")[:, :count]
 
 
-def ridge(covariance: np.ndarray, mean: np.ndarray, class_mean: np.ndarray, share: float) -> tuple[np.ndarray, float]:
-    """Weights (P,) and bias of the ridge regression of membership of a class on features, standardised.
+def ridge(
+    covariance: np.ndarray, mean: np.ndarray, class_means: np.ndarray, shares: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Weights and biases of the ridge regressions of membership of each class on standardised features.
 
     Args:
-        covariance: of the features, (P, P).
-        mean: of the features, (P,).
-        class_mean: their mean on the class, (P,).
-        share: of the images that are of the class.
+        covariance: of the features, (C, P, P), or (P, P) where all classes have the same.
+        mean: of the features, (C, P) or (P,).
+        class_means: their means on the class, (C, P).
+        shares: of the images that are of the class, (C,).
+
+    Returns:
+        (C, P) and (C,).
     """
-    deviation = np.sqrt(np.maximum(covariance.diagonal(), 0))
-    varies = deviation > 1e-6 * (np.abs(mean) + deviation.max(initial=0))
-    scale = np.where(varies, 1 / np.where(varies, deviation, 1), 0)
-    system = covariance * np.outer(scale, scale) + RIDGE * np.eye(len(mean))
-    weights = scale * np.linalg.solve(system, scale * share * (class_mean - mean))
-    return weights, float(share - weights @ mean)
+    deviation = np.sqrt(np.maximum(np.diagonal(covariance, axis1=-2, axis2=-1), 0))
+    varies = deviation > _floor(mean, deviation)
+    scale = varies / np.where(varies, deviation, 1)
+    system = covariance * scale[..., :, None] * scale[..., None, :] + RIDGE * np.eye(mean.shape[-1])
+    targets = scale * shares[:, None] * (class_means - mean)
+    # torch: numpy's threads would wait for each other at every one of many small systems
+    columns = torch.from_numpy(targets.T if covariance.ndim == 2 else targets[..., None])
+    solved = torch.linalg.solve(torch.from_numpy(system), columns).numpy()
+    weights = scale * (solved.T if covariance.ndim == 2 else solved[..., 0])
+    return weights, shares - (weights * mean).sum(axis=-1)
+
+
+def _floor(mean: np.ndarray, deviation: np.ndarray) -> np.ndarray:
+    """A feature whose deviation is not above this is constant but for rounding."""
+    return 1e-6 * (np.abs(mean) + deviation.max(axis=-1, keepdims=True, initial=0))
