@@ -51,6 +51,8 @@ class Table:
     title: str
     note: str = ""
     entries: list[Entry] = field(default_factory=list)
+    answer: str = ""
+    """In plain words, what an experiment of our own says of the paper's claim."""
 
 
 def read(papers: Any) -> Iterator[tuple[str, list[Table]]]:
@@ -70,7 +72,7 @@ def read(papers: Any) -> Iterator[tuple[str, list[Table]]]:
     ours = []
     for run in papers["ours"]:
         entries = [Entry(run["experiment"], row["what"], row["metric"], row["unit"]) for row in run["rows"]]
-        ours.append(Table(run["experiment"], run["note"], entries))
+        ours.append(Table(run["experiment"], run["note"], entries, run.get("answer", "")))
     yield "Without a paper's number", ours
 
 
@@ -84,6 +86,9 @@ def page(papers: Any, measured: dict[str, Any]) -> str:
             lines += [f"### {table.title}", "", f"{table.note} Experiments: {experiments}.".strip(), ""]
             lines += _lines(table.entries, measured)
             lines.append("")
+            if table.answer:
+                lines += [table.answer.strip(), ""]
+                lines += _steered_heads(measured.get(table.title, {}).get("pruning", {}))
     lines += ["## Runs", "", "| experiment | commit | test images |", "|---|---|---|"]
     for name, run in sorted(measured.items()):
         others = "".join(f", {other} {n:,}" for other, n in sorted(run["n_other"].items()))
@@ -112,6 +117,37 @@ def _lines(entries: list[Entry], measured: dict[str, Any]) -> Iterator[str]:
         difference = "" if mean is None or entry.paper is None else f"{mean - entry.paper:+.{digits}f}"
         cells += [paper, ours, difference] if compared else [ours]
         yield "| " + " | ".join(cells) + " |"
+
+
+def _steered_heads(policies: dict[str, Any]) -> Iterator[str]:
+    """What the class latents do to every head policy of a run, with intervals."""
+    for name, found in policies.items():
+        yield f"Policy `{name}`: chosen on val, all test images; lost at most is a one-sided 95 % bound."
+        yield from (
+            "",
+            "| labels | heads kept | unsteered | accuracy, points | lost at most |",
+            "|---|---|---|---|---|",
+        )
+        for row in found["against_none"]:
+            cells = [row["labels"], f"{row['usage_last']:.3f}", f"{found['usage_none']:.3f}", _points(row)]
+            yield "| " + " | ".join([*cells, f"{100 * row['loss_bound']:.2f}"]) + " |"
+        yield from ("", "Only the classes whose usage a strategy halves on val at no loss there are steered:", "")
+        yield "| strategy | labels | classes | heads kept | accuracy, points | lost at most |"
+        yield "|---|---|---|---|---|---|"
+        for row in found["selected_classes"]:
+            cells = [row["strategy"], row["labels"], str(row["classes_selected"]), f"{row['usage_last']:.3f}"]
+            yield "| " + " | ".join([*cells, _points(row), f"{100 * row['loss_bound']:.2f}"]) + " |"
+        yield from ("", "Class latents minus a control at the same share of heads, where its frontier reaches it:", "")
+        yield "| control | labels | heads kept | control's heads | class latents minus control, points |"
+        yield "|---|---|---|---|---|"
+        for row in found["matched_usage"]:
+            cells = [row["control"], row["labels"], f"{row['usage']:.3f}", f"{row['usage_control']:.3f}"]
+            yield "| " + " | ".join([*cells, _points(row)]) + " |"
+        yield ""
+
+
+def _points(row: dict[str, Any]) -> str:
+    return f"{100 * row['delta']:+.2f} ({100 * row['delta_lo']:+.2f} to {100 * row['delta_hi']:+.2f})"
 
 
 def matching(metric: str, metrics: dict[str, float]) -> dict[str, float]:
@@ -145,7 +181,33 @@ def record(run: str, folder: Path, papers: Any) -> dict[str, Any]:
         "n": _test_images(folder / "images" / "manifest.parquet"),
         "n_other": {path.parent.name: _test_images(path) for path in (folder / "images").glob("*/manifest.parquet")},
         "metrics": kept,
+        **({"pruning": pruning} if (pruning := _pruning(folder)) else {}),
     }
+
+
+def _pruning(folder: Path) -> dict[str, Any]:
+    """What is kept of every head policy for :func:`_steered_heads`."""
+    columns = (
+        "strategy",
+        "labels",
+        "control",
+        "usage",
+        "usage_control",
+        "usage_last",
+        "classes_selected",
+        "loss_bound",
+    )
+    shown = (*columns, "delta", "delta_lo", "delta_hi")
+    kept = {}
+    for path in sorted(folder.glob("pruning/*/metrics.json")):
+        metrics = json.loads(path.read_text())
+        tables = {
+            name: [{key: row[key] for key in shown if key in row} for row in metrics[name]]
+            for name in ("against_none", "selected_classes", "matched_usage")
+        }
+        tables["against_none"] = [row for row in tables["against_none"] if row["strategy"] == "class-latents"]
+        kept[path.parent.name] = {"usage_none": metrics["policy"]["usage_last"], **tables}
+    return kept
 
 
 def _test_images(manifest: Path) -> int:

@@ -1,6 +1,7 @@
 """Kill stages and Snakemake itself at random moments until the run is done, and compare with a run left alone.
 
-``python tests/chaos.py`` kills 50 times, ``python tests/chaos.py 200 7`` 200 times with another seed.
+``python tests/chaos.py`` kills 50 times, ``python tests/chaos.py 200 7`` 200 times with another seed, and
+``python tests/chaos.py 50 0 default`` does so in the default run instead of one on a tiny model.
 """
 
 import os
@@ -13,7 +14,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from conftest import snakemake, workspace
+from conftest import TINY, snakemake, workspace
 from test_pipeline import contents, holder, run_in_peace, start
 
 SNAKEMAKE_SHARE = 0.25  # of the kills
@@ -49,14 +50,18 @@ def disturb(folder: Path, generator: random.Random, most: int) -> Counter[str]:
             assert snakemake(folder, "--unlock").returncode == 0
 
 
-def main(kills: int = 50, seed: int = 0) -> None:
+def main(kills: str = "50", seed: str = "0", which: str = "tiny") -> None:
     """Run again and again until so much was killed."""
-    generator, killed, begin = random.Random(seed), Counter[str](), time.monotonic()
+    generator, killed, begin = random.Random(int(seed)), Counter[str](), time.monotonic()
     with tempfile.TemporaryDirectory() as parent:
-        undisturbed = contents(run_in_peace(workspace(Path(parent, "peace"))))
-        while killed.total() < kills:
-            folder = workspace(Path(parent, f"chaos-{killed.total()}"))
-            killed += disturb(folder, generator, kills - killed.total())
+        overlay = TINY
+        if which == "default":
+            overlay = Path(parent, "default.yaml")
+            overlay.write_text("run: tiny\n")  # params.yaml as it is, under the name that the tests look for
+        undisturbed = contents(run_in_peace(workspace(Path(parent, "peace"), overlay)))
+        while killed.total() < int(kills):
+            folder = workspace(Path(parent, f"chaos-{killed.total()}"), overlay)
+            killed += disturb(folder, generator, int(kills) - killed.total())
             made = contents(folder)
             differing = [name for name in made.keys() | undisturbed if made.get(name) != undisturbed.get(name)]
             left = [path.name for path in (folder / "results" / "tiny" / ".work").iterdir()]
@@ -67,4 +72,4 @@ def main(kills: int = 50, seed: int = 0) -> None:
 
 
 if __name__ == "__main__":
-    main(*map(int, sys.argv[1:]))
+    main(*sys.argv[1:])

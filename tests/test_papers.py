@@ -94,6 +94,33 @@ def test_a_recorded_run_stands_beside_the_paper_as_the_mean_over_its_seeds(paper
     assert "| run | abc | 4, birds 3 |" in page
 
 
+def test_the_answer_on_steered_heads_stands_with_its_intervals(papers: ModuleType, tmp_path: Path) -> None:
+    folder = results(tmp_path / "run", METRICS)
+    numbers = {"delta": -0.012, "delta_lo": -0.02, "delta_hi": -0.004, "loss_bound": 0.018}
+    metrics = {
+        "policy": {"usage_last": 0.7},
+        "against_none": [
+            {"strategy": "class-latents", "labels": "probe", "usage_last": 0.35, **numbers},
+            {"strategy": "uniform", "labels": "none", "usage_last": 0.5, **numbers},
+        ],
+        "selected_classes": [
+            {"strategy": "class-static", "labels": "oracle", "classes_selected": 3, "usage_last": 0.4, **numbers}
+        ],
+        "matched_usage": [
+            {"control": "logit-bias", "labels": "probe", "usage": 0.35, "usage_control": 0.36, **numbers}
+        ],
+    }
+    (folder / "pruning" / "heads").mkdir(parents=True)
+    (folder / "pruning" / "heads" / "metrics.json").write_text(json.dumps(metrics))
+    some = copy.deepcopy(SOME)
+    some["ours"][0]["answer"] = "It does not."
+    page = papers.page(some, {"run": papers.record("run", folder, some)})
+    assert "It does not." in page and "uniform" not in page
+    assert "| probe | 0.350 | 0.700 | -1.20 (-2.00 to -0.40) | 1.80 |" in page
+    assert "| class-static | oracle | 3 | 0.400 | -1.20 (-2.00 to -0.40) | 1.80 |" in page
+    assert "| logit-bias | probe | 0.350 | 0.360 | -1.20 (-2.00 to -0.40) |" in page
+
+
 def test_what_cannot_be_recorded_is_said_in_one_line(papers: ModuleType, tmp_path: Path) -> None:
     with pytest.raises(SparsightError, match=r"other: experiments/papers.yaml does not name this experiment; add it"):
         papers.record("other", tmp_path, SOME)

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from sparsight import config, schema
@@ -153,8 +154,7 @@ class Manifest:
 
     def split(self, name: str) -> "Split":
         """The rows of one split, in manifest order."""
-        rows = np.flatnonzero(np.array(self.table["split"].to_pylist()) == name)
-        table = self.table.take(rows)
+        table = self.table.filter(pc.equal(self.table["split"], name))
         return Split(
             self._source,
             table["uri"],
