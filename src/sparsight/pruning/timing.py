@@ -19,7 +19,7 @@ from sparsight.work import write_json
 
 _BATCH = 64
 _ROUNDS = 15
-_SECONDS = 120.0  # after three rounds, no more are begun for one model
+_SECONDS = 60.0  # after three rounds, no more are begun for one model
 
 
 def measure(models: dict[str, Backbone], seed: int, path: Path) -> None:
