@@ -68,7 +68,7 @@ def test_probes_are_ridge_regressions_of_scikit_learn(seed: int) -> None:
         dense.update(train[at].astype(np.float64), labels[at])
     codes = ByClass(F, C)
     codes.update(sparse.csr_array(train), labels)
-    chosen = probing.select(codes.means, codes.mean, codes.deviation, codes.images, 20)
+    chosen = probing.select(codes.means, codes.mean, codes.deviation, 20)
     union = np.unique(chosen)
     columns = sparse.csc_array(train[:, union].astype(np.float64))
     found = [*dense.probes("dense", np.eye(F), probing.COUNTS)]

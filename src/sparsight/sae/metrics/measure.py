@@ -166,7 +166,7 @@ def _sparse_probes(split: SplitRows, coded: Sequence[Method], sums: Mapping[str,
     chosen, kept = {}, {}
     for method in coded:
         own = sums[method.name]
-        chosen[method.name] = probing.select(own.means, own.mean, own.deviation, own.images, max(COUNTS))
+        chosen[method.name] = probing.select(own.means, own.mean, own.deviation, max(COUNTS))
         kept[method.name] = np.unique(chosen[method.name])
     blocks: dict[str, list[Matrix]] = {method.name: [] for method in coded}
     for window in split.windows():
