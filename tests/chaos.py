@@ -15,7 +15,7 @@ from collections import Counter
 from pathlib import Path
 
 from conftest import TINY, snakemake, workspace
-from test_pipeline import contents, holder, run_in_peace, start
+from runs import contents, holder, run_in_peace, start
 
 SNAKEMAKE_SHARE = 0.25  # of the kills
 MEAN_SECONDS = 10.0  # between them; now and then there is time enough for the longest stage

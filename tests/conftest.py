@@ -27,6 +27,7 @@ from sparsight.sae import SAE, Trainer
 from sparsight.stage import prepare_torch
 from sparsight.store_writer import Plan, StoreWriter, finish_store, shard_size
 
+pytest_plugins = ["runs"]
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "tests" / "tiny.yaml"
 

@@ -10,7 +10,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ import pytest
 import yaml
 import zarr
 from conftest import ROOT, TINY, make_folder, snakemake, workspace
+from runs import contents, holder, start
 from safetensors.numpy import load_file
 from snakemake.utils import update_config
 
@@ -29,8 +29,6 @@ from sparsight.run import load_run
 BACKBONES, SPLITS = ("vit", "clip"), ("train", "val", "test")
 SAES = ("topk-s0", "switch-s0", "switch-s1", "final-s0")
 BACKBONE_FILES = ("model.safetensors", "prompts.safetensors", "config.json", "training.jsonl")
-# Files with times and hosts, and marks for Snakemake; everything else is byte-equal between equal runs.
-VARYING = ("timings.json", "provenance.json", "logs/", "benchmarks/", ".trust/")
 
 
 def tiny() -> dict[str, Any]:
@@ -40,84 +38,12 @@ def tiny() -> dict[str, Any]:
     return config
 
 
-def contents(folder: Path) -> dict[str, bytes]:
-    root = folder / "results" / "tiny"
-    files = {p.relative_to(root).as_posix(): p for p in root.rglob("*") if p.is_file()}
-    return {name: path.read_bytes() for name, path in sorted(files.items()) if not name.startswith(VARYING)}
-
-
 def jobs(folder: Path) -> list[str]:
     """The rules that a dry run wants to run."""
     done = snakemake(folder, "--dry-run")
     assert done.returncode == 0, done.stderr
     rules = re.findall(r"^rule (\w+):$", done.stdout + done.stderr, re.MULTILINE)
     return [name for name in rules if name != "all"]
-
-
-def holder(folder: Path, stage: str, sign: str) -> int | None:
-    """The process of a stage that is running and has come as far as writing ``sign``."""
-    work = folder / "results" / "tiny" / ".work" / stage
-    try:
-        match = re.match(r"process (\d+) on", (work / "lock").read_text())
-        alive = match is not None and Path("/proc", match[1]).exists() and (work / sign).stat().st_size > 0
-    except OSError:
-        return None
-    return int(match[1]) if match and alive else None
-
-
-def start(folder: Path) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "snakemake", "--configfile", "tiny.yaml", "--cores", "1"]
-    with (folder / "output.txt").open("w") as output:  # not a pipe: what an orphan holds open never ends
-        return subprocess.Popen(command, cwd=folder, stdout=output, stderr=subprocess.STDOUT)
-
-
-# Stages to kill, each when a file of its working folder shows that it is in the middle of its work.
-KILLED = {
-    "images": "lock",
-    "backbone-vit": "out/training.jsonl",
-    "extract-vit-train-0": "state/shard-3.json",
-    "sae-topk": "state/training.jsonl",
-    "pruning-heads": "out/validation.parquet",
-}
-
-
-def run_with_kills(folder: Path) -> Path:
-    """Run on one core, killing every stage of KILLED once, and give the same command until it succeeds."""
-    left = dict(KILLED)
-    while True:
-        run = start(folder)
-        while run.poll() is None:
-            for stage, sign in list(left.items()):
-                if process := holder(folder, stage, sign):
-                    os.kill(process, signal.SIGKILL)
-                    del left[stage]
-            time.sleep(0.005)
-        if run.returncode == 0:
-            assert not left, "every stage was caught in the middle"
-            return folder
-        assert "SIGKILL" in (folder / "output.txt").read_text()
-
-
-def run_in_peace(folder: Path) -> Path:
-    """Run on two cores."""
-    done = snakemake(folder, "--cores", "2")
-    assert done.returncode == 0, done.stderr[-5000:]
-    return folder
-
-
-@pytest.fixture(scope="session")
-def both_runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """Workspaces of an undisturbed run and of one that was killed again and again, made side by side."""
-    peace, kills = (workspace(tmp_path_factory.mktemp(name)) for name in ("peace", "kills"))
-    with ThreadPoolExecutor(2) as pool:
-        waiting = pool.submit(run_in_peace, peace), pool.submit(run_with_kills, kills)
-        return waiting[0].result(), waiting[1].result()
-
-
-@pytest.fixture(scope="session")
-def run_folder(both_runs: tuple[Path, Path]) -> Path:
-    """The workspace of the undisturbed run."""
-    return both_runs[0]
 
 
 def test_run_that_was_killed_on_one_core_has_the_bytes_of_one_left_alone_on_two(both_runs: tuple[Path, Path]) -> None:
@@ -177,7 +103,7 @@ def test_a_changed_section_reruns_its_stage_and_what_follows_only(run_folder: Pa
     overlay = run_folder / "tiny.yaml"
     original = overlay.read_text()
     try:
-        overlay.write_text(original.replace("report: {latents: 3", "report: {title: Another, latents: 3"))
+        overlay.write_text(original.replace("report: {images: 4", "report: {title: Another, images: 4"))
         assert sorted(jobs(run_folder)) == ["configuration", "provenance", "report"]
         overlay.write_text(original.replace("strengths: [2, 30]", "strengths: [2, 31]"))
         assert sorted(set(jobs(run_folder))) == [

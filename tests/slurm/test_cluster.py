@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, TINY, snakemake, workspace
-from test_pipeline import contents, holder
+from runs import contents, holder
 
 pytestmark = pytest.mark.slurm
 

@@ -38,6 +38,7 @@ rule summary:
 rule report:
     input:
         **RESULTS,
+        latents=expand(rules.evaluate_sae.output.latents, sae=RUN.sae_names),
         images=rules.images.output.manifest,
         stores=expand(f"{R}/activations/{{backbone}}/test.json", backbone=RUN.backbones),
         trust=f"{R}/.trust/report",

@@ -213,10 +213,10 @@ class Report:
 
     title: str | None = None
     """Heading of the page; null names the run."""
-    latents: int = 10
-    """Latents shown with their top images."""
+    latents: int = 200
+    """Latents of each SAE in the browser: those that select for a class most."""
     images: int = 10
-    """Top images per latent."""
+    """Images of each: those that activate it most."""
 
 
 def _check_chain(chain: tuple[str, ...]) -> None:

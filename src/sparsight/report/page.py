@@ -1,26 +1,19 @@
 """The report: one HTML file that opens from disk, without network."""
 
-import base64
-import io
 import json
 from pathlib import Path
 from typing import Any
 
 import jinja2
-import numpy as np
 import torch
-from PIL import Image
 
-from sparsight import config, sae, tables
+from sparsight import config, tables
 from sparsight.images import Manifest
 from sparsight.report import figures, pruning
-from sparsight.sae.base import SAE
+from sparsight.report.latents import Browser
 from sparsight.store import ActivationStore
-from sparsight.windows import in_order
 
 _CAPTIONS = Path(__file__).parent / "captions"  # by kind of figure; Snakemake's own report reads them too
-_THUMBNAIL = 56
-_IMAGES = 256  # whose tokens are encoded at a time
 
 
 def write_page(section: config.Report, run: str, inputs: dict[str, Any], device: torch.device, out: Path) -> None:
@@ -42,7 +35,6 @@ def write_page(section: config.Report, run: str, inputs: dict[str, Any], device:
     drawn = {"saes": figures.sae_training(saes, levels)}
     for part in (*policies, *chains, *steerings, *backbones):
         drawn |= part["figures"]
-    first = next(iter(saes))
     stores = {path.parent.name: path for path in inputs["stores"]}
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("sparsight.report", "."), autoescape=True, undefined=jinja2.StrictUndefined
@@ -59,8 +51,8 @@ def write_page(section: config.Report, run: str, inputs: dict[str, Any], device:
         policies=policies,
         figures=drawn,
         captions={path.stem: path.read_text() for path in _CAPTIONS.glob("*.rst")},
-        latent_sae=first,
-        latents=_latents(sae.load(saes[first]).to(device), stores, manifest, section.latents, section.images),
+        latents=_latents(section, saes, stores, manifest, device),
+        script=(Path(__file__).parent / "browser.js").read_text(),
     )
     (out / "index.html").write_text(page)
     (out / "figures").mkdir(exist_ok=True)
@@ -114,58 +106,15 @@ def _elsewhere(path: Path) -> dict[str, Any]:
     return {"unsteered": rows["none"], "steered": steered, **json.loads(path.read_text())}
 
 
-@torch.no_grad()
 def _latents(
-    one: SAE, stores: dict[str, Path], manifest: Manifest, n_latents: int, n_images: int
-) -> list[dict[str, Any]]:
-    """The latents that tell classes apart best on test, each with the test images that activate it most.
-
-    For every class in turn the latent with the largest mean difference that is not taken yet.
-    """
-    split = manifest.split("test")
-    rows = ActivationStore.open(stores[one.about["backbone"]]).rows(one.about["site"])
-    blocks = []
-    for window in in_order(len(split), _IMAGES):
-        codes = one.encode(rows.images(window.start, window.stop)).dense()
-        blocks.append(codes.unflatten(0, (-1, rows.tokens_per_image)).amax(dim=1).cpu().numpy())
-    per_image = np.concatenate(blocks)
-    chosen: list[dict[str, Any]] = []
-    for turn in range(n_latents):
-        c = turn % len(manifest.classes)
-        inside = split.labels == c
-        if not inside.any():
-            continue
-        difference = per_image[inside].mean(axis=0) - per_image[~inside].mean(axis=0)
-        taken = {entry["latent"] for entry in chosen}
-        latent = next(int(i) for i in np.argsort(-difference, kind="stable") if int(i) not in taken)
-        active = per_image[:, latent] > 0
-        top = np.argsort(-per_image[:, latent], kind="stable")[:n_images]
-        chosen.append(
-            {
-                "latent": latent,
-                "class_name": manifest.classes[c],
-                "frequency": float(active.mean()),
-                "precision": float(inside[active].mean()) if active.any() else 0.0,
-                "images": [
-                    {
-                        "png": _thumbnail(split.picture(int(row))),
-                        "label": manifest.classes[split.labels[row]],
-                        "activation": float(per_image[row, latent]),
-                    }
-                    for row in top
-                ],
-            }
-        )
-    return chosen
-
-
-def _thumbnail(picture: np.ndarray) -> str:
-    """A PNG data URI of at most _THUMBNAIL pixels a side; small images are enlarged by whole factors."""
-    image = Image.fromarray(picture[:, :, 0] if picture.shape[2] == 1 else picture)
-    factor = max(1, _THUMBNAIL // max(image.size))
-    if factor > 1:
-        image = image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
-    image.thumbnail((_THUMBNAIL, _THUMBNAIL))
-    buffer = io.BytesIO()
-    image.save(buffer, format="PNG")
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    section: config.Report, saes: dict[str, Path], stores: dict[str, Path], manifest: Manifest, device: torch.device
+) -> dict[str, Any]:
+    """The browser's content: of each section the SAE of its first seed."""
+    firsts = {name.rpartition("-s")[0]: name for name in reversed(saes)}
+    shown = [name for name in saes if name in firsts.values()]
+    browser = Browser(manifest, section.latents, section.images)
+    for name in shown:
+        backbone = json.loads((saes[name] / "config.json").read_text())["backbone"]
+        with ActivationStore.open(stores[backbone]) as store:
+            browser.add(saes[name], store, device, 1 / len(shown))
+    return browser.data()

@@ -1,0 +1,126 @@
+"""The report in a browser, without a network."""
+
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import write_store
+from runs import TINY_RUN
+
+from sparsight import sae, tables
+from sparsight.report.latents import top_images
+from sparsight.store import ActivationStore
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
+
+
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[Any]:
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def page(chromium: Any, run_folder: Path) -> Iterator[Any]:
+    """The report, opened from disk; a request to a network, and every complaint of the console, fails the test."""
+    context = chromium.new_context()
+    page, wrong = context.new_page(), []
+    page.on("console", lambda message: wrong.append(message.text) if message.type in ("error", "warning") else None)
+    page.on("pageerror", lambda error: wrong.append(str(error)))
+    page.on(
+        "request", lambda request: None if request.url.startswith(("file:", "data:")) else wrong.append(request.url)
+    )
+    page.goto((run_folder / TINY_RUN / "report" / "index.html").as_uri())
+    yield page
+    context.close()
+    assert wrong == []
+
+
+def listed(page: Any) -> list[list[str]]:
+    """The rows of the list of latents."""
+    return [row.locator("th, td").all_inner_texts() for row in page.locator("#latents-list tr").all()]
+
+
+@needs_chromium
+def test_latents_are_searched_sorted_and_opened(page: Any, run_folder: Path) -> None:
+    everything = listed(page)
+    rows = tables.read(run_folder / TINY_RUN / "saes" / "topk-s0" / "latents.parquet")
+    fires = {row["latent"]: row for row in rows if not np.isnan(row["selectivity"])}
+    assert {int(row[0]) for row in everything} == fires.keys()
+    selectivity = [fires[int(row[0])]["selectivity"] for row in everything]
+    assert selectivity == sorted(selectivity, reverse=True)
+    page.locator("#latents-order").select_option("rarity")
+    frequency = [fires[int(row[0])]["frequency"] for row in listed(page)]
+    assert len(frequency) > 2 and frequency == sorted(frequency)
+
+    class_name = everything[0][1]
+    page.locator("#latents-search").fill(class_name)
+    found = listed(page)
+    assert 0 < len(found) <= len(everything) and all(class_name in row[1] for row in found)
+    assert page.locator("#latents-count").inner_text().startswith(f"{len(found)} of ")
+    page.locator("#latents-search").fill(everything[-1][0])
+    assert [row[0] for row in listed(page)] == [everything[-1][0]]
+
+    page.locator("#latents-list button").first.press("Enter")
+    detail = page.locator("#latents-detail")
+    assert detail.locator("h3").inner_text() == f"Latent {everything[-1][0]} of topk-s0"
+    assert page.evaluate("document.activeElement.tagName") == "H3", "a screen reader goes on there"
+    assert 0 < detail.locator("img").count() <= 4
+    for image in detail.locator("img").all():
+        assert image.evaluate("image => image.complete && image.naturalWidth > 0")
+    assert detail.locator("svg[role=img] rect").count() == len(rows[0]["histogram"])
+
+
+@needs_chromium
+def test_a_latent_has_an_address_and_every_sae_its_latents(page: Any) -> None:
+    names = page.locator("#latents-sae option").evaluate_all("options => options.map(option => option.value)")
+    assert names == ["topk-s0", "switch-s0", "final-s0"]
+    page.locator("#latents-sae").select_option("switch-s0")
+    page.locator("#latents-list button").first.click()
+    address = page.evaluate("location.hash")
+    title = page.locator("#latents-detail h3").inner_text()
+    assert re.fullmatch(r"#latent=switch-s0/\d+", address)
+    page.goto("about:blank")
+    page.go_back()
+    assert page.locator("#latents-detail h3").inner_text() == title
+
+
+@needs_chromium
+@pytest.mark.parametrize(("width", "scheme"), [(390, "light"), (390, "dark"), (1280, "light")])
+def test_the_page_fits_a_phone_and_a_desk(page: Any, width: int, scheme: str) -> None:
+    page.emulate_media(color_scheme=scheme)
+    page.set_viewport_size({"width": width, "height": 844})
+    assert page.evaluate("document.documentElement.scrollWidth") <= width, "only tables scroll sideways"
+    background = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    assert (background == "rgb(255, 255, 255)") == (scheme == "light")
+
+
+def test_the_page_is_small_and_names_nothing_outside(run_folder: Path) -> None:
+    path = run_folder / TINY_RUN / "report" / "index.html"
+    assert path.stat().st_size < 15_000_000
+    outside = set(re.findall(r"(?:src|href)=\"(?!data:|#)([^\"]*)\"", path.read_text()))
+    assert not outside
+
+
+@pytest.mark.parametrize("tokens", ["cls", "all"])
+def test_top_images_are_those_of_sorting_all_of_them(tmp_path: Path, tokens: str) -> None:
+    shape = (6,) if tokens == "cls" else (5, 6)
+    store = ActivationStore.open(write_store(tmp_path, 700, {"blocks.0.input": shape}, tokens))
+    one = sae.create("topk", 6, 12, 3)
+    one.about |= {"site": "blocks.0.input"}
+    values, images = top_images(one, store, 700, 9)
+    codes = one.encode(store.rows("blocks.0.input")[:]).dense().detach().numpy()
+    per_image = codes.reshape(700, -1, 12).max(axis=1)
+    for latent in range(12):
+        order = sorted(range(700), key=lambda i: (-per_image[i, latent], i))[:9]
+        assert images[latent].tolist() == order
+        np.testing.assert_array_equal(values[latent], per_image[order, latent])
