@@ -20,8 +20,7 @@ from sklearn.preprocessing import StandardScaler
 from sparsight import sae, tables
 from sparsight.errors import SparsightError
 from sparsight.sae import SAE
-from sparsight.sae.metrics import measure as module
-from sparsight.sae.metrics import probing
+from sparsight.sae.metrics import probing, windows
 from sparsight.sae.metrics.latents import ByClass
 from sparsight.sae.metrics.measure import Measured, measure
 from sparsight.sae.metrics.monosemanticity import Monosemanticity, unit_rows
@@ -69,7 +68,7 @@ def test_probes_are_ridge_regressions_of_scikit_learn(seed: int) -> None:
         dense.update(train[at].astype(np.float64), labels[at])
     codes = ByClass(F, C)
     codes.update(sparse.csr_array(train), labels)
-    chosen = probing.select(codes.means, codes.mean, codes.deviation, codes.images, 20)
+    chosen = probing.select(codes.means, codes.mean, codes.deviation, 20)
     union = np.unique(chosen)
     columns = sparse.csc_array(train[:, union].astype(np.float64))
     found = [*dense.probes("dense", np.eye(F), probing.COUNTS)]
@@ -230,7 +229,7 @@ def test_windows_change_nothing_and_equal_runs_give_equal_bytes(
         for turn, one in enumerate((found, again)):
             tables.write(tmp_path / f"{name}-{turn}.parquet", getattr(one, name))
         assert (tmp_path / f"{name}-0.parquet").read_bytes() == (tmp_path / f"{name}-1.parquet").read_bytes()
-    monkeypatch.setattr(module, "_ENTRIES", 70 * F)
+    monkeypatch.setattr(windows, "_ENTRIES", 70 * F)
     parts = measure(make(), SITE, *stores, labels, C, 0)
     for part, whole in zip([parts.metrics, *parts.latents], [found.metrics, *found.latents], strict=True):
         assert part.keys() == whole.keys()

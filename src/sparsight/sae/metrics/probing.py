@@ -74,7 +74,7 @@ class DenseMoments:
         mean = basis_DP.T @ self.total.sum(axis=0) / n
         means = self.total @ basis_DP / np.maximum(self.images, 1)[:, None]
         covariance = basis_DP.T @ self.products @ basis_DP / n - np.outer(mean, mean)
-        chosen = select(means, mean, np.sqrt(np.maximum(covariance.diagonal(), 0)), self.images, max(counts))
+        chosen = select(means, mean, np.sqrt(np.maximum(covariance.diagonal(), 0)), max(counts))
         shares = self.images / n
         for count in counts:
             if count > basis_DP.shape[1]:
@@ -123,18 +123,17 @@ def sparse_probes(
         yield Probe(method, count, sparse.csc_array((w.ravel(), at.ravel(), starts), shape=(width, len(at))), b)
 
 
-def select(means: np.ndarray, mean: np.ndarray, deviation: np.ndarray, images: np.ndarray, count: int) -> np.ndarray:
+def select(means: np.ndarray, mean: np.ndarray, deviation: np.ndarray, count: int) -> np.ndarray:
     """The features of each class, best first, int (C, P): by |mean of the class - mean| in standard deviations.
 
     Args:
         means: by class, (C, F).
         mean: of all, (F,).
         deviation: standard deviation over all images, (F,); a feature with none is chosen last.
-        images: of each class, (C,).
         count: P, if there are as many features.
     """
     varies = deviation > _floor(mean, deviation)
-    score = np.abs(means - mean) / np.where(varies, deviation, np.inf) * (images > 0)[:, None]
+    score = np.abs(means - mean) / np.where(varies, deviation, np.inf)
     return np.argsort(-score, axis=1, kind="stable")[:, :count]
 
 

@@ -1,0 +1,68 @@
+"""The rows of a stored split, window by window, with what is known of their images.
+
+Shapes: B rows of a window, I images of it, D width (d_in), E width of the embedding.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sparsight.errors import SparsightError
+from sparsight.sae.base import SAE
+from sparsight.sae.metrics.monosemanticity import unit_rows
+from sparsight.store import ActivationStore
+from sparsight.windows import in_order
+
+_ENTRIES = 2**25  # of dense codes at a time
+
+
+@dataclasses.dataclass(frozen=True)
+class Window:
+    """Rows of whole images."""
+
+    x: Tensor
+    """float32 (B, D), on the device."""
+    images: np.ndarray
+    """Mean over tokens, float64 (I, D)."""
+    embedding: np.ndarray
+    """Of unit length, float64 (I, E)."""
+    labels: np.ndarray
+    """int (I,)."""
+
+
+class SplitRows:
+    """A split's rows at the site, with the labels and the embeddings of its images."""
+
+    def __init__(self, store: ActivationStore, site: str, labels: np.ndarray, like: SAE) -> None:
+        self.rows, self.labels, self.device = store.rows(site), labels, like.W_dec.device
+        self.tokens = self.rows.tokens_per_image
+        self.embedding_site = "embedding" if "embedding" in store.sites else site
+        self.embedding = store.rows(self.embedding_site)
+        self.d_embedding = self.embedding.shape[1]
+        self.of = f"{store.path}, site {site!r}"
+        if len(self.rows) != len(labels) * self.tokens:
+            raise SparsightError(
+                f"{self.of}: {len(self.rows) // self.tokens} images, but the manifest of images lists {len(labels)}; "
+                "extract again"
+            )
+        self._images = max(1, min(8192, _ENTRIES // like.d_sae) // self.tokens)
+
+    def head(self, rows: int) -> Tensor:
+        """The first rows, of whole images, (B, D); images are in random order."""
+        return self._load(0, min(len(self.labels), max(1, rows // self.tokens)))
+
+    def windows(self) -> Iterator[Window]:
+        """All rows in order."""
+        for at in in_order(len(self.labels), self._images):
+            x = self._load(at.start, at.stop)
+            images = x.unflatten(0, (-1, self.tokens)).double().mean(dim=1).cpu().numpy()
+            embedding = images
+            if self.embedding_site == "embedding":
+                embedding = self.embedding.images(at.start, at.stop)
+            yield Window(x, images, unit_rows(embedding), self.labels[at])
+
+    def _load(self, first: int, last: int) -> Tensor:
+        return torch.from_numpy(self.rows.images(first, last)).to(self.device).float()
