@@ -65,8 +65,8 @@ def spliced(
     labels = iter(np.split(split.labels, range(_IMAGES, len(split), _IMAGES)))
 
     def forward(x_BTD: Tensor, replace: Replacement | None) -> tuple[Tensor, list[dict[str, Tensor]]]:
-        """Logits (B, C), and what arrived at each site."""
-        done, seen, before = 0, [], dict.fromkeys(positions)
+        """From the first site on: logits (B, C), and what arrived at each site."""
+        done, seen, before = starts[0], [], dict.fromkeys(positions)
         for m, start in enumerate(starts):
             x_BTD, _ = backbone.run_blocks(x_BTD, done, start)
             done = start
@@ -79,7 +79,8 @@ def spliced(
         return backbone.classify(backbone.run_blocks(x_BTD, done, backbone.n_blocks)[0]), seen
 
     for pixels in split.batches(backbone.preprocess, _IMAGES, torch.get_num_threads()):
-        x_BTD, truth = backbone.tokens(backbone.normalize(pixels)), next(labels)
+        tokens_BTD, truth = backbone.tokens(backbone.normalize(pixels)), next(labels)
+        x_BTD, _ = backbone.run_blocks(tokens_BTD, 0, starts[0])  # once, whatever is put in place afterwards
         logits, clean = forward(x_BTD, None)
         hits["untouched"].append(logits.argmax(dim=1).cpu().numpy() == truth)
         for name, mode in modes.items():
