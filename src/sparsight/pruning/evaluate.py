@@ -17,8 +17,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from safetensors.torch import save_file
+from torch import Tensor
 
 from sparsight import config, tables
+from sparsight.attention import HeadMode
 from sparsight.backbones import Backbone
 from sparsight.errors import SparsightError
 from sparsight.images import Manifest, Split
@@ -66,8 +68,7 @@ def evaluate(
     policy.check(backbone)
     for one in steered:
         _check_site(one.sae, backbone)
-    unpruned = _whole(backbone, manifest.split("test"), section.batch_size)
-    backbone = policy.own(backbone)
+    whole, backbone = backbone, policy.own(backbone)
     names = manifest.classes
     train, val, test = (
         arrive(backbone, policy, manifest.split(part), section.batch_size) for part in ("train", "val", "test")
@@ -99,14 +100,13 @@ def evaluate(
         tables.write(work.out / f"{name}.parquet", table)
     pushes = {name: one.push_HF.contiguous() for name, one in strategies.dictionaries.items()}
     save_file(pushes, work.out / "head_latents.safetensors")
+    unpruned, difference = _other_ways(whole, backbone, policy, manifest.split("test"), section.batch_size)
     metrics = {
         "format_version": 1,
         "unpruned": wilson(unpruned),
         "policy": {**overall[0], "minus_unpruned": paired(on_test[NONE].hits, unpruned)},
         **_masks(test, on_test[NONE]),
-        "gathered_against_masked": _gathered_against_masked(
-            backbone, policy, manifest.split("test"), section.batch_size
-        ),
+        "gathered_against_masked": difference,
         "label_accuracy": {name: float((routes[name] == test.labels).mean()) for name in LABELS},
         "chosen_on_val": [frontiers.named(point) for point in chosen.values()],
         "matched_usage": frontiers.matched(chosen, lines, on_test, seed),
@@ -201,27 +201,36 @@ def _masks(test: Arrival, none: Outcome) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def _whole(backbone: Backbone, split: Split, batch_size: int) -> np.ndarray:
-    """Whether the unpruned model is right, bool (N,)."""
-    batches = split.batches(backbone.preprocess, batch_size, torch.get_num_threads())
-    predicted = [backbone(backbone.normalize(pixels)).argmax(dim=1).cpu().numpy() for pixels in batches]
-    return np.concatenate(predicted) == split.labels
+def _other_ways(
+    whole: Backbone, backbone: Backbone, policy: HeadPolicy, split: Split, batch_size: int
+) -> tuple[np.ndarray, dict[str, Any]]:
+    """The model without pruning, and pruned by masking, beside pruned by gathering.
 
+    Args:
+        whole: the model without pruning.
+        backbone: the one that the policy prunes; the same but for fine-tuned weights.
 
-@torch.no_grad()
-def _gathered_against_masked(
-    backbone: Backbone, policy: HeadPolicy, split: Split, batch_size: int
-) -> dict[str, float]:  # fmt: skip
-    """Largest difference of class logits between the two ways of pruning, over a split."""
-    largest, same, scale = 0.0, True, 0.0
+    Returns:
+        Whether the former is right, bool (N,); the largest difference of class logits between the two ways of pruning.
+    """
+    first, L = policy.blocks[0], backbone.n_blocks
+    hits, largest, same, scale = [], 0.0, True, 0.0
+    labels = iter(np.split(split.labels, range(batch_size, len(split), batch_size)))
+
+    def pruned(x_BTD: Tensor, heads: HeadMode) -> Tensor:
+        return backbone.classify(backbone.run_blocks(x_BTD, first, L, policy, heads)[0])
+
     for pixels in split.batches(backbone.preprocess, batch_size, torch.get_num_threads()):
         images = backbone.normalize(pixels)
-        masked = backbone(images, policy=policy, heads="masked")
-        gathered = backbone(images, policy=policy, heads="gathered")
+        x_BTD, _ = backbone.run_blocks(backbone.tokens(images), 0, first)  # once: nothing is decided there
+        masked, gathered = pruned(x_BTD, "masked"), pruned(x_BTD, "gathered")
         largest = max(largest, float((masked - gathered).abs().max()))
         scale = max(scale, float(masked.abs().max()))
         same &= bool((masked.argmax(dim=1) == gathered.argmax(dim=1)).all())
-    return {"max_abs_logit_difference": largest, "max_abs_logit": scale, "same_predictions": same}
+        logits = whole(images) if policy.finetuned else whole.classify(whole.run_blocks(x_BTD, first, L)[0])
+        hits.append(logits.argmax(dim=1).cpu().numpy() == next(labels))
+    difference = {"max_abs_logit_difference": largest, "max_abs_logit": scale, "same_predictions": same}
+    return np.concatenate(hits), difference
 
 
 @torch.no_grad()
