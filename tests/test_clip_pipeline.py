@@ -88,7 +88,8 @@ def test_a_run_without_policies_has_a_report_without_pruning(tmp_path: Path) -> 
     overlay |= {"pruning": None, "policies": {"heads": None}}
     (tmp_path / "steering-only.yaml").write_text(yaml.safe_dump(overlay))
     run = run_in_one_process(workspace(tmp_path / "w", tmp_path / "steering-only.yaml"))
-    assert sorted(path.name for path in (run / "report").iterdir()) == ["index.html"]
+    drawn = {path.stem.partition("-")[0] for path in (run / "report" / "figures").iterdir()}
+    assert drawn == {"saes", "steering", "backbone"}
     page = (run / "report" / "index.html").read_text()
     assert "vs2-s0" in page and "pruning" not in page.lower() and not (run / "pruning").exists()
     keys = json.loads((run / "metrics.json").read_text())
