@@ -8,8 +8,9 @@
   const PAGE = 50;
   let shown = PAGE;
 
+  const rare = (one) => Number(one.top.length < data.shown);
   const orders = {
-    selectivity: (a, b) => b.selectivity - a.selectivity,
+    selectivity: (a, b) => rare(a) - rare(b) || b.selectivity - a.selectivity,
     monosemanticity: (a, b) => (b.monosemanticity ?? -2) - (a.monosemanticity ?? -2),
     frequency: (a, b) => b.frequency - a.frequency,
     rarity: (a, b) => a.frequency - b.frequency,

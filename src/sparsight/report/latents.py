@@ -48,7 +48,10 @@ class Browser:
         values_FK, images_FK = top_images(one, store, len(self.split), self.n_images)
         limit, shown = self._bytes + share * _BYTES, []
         fires = [row for row in rows if not np.isnan(row["selectivity"])]
-        for row in sorted(fires, key=lambda row: (-row["selectivity"], row["latent"]))[: self.n_latents]:
+        # One that fires on an image or two selects for their class perfectly, by chance: those come last.
+        rare = (values_FK > 0).sum(axis=1) < self.n_images
+        fires.sort(key=lambda row: (rare[row["latent"]], -row["selectivity"], row["latent"]))
+        for row in fires[: self.n_latents]:
             if self._bytes > limit:
                 break
             active = values_FK[row["latent"]] > 0
@@ -65,6 +68,7 @@ class Browser:
         """The content of the page's JSON."""
         return {
             "classes": self.classes,
+            "shown": self.n_images,
             "saes": self.saes,
             "images": [uri.decode() for uri in self._thumbnails],
             "labels": self.split.labels[list(self._place)].tolist(),
