@@ -13,6 +13,7 @@ from runs import TINY_RUN
 
 from sparsight import sae, tables
 from sparsight.report.latents import top_images
+from sparsight.report.pruning import _verdicts
 from sparsight.store import ActivationStore
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -114,6 +115,17 @@ def test_the_page_is_small_and_names_nothing_outside(run_folder: Path) -> None:
     assert path.stat().st_size < 15_000_000
     outside = set(re.findall(r"(?:src|href)=\"(?!data:|#)([^\"]*)\"", path.read_text()))
     assert not outside
+
+
+def test_the_summary_says_what_the_intervals_say() -> None:
+    ends = {"random-latents": (0.01, 0.02), "logit-bias": (-0.02, -0.01), "class-static": (-0.01, 0.01)}
+    shared = {"labels": "probe", "usage": 0.6, "accuracy": 0.8}
+    rows = [{"control": name, "delta_lo": lo, "delta_hi": hi, **shared} for name, (lo, hi) in ends.items()]
+    found = _verdicts([*rows, {**rows[0], "labels": "oracle", "control": "not deployable"}])
+    assert found is not None and found["controls"] == {
+        "better than": ["random-latents"], "worse than": ["logit-bias"], "not told apart from": ["class-static"],
+    }  # fmt: skip
+    assert _verdicts([]) is None
 
 
 @pytest.mark.parametrize("tokens", ["cls", "all"])

@@ -27,6 +27,7 @@ def policy(folder: Path) -> dict[str, Any]:
         "metrics": metrics,
         "rows": [_over_seeds(key, rows) for key, rows in by_key.items()],
         "matched": metrics["matched_usage"],
+        "verdicts": _verdicts(metrics["matched_usage"]),
         "selected": metrics["selected_classes"],
         "subsets": _subsets(read["class_subsets"], read["false_positives"]),
         "figures": {
@@ -46,6 +47,20 @@ def _over_seeds(key: tuple[str, str], rows: list[dict[str, Any]]) -> dict[str, A
         line[name] = float(np.mean(values))
         line[f"{name}_range"] = (min(values), max(values))
     return line
+
+
+def _verdicts(matched: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """Class latents with deployable labels, and the controls by how they compare at that usage; None without any."""
+    rows = [row for row in matched if row["labels"] == _DEPLOYABLE]
+    if not rows:
+        return None
+    controls: dict[str, list[str]] = {"better than": [], "worse than": [], "not told apart from": []}
+    for row in rows:
+        verdict = (
+            "better than" if row["delta_lo"] > 0 else "worse than" if row["delta_hi"] < 0 else "not told apart from"
+        )
+        controls[verdict].append(row["control"])
+    return {"usage": rows[0]["usage"], "accuracy": rows[0]["accuracy"], "controls": controls}
 
 
 def _subsets(rows: list[dict[str, Any]], counted: list[dict[str, Any]]) -> list[dict[str, Any]]:
