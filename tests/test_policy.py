@@ -175,7 +175,6 @@ def test_a_policy_remembers_that_mlps_were_coupled(manifest: Manifest, tmp_path:
     backbone, images = make_backbone(classes=2), torch.randn(4, 1, 16, 16)
     section = config.Policy("vit", blocks=blocks, target=0.3, couple_mlp=True, epochs=1, batch_size=6)
     policy, _ = fit(section, backbone, manifest, tmp_path / "policy")
-    backbone.couples_mlp = False
     policy.bias[:, :3] = -100  # whatever training did: half of the heads
     uncoupled, coupled = backbone(images, policy=policy), policy.own(backbone)(images, policy=policy)
     assert not backbone.couples_mlp and not torch.allclose(uncoupled, coupled, atol=1e-3)

@@ -583,3 +583,14 @@ def test_in_stream_steering_equals_editing_the_input_of_the_last_block(manifest:
                 key=lambda r: (r["accuracy"], -r["strength"]),
             )
             assert row(method=method, labels=labels, split="test")["strength"] == best["strength"]
+
+
+def test_the_unpruned_model_is_the_one_before_fine_tuning(manifest: Manifest) -> None:
+    whole, policy, test = two_classes(), random_policy(), manifest.split("test")
+    policy.finetuned = {name: -value for name, value in whole.model.state_dict().items()}
+    hits, difference = evaluate._other_ways(whole, policy.own(whole), policy, test, 7)
+    images = whole.normalize(test.batch(slice(None), whole.preprocess))
+    assert np.array_equal(hits, whole(images).argmax(dim=1).numpy() == test.labels)
+    assert difference["max_abs_logit_difference"] < 1e-5 * max(1.0, difference["max_abs_logit"])
+    logits = policy.own(whole)(images, policy=policy)
+    assert difference["max_abs_logit"] == pytest.approx(float(logits.detach().abs().max()), rel=1e-4)

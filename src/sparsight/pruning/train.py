@@ -40,10 +40,12 @@ def fit(
         raise SparsightError(f"policies.{name}: the backbone has no class token for the policy to read")
     finetuned = section.backbone_lr is not None
     backbone.requires_grad_(finetuned)
-    backbone.couples_mlp = section.couple_mlp
     train, val = manifest.split("train"), manifest.split("val")
     last = backbone.n_blocks - 1
     blocks = [last] if section.blocks == "last" else list(range(1, last + 1))
+    policy = HeadPolicy(backbone.d_in, backbone.n_heads, blocks).to(backbone.device)
+    policy.couples_mlp = section.couple_mlp
+    backbone = policy.own(backbone)
     _check_heads(backbone, blocks, name)
     passes: Passes
     if section.blocks == "last" and not finetuned and AtLastBlock.fits(backbone, len(train) + len(val)):
@@ -51,13 +53,11 @@ def fit(
         passes = AtLastBlock(backbone, train, val, section.batch_size)
     else:
         passes = Whole(backbone, train, val, blocks, section.batch_size)
-    policy = HeadPolicy(backbone.d_in, backbone.n_heads, blocks).to(backbone.device)
     loop = _Training(section, policy, backbone, passes, train, val)
     seed = derive_seed(seed, "policy", name)
     batches, log_path = RowNumbers(len(train), section.batch_size, seed), work.out / "training.jsonl"
     training.train(loop, batches, section.epochs, seed, work.state, log_path)
     folded = loop.folded()
-    folded.couples_mlp = section.couple_mlp
     if finetuned:
         folded.finetuned = backbone.model.state_dict()
     about = {"name": name, "backbone": section.backbone, "training": dataclasses.asdict(section), "record": record}
@@ -127,6 +127,7 @@ class _Training:
     def folded(self) -> HeadPolicy:
         """The policy on raw class tokens: w.(x - mean)/std + b = (w/std).x + (b - (w/std).mean)."""
         raw = HeadPolicy(self.backbone.d_in, self.backbone.n_heads, self.policy.blocks).to(self.mean_PD.device)
+        raw.couples_mlp = self.policy.couples_mlp
         weight = self.policy.weight / self.std_PD[:, None]
         raw.weight.copy_(weight)
         raw.bias.copy_(self.policy.bias - torch.einsum("phd,pd->ph", weight, self.mean_PD))

@@ -34,7 +34,7 @@
 
   function draw() {
     const latents = found();
-    count.textContent = `${latents.length} of ${sae().latents.length} latents`;
+    count.textContent = `${latents.length} of ${sae().latents.length} latents here; the SAE has ${sae().total}`;
     list.replaceChildren(...latents.slice(0, shown).map((one) => {
       const button = element("button", { type: "button" }, String(one.latent));
       button.addEventListener("click", () => open(one));

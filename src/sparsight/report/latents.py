@@ -20,8 +20,8 @@ from sparsight.store import ActivationStore
 from sparsight.windows import in_order
 
 _SIDE = 56  # pixels of a thumbnail
-_BYTES = 9_000_000  # of thumbnails; the page stays under 15 MB
-_IMAGES = 256  # whose tokens are encoded at a time
+_BYTES = 9_000_000  # of thumbnails and heat maps; the page stays under 15 MB
+_ENTRIES = 2**25  # of dense codes at a time
 
 
 class Browser:
@@ -57,6 +57,7 @@ class Browser:
             active = values_FK[row["latent"]] > 0
             images = images_FK[row["latent"]][active]
             heats = _heats(one, store, images, row["latent"])
+            self._bytes += sum(4 * len(heat) for heat in heats if heat)  # digits and commas
             top = [
                 {"image": self._placed(int(image)), "activation": round(float(value), 4), "heat": heat}
                 for image, value, heat in zip(images, values_FK[row["latent"]][active], heats, strict=True)
@@ -107,7 +108,8 @@ def top_images(one: SAE, store: ActivationStore, n: int, k: int) -> tuple[np.nda
     """
     values = np.zeros((one.d_sae, 0), np.float32)
     images = np.zeros((one.d_sae, 0), np.int64)
-    for window in in_order(n, _IMAGES):
+    tokens = store.rows(one.about["site"]).tokens_per_image
+    for window in in_order(n, max(1, _ENTRIES // (one.d_sae * tokens))):
         per_image_FB = _codes(one, store, window).amax(dim=1).T.cpu().numpy()
         numbers = np.broadcast_to(np.arange(window.start, window.stop), per_image_FB.shape)
         both, all_numbers = np.hstack([values, per_image_FB]), np.hstack([images, numbers])
