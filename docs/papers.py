@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 import yaml
 
 from sparsight.errors import SparsightError
+from sparsight.statistics import mean_of_seeds
 
 ROOT = Path(__file__).parent.parent
 PAPERS, MEASURED = ROOT / "experiments" / "papers.yaml", ROOT / "experiments" / "measured.json"
@@ -24,9 +25,10 @@ HEAD = """# The papers' numbers and ours
 Made by `python docs/papers.py` from `experiments/papers.yaml` and, for ours, `experiments/measured.json`. After
 `snakemake --cores 8 --configfile experiments/<experiment>.yaml` a run's numbers are taken over by
 `python docs/papers.py record <experiment>`. Ours are means over SAE seeds, on the test split, the range over the seeds
-in brackets; what was chosen was chosen on val. *not run*: nothing is recorded of this experiment.
+in brackets; what was chosen was chosen on val. Of a change against a control, seed by seed, the brackets hold the 95 %
+interval over seeds (Student's t). *not run*: nothing is recorded of this experiment.
 """
-UNITS = {"%": (100, 2), "share": (1, 4)}
+UNITS = {"%": (100, 2), "share": (1, 4), "points": (100, 2), "cosine": (1, 3), "nats": (1, 4)}
 """By unit, the factor on a metric and the digits shown."""
 
 
@@ -42,6 +44,23 @@ class Entry:
     column: str = ""
     """Data set or model, where an experiment or a table has several."""
     paper: float | None = None
+    over: str = ""
+    """Key of a control: shown is the relative change against it."""
+    minus: str = ""
+    """Key of a control: shown is the difference to it."""
+
+    @property
+    def keys(self) -> list[str]:
+        """Everything that is read from ``metrics.json``."""
+        return [key for key in (self.metric, self.over, self.minus) if key]
+
+    def values(self, metrics: dict[str, float]) -> list[float]:
+        """One a seed, in the unit shown."""
+        own, *control = (list(matching(key, metrics).values()) for key in self.keys)
+        factor = UNITS[self.unit][0]
+        if not control:
+            return [factor * value for value in own]
+        return [factor * (a / b - 1 if self.over else a - b) for a, b in zip(own, control[0], strict=True)]
 
 
 @dataclass(frozen=True)
@@ -60,20 +79,30 @@ def read(papers: Any) -> Iterator[tuple[str, list[Table]]]:
     for system in papers["systems"]:
         tables = []
         for table in system["tables"]:
-            found = Table(table["title"], table.get("note", ""))
+            found = Table(table["title"], table.get("note", ""), answer=table.get("answer", ""))
             for i, column in enumerate(table["columns"]):
                 for row in table["rows"]:
-                    metric = row["metric"].replace("<images>", column.get("images", ""))
+                    keys = {key: _filled(row.get(key, ""), column) for key in ("metric", "over", "minus")}
                     paper = row["paper"][i] if "paper" in row else None
                     unit = row.get("unit", table["unit"])
-                    found.entries.append(Entry(column["experiment"], row["what"], metric, unit, column["name"], paper))
+                    entry = Entry(
+                        column["experiment"], row["what"], unit=unit, column=column["name"], paper=paper, **keys
+                    )
+                    found.entries.append(entry)
             tables.append(found)
         yield f"{system['system']} ({system['paper']})", tables
     ours = []
     for run in papers["ours"]:
-        entries = [Entry(run["experiment"], row["what"], row["metric"], row["unit"]) for row in run["rows"]]
+        entries = [Entry(experiment=run["experiment"], **row) for row in run["rows"]]
         ours.append(Table(run["experiment"], run["note"], entries, run.get("answer", "")))
     yield "Without a paper's number", ours
+
+
+def _filled(key: str, column: dict[str, Any]) -> str:
+    """A key with <name> replaced by what the column has under that name."""
+    for name, value in column.items():
+        key = key.replace(f"<{name}>", str(value))
+    return key
 
 
 def page(papers: Any, measured: dict[str, Any]) -> str:
@@ -105,13 +134,14 @@ def _lines(entries: list[Entry], measured: dict[str, Any]) -> Iterator[str]:
     yield "| " + " | ".join(head) + " |"
     yield "|" + "---|" * len(head)
     for entry in entries:
-        factor, digits = UNITS[entry.unit]
-        run = measured.get(entry.experiment)
-        values = [factor * value for value in matching(entry.metric, run["metrics"]).values()] if run else []
+        digits, run = UNITS[entry.unit][1], measured.get(entry.experiment)
+        values = entry.values(run["metrics"]) if run else []
         mean = sum(values) / len(values) if values else None
         ours = "not run" if mean is None else f"{mean:.{digits}f}"
-        if len(values) > 1:
-            ours += f" ({min(values):.{digits}f} to {max(values):.{digits}f})"
+        if mean is not None and len(values) > 1:
+            half = mean_of_seeds(values)["half"]
+            ends = (mean - half, mean + half) if len(entry.keys) > 1 else (min(values), max(values))
+            ours += f" ({ends[0]:.{digits}f} to {ends[1]:.{digits}f})"
         cells = [entry.column, entry.what, entry.unit] if columns else [entry.what, entry.unit]
         paper = "" if entry.paper is None else f"{entry.paper:.{digits}f}"
         difference = "" if mean is None or entry.paper is None else f"{mean - entry.paper:+.{digits}f}"
@@ -162,7 +192,8 @@ def record(run: str, folder: Path, papers: Any) -> dict[str, Any]:
     Raises:
         SparsightError: a run that papers.yaml does not name, that is not finished, or that lacks a metric.
     """
-    named = {e.metric for _, tables in read(papers) for table in tables for e in table.entries if e.experiment == run}
+    entries = [e for _, tables in read(papers) for table in tables for e in table.entries if e.experiment == run]
+    named = {key for entry in entries for key in entry.keys}
     if not named:
         raise SparsightError(f"{run}: experiments/papers.yaml does not name this experiment; add it there")
     try:

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import numpy as np
+from scipy import special
 
 Z = 1.959963984540054
 Z_ONE_SIDED = 1.6448536269514722
@@ -59,6 +60,24 @@ def _agresti_min(hits: np.ndarray, reference: np.ndarray) -> tuple[float, float,
     gained, lost = int((hits & ~reference).sum()), int((reference & ~hits).sum())
     error = np.sqrt((gained + lost + 1) - (gained - lost) ** 2 / (n + 2)) / (n + 2)
     return (gained - lost) / n, (gained - lost) / (n + 2), float(error)
+
+
+def mean_of_seeds(values: Sequence[float]) -> dict[str, float]:
+    """Mean over seeds and half the width of its 95 % interval, Student's t with n - 1 degrees of freedom.
+
+    It is about other seeds on the same images, not about other images. With one value there is no ``half``.
+
+    Args:
+        values: one a seed.
+
+    Returns:
+        n, mean, and half where n > 1.
+    """
+    n, mean = len(values), float(np.mean(values))
+    if n == 1:
+        return {"n": n, "mean": mean}
+    half = special.stdtrit(n - 1, 0.975) * np.std(values, ddof=1) / np.sqrt(n)
+    return {"n": n, "mean": mean, "half": float(half)}
 
 
 def bootstrap(columns: Sequence[np.ndarray], seed: int) -> list[dict[str, float]]:

@@ -11,8 +11,10 @@ from sparsight.work import write_json
 
 _OF_SAES = (
     "fvu", "fvu_pca_k", "l0", "dead_train", "dense_test", "bits", "bits_pca", "monosemanticity", "nearest_duplicates",
-    "probing_sae_5", "probing_random_5", "probing_neurons_5", "accuracy_spliced",
+    "other_expert_duplicates", "macs_encode", "probing_sae_5", "probing_random_5", "probing_neurons_5",
+    "accuracy_spliced",
 )  # fmt: skip
+_WAYS = ("forced", "unchained", "online", "mean_instead")
 
 
 def write_metrics(inputs: dict[str, list[Path]], path: Path) -> None:
@@ -35,7 +37,8 @@ def write_metrics(inputs: dict[str, list[Path]], path: Path) -> None:
     for file in inputs["chains"]:
         metrics = json.loads(file.read_text())
         shown = [f"redundancy{kind}" for kind in ("", "_transported", "_random")]
-        shown += ["fvu", *(f"{key}_{mode}" for mode in ("forced", "unchained", "online") for key in ("accuracy", "kl"))]
+        shown += ["fvu", "fvu_unchained", "fvu_residual", "fvu_affine", "accuracy_untouched"]
+        shown += [f"{key}_{mode}" for mode in _WAYS for key in ("accuracy", "kl")]
         flat |= {f"chain.{file.parent.name}.{key}": metrics[key] for key in shown if key in metrics}
     for file in inputs["stabilities"]:
         for site, found in json.loads(file.read_text())["sites"].items():

@@ -24,6 +24,11 @@ def flags(section=None):
     return f"{common} {to_flags(section)}" if section is not None else common
 
 
+def one_of(names):
+    """The constraint of a wildcard that stands for one of these names, of which there may be none."""
+    return "|".join(map(re.escape, names)) or "(?!)"
+
+
 def sae_name(wildcards):
     """The SAE that a job is about, or that its steering result uses."""
     return getattr(wildcards, "sae", None) or RUN.steering_names[f"{wildcards.steering}-s{wildcards.seed}"]

@@ -1,17 +1,23 @@
 # The figures of the report, for `snakemake --report` too.
+from sparsight.report.sections import comparisons
+
 CATEGORIES = {
     "frontier": "Head pruning",
     "heads": "Head pruning",
     "latents": "Head pruning",
     "saes": "SAEs",
     "chain": "SAEs",
+    "tradeoff": "SAEs",
+    "depth": "SAEs",
+    "chains": "SAEs",
     "steering": "Steering",
     "backbone": "Backbones",
 }
 FIGURES = [
     *((kind, name) for name in RUN.policies for kind in ("frontier", "heads", "latents")),
-    ("saes",),
-    *(("chain", name) for name in RUN.chains),
+    *([("saes",)] if RUN.sae_names else []),
+    *(("chain", name) for name, section in RUN.saes.items() if section.sites),
+    *((one.kind, one.name) for one in comparisons(RUN.saes)),
     *(("steering", name) for name in RUN.steering_names),
     *(("backbone", name) for name, b in RUN.backbones.items() if b.epochs and b.training != "none"),
 ]

@@ -60,7 +60,7 @@ rule evaluate_sae:
     benchmark:
         f"{R}/benchmarks/evaluate-sae-{{sae}}.jsonl"
     wildcard_constraints:
-        sae="|".join(map(re.escape, RUN.sae_names)),
+        sae=one_of(RUN.sae_names),
     threads: THREADS
     resources:
         **needs(),

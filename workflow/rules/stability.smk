@@ -13,7 +13,7 @@ rule stability:
     benchmark:
         f"{R}/benchmarks/stability-{{grid}}.jsonl"
     wildcard_constraints:
-        grid="|".join(map(re.escape, RUN.grids)),
+        grid=one_of(RUN.grids),
     threads: THREADS
     resources:
         **needs(gpu=0),

@@ -1,7 +1,7 @@
 wildcard_constraints:
-    steering="|".join(map(re.escape, RUN.steering)) or "none",
+    steering=one_of(RUN.steering),
     seed=r"\d+",
-    other="|".join(map(re.escape, RUN.other_images)) or "none",
+    other=one_of(RUN.other_images),
 
 
 rule steering:

@@ -27,7 +27,6 @@ _COLOURS = {
     "embedding-steering": "#D55E00",
     "nearest-neighbours": "#F0E442",
 }
-_CYCLE = ("#0072B2", "#E69F00", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#000000")
 _MARKERS = {"none": "s", "predicted": "o", "oracle": "^"}
 
 
@@ -71,26 +70,6 @@ def _groups(rows: list[dict[str, Any]], *keys: str) -> dict[tuple[Any, ...], lis
     for row in rows:
         groups.setdefault(tuple(row[key] for key in keys), []).append(row)
     return groups
-
-
-def sae_training(saes: dict[str, Path], levels: dict[str, tuple[float, float]]) -> str:
-    """FVU on the training batches, with the test FVU of each SAE and of PCA as levels, by name of the SAE."""
-    figure = Figure(figsize=(7.6, 3), layout="constrained")
-    axis = figure.subplots()
-    for i, (name, folder) in enumerate(saes.items()):
-        lines = _log(folder / "training.jsonl")
-        colour = _CYCLE[i % len(_CYCLE)]
-        axis.plot(
-            [line["epoch"] for line in lines], [line["fvu"] for line in lines], color=colour, label=f"{name}, train"
-        )
-        axis.axhline(levels[name][0], color=colour, linestyle="--", linewidth=1)
-    for pca in {pca: None for _, pca in levels.values()}:  # one per section; seeds share it
-        axis.axhline(pca, color="#666666", linestyle=":")
-    axis.plot([], [], color="#666666", linestyle=":", label="PCA with k components, test")
-    axis.plot([], [], color="#000000", linestyle="--", label="SAE, test")
-    axis.set(yscale="log", xlabel="epoch", ylabel="FVU")
-    axis.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize=8)
-    return _svg(figure)
 
 
 def backbone_training(folder: Path) -> str:

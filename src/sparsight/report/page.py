@@ -10,6 +10,7 @@ import torch
 from sparsight import config, tables
 from sparsight.images import Manifest
 from sparsight.report import figures, pruning
+from sparsight.report import saes as sae_chapter
 from sparsight.report.latents import Browser
 from sparsight.store import ActivationStore
 
@@ -26,14 +27,12 @@ def write_page(section: config.Report, run: str, inputs: dict[str, Any], device:
     """
     manifest = Manifest(inputs["images"])
     saes = {path.parent.name: path.parent for path in inputs["saes"]}
-    sae_metrics = {path.parent.name: json.loads(path.read_text()) for path in inputs["saes"]}
+    chapter = sae_chapter.chapter(saes.values(), [path.parent for path in inputs["chains"]], inputs["stabilities"])
     policies = [pruning.policy(path.parent) for path in inputs["policies"]]
     backbones = [_backbone(path.parent) for path in inputs["backbones"]]
-    chains = [_chain(path.parent) for path in inputs["chains"]]
     steerings = [_steering(path, inputs["transfers"]) for path in inputs["steerings"]]
-    levels = {name: (metrics["fvu"], metrics["fvu_pca_k"]) for name, metrics in sae_metrics.items()}
-    drawn = {"saes": figures.sae_training(saes, levels)}
-    for part in (*policies, *chains, *steerings, *backbones):
+    drawn: dict[str, str] = {}
+    for part in (*policies, chapter, *steerings, *backbones):
         drawn |= part["figures"]
     stores = {path.parent.name: path for path in inputs["stores"]}
     environment = jinja2.Environment(
@@ -44,9 +43,7 @@ def write_page(section: config.Report, run: str, inputs: dict[str, Any], device:
         manifest=manifest,
         counts={part: len(manifest.split(part)) for part in ("train", "val", "test")},
         backbones=backbones,
-        sae_metrics=sae_metrics,
-        chains=chains,
-        stabilities=[row for path in inputs["stabilities"] for row in _stability(path)],
+        saes=chapter,
         steerings=steerings,
         policies=policies,
         figures=drawn,
@@ -64,27 +61,6 @@ def _backbone(folder: Path) -> dict[str, Any]:
     about = json.loads((folder / "config.json").read_text())
     svg = figures.backbone_training(folder)
     return {"name": folder.name, "about": about, "figures": {f"backbone-{folder.name}": svg} if svg else {}}
-
-
-def _chain(folder: Path) -> dict[str, Any]:
-    metrics = json.loads((folder / "metrics.json").read_text())
-    about = json.loads(next(folder.glob("*/config.json")).read_text())
-    sites = {site: json.loads((folder / site / "metrics.json").read_text()) for site in about["chain"]}
-    levels = {site: (own["fvu_residual"], own["fvu_pca_k"]) for site, own in sites.items()}
-    figure = figures.sae_training({site: folder / site for site in sites}, levels)
-    return {
-        "name": folder.name,
-        "affine": about["training"]["affine"],
-        "metrics": metrics,
-        "sites": sites,
-        "figures": {f"chain-{folder.name}": figure},
-    }
-
-
-def _stability(path: Path) -> list[dict[str, Any]]:
-    """A row per site: what the SAEs of a section have in common over its seeds."""
-    name, sites = path.stem.removesuffix("-stability"), json.loads(path.read_text())["sites"]
-    return [{"name": name, "site": site, **found} for site, found in sites.items()]
 
 
 def _steering(path: Path, transfers: list[Path]) -> dict[str, Any]:

@@ -79,7 +79,8 @@ def evaluate_chain(
         "mean_instead": lambda _: _means(train, chain.sites),
     }
     metrics = {"n": len(split)}
-    for key in ("fvu", "redundancy", "redundancy_transported", "redundancy_random"):
+    averaged = ("fvu", "fvu_unchained", "fvu_residual", "fvu_affine", "redundancy", "redundancy_transported")
+    for key in (*averaged, "redundancy_random"):
         if values := [one[key] for one in by_site.values() if key in one]:
             metrics[key] = float(np.mean(values))
     metrics |= spliced(backbone, split, chain.sites, _positions(test, chain.sites[0], backbone), modes)
