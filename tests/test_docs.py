@@ -6,6 +6,7 @@ run plays the part of the default run, so blocks 3 and 5 of its deeper model sta
 
 import argparse
 import copy
+import json
 import re
 import runpy
 import shlex
@@ -45,11 +46,16 @@ def blocks(page: Path, language: str) -> list[str]:
     return [text for name, text in BLOCK.findall(page.read_text()) if name == language]
 
 
-def with_blocks(language: str) -> pytest.MarkDecorator:
-    return pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, language)], ids=lambda page: page.stem)
+def python(page: Path) -> list[str]:
+    """The blocks of Python that are run here."""
+    return [code for code in blocks(page, "python") if (page.name, code.partition("\n")[0]) not in ELSEWHERE]
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def pages(chosen: list[Path]) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("page", chosen, ids=lambda page: page.stem)
+
+
+@pages(PAGES)
 def test_every_block_says_what_it_is(page: Path) -> None:
     text = page.read_text()
     assert {name for name, _ in BLOCK.findall(text)} <= LANGUAGES
@@ -74,14 +80,13 @@ def after_the_run(run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.chdir(tmp_path)
 
 
-@with_blocks("python")
+@pages([page for page in PAGES if python(page)])
 @pytest.mark.usefixtures("after_the_run")
 def test_python_runs(page: Path) -> None:
     names: dict[str, Any] = {}
-    for code in blocks(page, "python"):
-        if (page.name, code.partition("\n")[0]) not in ELSEWHERE:
-            tiny = code.replace("blocks.3.", "blocks.1.").replace("blocks.5.", "blocks.2.")
-            exec(compile(tiny, page.name, "exec"), names)
+    for code in python(page):
+        tiny = code.replace("blocks.3.", "blocks.1.").replace("blocks.5.", "blocks.2.")
+        exec(compile(tiny, page.name, "exec"), names)
     if page.stem in RESULTS:
         RESULTS[page.stem](names)
 
@@ -111,16 +116,27 @@ def check_store_format(names: dict[str, Any]) -> None:
     assert names["about"]["shape"][1:] == list(names["x"].shape[1:]) and names["x"].any()
 
 
+def check_tutorial(names: dict[str, Any]) -> None:
+    metrics = json.loads(Path("results/default/saes/topk-s0/metrics.json").read_text())
+    assert names["fvu"](names["sae"]) == pytest.approx(metrics["fvu"], rel=1e-3)
+    assert names["fvu"](names["own"]) < 0.5
+    assert max(range(10), key=names["by_class"].__getitem__) == names["wanted"]
+    assert (names["amplified"] != names["plain"]).any()
+    assert (names["answers"] != names["plain"]).float().mean() > 0.5, "at the greatest strength"
+    assert names["pruned"].shape == names["whole"].shape and not all(mask.all() for mask in names["masks"].values())
+
+
 RESULTS = {
     "README": check_readme,
     "images": check_images,
     "sae": check_sae,
     "store": check_store,
     "store-format": check_store_format,
+    "tutorial": check_tutorial,
 }
 
 
-@with_blocks("yaml")
+@pages([page for page in PAGES if blocks(page, "yaml")])
 def test_overlays_are_valid(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for text in blocks(page, "yaml"):
@@ -153,7 +169,7 @@ def overlays(page: Path) -> dict[str, str]:
     return {match[1]: match.string for match in found if match}
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+@pages(PAGES)
 def test_commands_are_understood(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     prose = BLOCK.sub("", page.read_text()).replace("\n", " ")
     for text in (*blocks(page, "sh"), *INLINE.findall(prose)):
