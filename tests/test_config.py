@@ -144,15 +144,6 @@ def test_mistakes_are_named_with_their_place(path: str, value: Any, message: str
     assert "\n" not in str(caught.value)
 
 
-def test_overlay_shown_in_the_readme_is_valid(tmp_path: Path) -> None:
-    text = (ROOT / "README.md").read_text()
-    overlay = yaml.safe_load(text.split("# flowers.yaml\n")[1].split("```")[0])
-    config = copy.deepcopy(PARAMS)
-    update_config(config, overlay)
-    config["images"]["path"] = str(tmp_path)
-    assert list(load_run(config).sae_names) == ["topk-s0", "topk-s1", "topk-s2"]
-
-
 def test_missing_image_folder_is_found_before_any_work() -> None:
     config = changed("images", {"source": "folder", "path": "no/such/folder"})
     with pytest.raises(SparsightError, match="there is no folder 'no/such/folder'"):

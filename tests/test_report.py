@@ -118,6 +118,31 @@ def test_the_page_is_small_and_names_nothing_outside(run_folder: Path) -> None:
     assert not outside
 
 
+def test_the_pipeline_is_drawn_with_what_every_part_read(run_folder: Path) -> None:
+    page = (run_folder / TINY_RUN / "report" / "index.html").read_text()
+    drawn = page.split('<h2 id="pipeline">')[1].split("<h2")[0]
+    rows = re.findall(r"<li>(<a href=\"#(\w+)\">|<span>)(.+?)</\w+>\n<ul [^>]*>(.*?)</ul>", drawn)
+    parts = {name: re.findall(r"<strong>(.*?)</strong>", boxes) for _, _, name, boxes in rows}
+    assert parts == {
+        "Images": ["mnist-5000"],
+        "Backbones": ["vit", "clip"],
+        "Activations": ["vit", "clip"],
+        "SAEs": ["topk", "switch", "final", "resae"],
+        "Steering": ["class-latents", "vs2", "neighbours"],
+        "Head policies": ["heads"],
+        "Report": ["this page"],
+    }
+    assert all(f'<h2 id="{section}">' in page for _, section, _, _ in rows if section)
+    for text in (
+        "<strong>mnist-5000</strong> 5,000 images, 10 classes",
+        "<strong>switch</strong> switch, 48 latents, k 4, 2 seeds<small>reads vit: blocks.2.input<",
+        "<strong>resae</strong> topk, 48 latents, k 4, 1 seed, chain, maps full<small>reads vit: blocks.1.input, ",
+        "<strong>neighbours</strong> vs2++<small>reads final<",
+        "<strong>heads</strong> decides in 2 blocks<small>reads vit, topk<",
+    ):
+        assert text in drawn
+
+
 def test_the_summary_says_what_the_intervals_say() -> None:
     ends = {"random-latents": (0.01, 0.02), "logit-bias": (-0.02, -0.01), "class-static": (-0.01, 0.01)}
     shared = {"labels": "probe", "usage": 0.6, "accuracy": 0.8}

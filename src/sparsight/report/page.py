@@ -9,7 +9,7 @@ import torch
 
 from sparsight import config, tables
 from sparsight.images import Manifest
-from sparsight.report import figures, pruning
+from sparsight.report import figures, graph, pruning
 from sparsight.report import saes as sae_chapter
 from sparsight.report.latents import Browser
 from sparsight.store import ActivationStore
@@ -41,6 +41,7 @@ def write_page(section: config.Report, run: str, inputs: dict[str, Any], device:
     page = environment.get_template("page.html.j2").render(
         title=section.title or f"sparsight: {run} run",
         manifest=manifest,
+        pipeline=graph.stages(manifest, inputs),
         counts={part: len(manifest.split(part)) for part in ("train", "val", "test")},
         backbones=backbones,
         saes=chapter,
