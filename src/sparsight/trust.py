@@ -17,7 +17,7 @@ from typing import Any
 from sparsight import schema
 from sparsight.records import settings
 from sparsight.run import Run
-from sparsight.work import json_text
+from sparsight.work import json_text, write_shared
 
 
 def mark(run: Run) -> dict[str, str]:
@@ -33,7 +33,7 @@ def mark(run: Run) -> dict[str, str]:
     for stage, reason in found.items():
         path = folder / stage
         if reason:
-            _write(path, f"{uuid.uuid4()}\n")  # Snakemake compares contents too
+            write_shared(path, f"{uuid.uuid4()}\n")  # Snakemake compares contents too
         elif not path.exists():
             path.touch()
             os.utime(path, (0, 0))  # older than any result
@@ -118,11 +118,4 @@ class _Digests:
         return self
 
     def __exit__(self, *_: object) -> None:
-        _write(self.path, json.dumps(self._seen))
-
-
-def _write(path: Path, text: str) -> None:
-    """Two Snakemakes may do this at the same time."""
-    aside = path.with_name(f"{path.name}.{os.getpid()}")
-    aside.write_text(text)
-    os.replace(aside, path)
+        write_shared(self.path, json.dumps(self._seen))

@@ -118,6 +118,13 @@ def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
     os.replace(aside, path)
 
 
+def write_shared(path: Path, text: str) -> None:
+    """Write a file that several processes may be writing at the same time: one of them wins, whole."""
+    aside = path.with_name(f"{path.name}.{os.getpid()}")
+    aside.write_text(text)
+    os.replace(aside, path)
+
+
 def write_json(path: Path, value: object) -> None:
     """Write JSON whose bytes are equal for equal values: sorted keys, one per line."""
     path.write_text(json_text(value))

@@ -11,7 +11,7 @@ rule extract:
         backbone=rules.backbone.output.weights,
         config=rules.backbone.output.config,
         trust=f"{R}/.trust/extract-{{backbone}}-{{split}}-{{part}}",
-        code=sources("extract.py"),
+        code=code("extract.py"),
     output:
         part=temp(f"{R}/activations/{{backbone}}/{{split}}.part-{{part}}.json"),
         record=f"{R}/records/extract-{{backbone}}-{{split}}-{{part}}.json",
@@ -38,7 +38,7 @@ rule activations:
     input:
         parts=expand(rules.extract.output.part, part=range(RUN.activations.parts), allow_missing=True),
         trust=f"{R}/.trust/activations-{{backbone}}-{{split}}",
-        code=sources("activations.py"),
+        code=code("activations.py"),
     output:
         manifest=f"{R}/activations/{{backbone}}/{{split}}.json",
         record=f"{R}/records/activations-{{backbone}}-{{split}}.json",

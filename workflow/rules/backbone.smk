@@ -2,7 +2,7 @@ rule backbone:
     input:
         images=rules.images.output.manifest,
         trust=f"{R}/.trust/backbone-{{backbone}}",
-        code=sources("backbone.py"),
+        code=code("backbone.py"),
     output:
         weights=f"{R}/backbones/{{backbone}}/model.safetensors",
         config=f"{R}/backbones/{{backbone}}/config.json",

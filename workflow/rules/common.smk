@@ -1,9 +1,10 @@
-import ast
 import re
 import sys
 from functools import cache
 from pathlib import Path
 
+from sparsight.closure import files as closure
+from sparsight.closure import write_digest
 from sparsight.trust import mark
 
 if workflow.is_main_process:  # not a job on a cluster node, which reads these files too
@@ -74,38 +75,13 @@ def backbone_of_policy(wildcards):
 
 
 @cache
-def sources(script, *extra):
-    """A stage script and every file of sparsight that it can reach, so that a changed line reruns the stage.
+def code(script, *extra):
+    """The file that changes when a line changes of what a stage script can reach.
 
-    What is loaded by name at run time (an SAE variant, a template) is given as ``extra``; a kernel backend is
-    added wherever kernels are used.
+    What is loaded by name at run time (an SAE variant, a template) is given as ``extra``.
     """
-    found, todo = set(), [str(Path("workflow/scripts", script)), *extra]
-    while todo:
-        path = todo.pop()
-        if path not in found:
-            found.add(path)
-            todo += imports(path)
-            if path == "src/sparsight/kernels/__init__.py":
-                todo += map(str, Path(path).parent.glob("*.py"))
-    return sorted(found)
-
-
-@cache
-def imports(path):
-    """The files of src/sparsight that a Python file imports anywhere in it."""
-    if not path.endswith(".py"):
-        return []
-    names, nodes = [], [ast.parse(Path(path).read_text())]
-    while nodes:
-        node = nodes.pop()
-        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
-            continue
-        if isinstance(node, ast.ImportFrom):
-            names += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
-        elif isinstance(node, ast.Import):
-            names += [alias.name for alias in node.names]
-        nodes += ast.iter_child_nodes(node)
-    files = [Path("src", *name.split(".")) for name in names]
-    candidates = [p for file in files for p in (file.with_suffix(".py"), file / "__init__.py")]
-    return [str(p) for p in candidates if p.exists()]
+    names = [Path(script).stem, *dict.fromkeys(Path(path).stem for path in extra if path.endswith(".py"))]
+    path = Path(R, ".trust", "code", "-".join(names))
+    if workflow.is_main_process:
+        write_digest(path, closure(f"workflow/scripts/{script}", *extra))
+    return path.as_posix()

@@ -1,7 +1,7 @@
 rule images:
     input:
         trust=f"{R}/.trust/images",
-        code=sources("images.py"),
+        code=code("images.py"),
     output:
         manifest=f"{R}/images/manifest.parquet",
         record=f"{R}/records/images.json",
@@ -25,7 +25,7 @@ rule images:
 rule other_images:
     input:
         trust=f"{R}/.trust/images-{{other}}",
-        code=sources("images.py"),
+        code=code("images.py"),
     output:
         manifest=f"{R}/images/{{other}}/manifest.parquet",
         record=f"{R}/records/images-{{other}}.json",

@@ -31,7 +31,7 @@ rule provenance:
     input:
         configuration=rules.configuration.output,
         finished=FINISHED,
-        code=sources("provenance.py"),
+        code=code("provenance.py"),
     output:
         f"{R}/provenance.json",
     log:

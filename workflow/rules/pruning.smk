@@ -3,7 +3,7 @@ rule policy:
         images=rules.images.output.manifest,
         backbone=backbone_of_policy,
         trust=f"{R}/.trust/policy-{{policy}}",
-        code=sources("policy.py"),
+        code=code("policy.py"),
     output:
         weights=f"{R}/pruning/{{policy}}/policy.safetensors",
         config=f"{R}/pruning/{{policy}}/config.json",
@@ -34,7 +34,7 @@ rule pruning:
         saes=expand(SAE_WEIGHTS, sae=STEERED.values()),
         vectors=expand(f"{R}/steering/{{name}}.safetensors", name=STEERED),
         trust=f"{R}/.trust/pruning-{{policy}}",
-        code=sources("pruning.py", *map(sae_code, STEERED.values())),
+        code=code("pruning.py", *map(sae_code, STEERED.values())),
     output:
         overall=f"{R}/pruning/{{policy}}/overall.parquet",
         per_class=f"{R}/pruning/{{policy}}/per_class.parquet",
@@ -69,7 +69,7 @@ rule timings:
     input:
         backbones=expand(rules.backbone.output.weights, backbone=sorted({p.backbone for p in RUN.policies.values()})),
         trust=f"{R}/.trust/timings",
-        code=sources("timings.py"),
+        code=code("timings.py"),
     output:
         times=f"{R}/timings.json",
         record=f"{R}/records/timings.json",
@@ -98,7 +98,7 @@ rule export_pruned:
     input:
         backbone=rules.backbone.output.weights,
         config=rules.backbone.output.config,
-        code=sources("export_pruned.py"),
+        code=code("export_pruned.py"),
     output:
         weights=f"{R}/exports/{{backbone}}/{{heads}}/model.safetensors",
         config=f"{R}/exports/{{backbone}}/{{heads}}/config.json",

@@ -13,7 +13,7 @@ rule summary:
     input:
         **RESULTS,
         trust=f"{R}/.trust/summary",
-        code=sources("summary.py"),
+        code=code("summary.py"),
     output:
         metrics=f"{R}/metrics.json",
         curves=f"{R}/curves.json",
@@ -42,7 +42,7 @@ rule report:
         images=rules.images.output.manifest,
         stores=expand(f"{R}/activations/{{backbone}}/test.json", backbone=RUN.backbones),
         trust=f"{R}/.trust/report",
-        code=sources(
+        code=code(
             "report.py",
             "src/sparsight/report/page.html.j2",
             *expand("src/sparsight/report/captions/{kind}.rst", kind=CATEGORIES),

@@ -13,7 +13,7 @@ for GRID in RUN.saes:
             images=rules.images.output.manifest,
             store=f"{R}/activations/{RUN.saes[GRID].backbone}/train.json",
             trust=f"{R}/.trust/sae-{GRID}",
-            code=sources("sae.py", f"src/sparsight/sae/{RUN.saes[GRID].kind}.py"),
+            code=code("sae.py", f"src/sparsight/sae/{RUN.saes[GRID].kind}.py"),
         output:
             weights=expand(SAE_WEIGHTS, sae=RUN.grids[GRID]),
             config=expand(SAE_CONFIG, sae=RUN.grids[GRID]),
@@ -48,7 +48,7 @@ rule evaluate_sae:
         sae=SAE_WEIGHTS,
         config=SAE_CONFIG,
         trust=f"{R}/.trust/evaluate-{{sae}}",
-        code=lambda wildcards: sources("evaluate_sae.py", sae_code(wildcards.sae), RANDOM_SAE),
+        code=lambda wildcards: code("evaluate_sae.py", sae_code(wildcards.sae), RANDOM_SAE),
     output:
         metrics=f"{R}/saes/{{sae}}/metrics.json",
         latents=f"{R}/saes/{{sae}}/latents.parquet",
@@ -89,7 +89,7 @@ for CHAIN, SECTION in RUN.chains.items():
             saes=expand(SAE_WEIGHTS, sae=[f"{CHAIN}/{site}" for site in SECTION.sites]),
             configs=expand(SAE_CONFIG, sae=[f"{CHAIN}/{site}" for site in SECTION.sites]),
             trust=f"{R}/.trust/evaluate-{CHAIN}",
-            code=sources("evaluate_chain.py", f"src/sparsight/sae/{SECTION.kind}.py"),
+            code=code("evaluate_chain.py", f"src/sparsight/sae/{SECTION.kind}.py"),
         output:
             chain=f"{R}/saes/{CHAIN}/metrics.json",
             sites=expand(f"{R}/saes/{CHAIN}/{{site}}/metrics.json", site=SECTION.sites),

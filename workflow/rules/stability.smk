@@ -4,7 +4,7 @@ rule stability:
         saes=lambda wildcards: expand(SAE_WEIGHTS, sae=RUN.grids[wildcards.grid]),
         configs=lambda wildcards: expand(SAE_CONFIG, sae=RUN.grids[wildcards.grid]),
         trust=f"{R}/.trust/stability-{{grid}}",
-        code=lambda wildcards: sources("stability.py", f"src/sparsight/sae/{RUN.saes[wildcards.grid].kind}.py"),
+        code=lambda wildcards: code("stability.py", f"src/sparsight/sae/{RUN.saes[wildcards.grid].kind}.py"),
     output:
         stability=f"{R}/saes/{{grid}}-stability.json",
         record=f"{R}/records/stability-{{grid}}.json",

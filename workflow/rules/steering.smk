@@ -12,7 +12,7 @@ rule steering:
         finder=stores_of_finder,
         sae=lambda wildcards: f"{R}/saes/{sae_name(wildcards)}/sae.safetensors",
         trust=f"{R}/.trust/steering-{{steering}}-s{{seed}}",
-        code=lambda wildcards: sources("steering.py", sae_code(sae_name(wildcards))),
+        code=lambda wildcards: code("steering.py", sae_code(sae_name(wildcards))),
     output:
         vectors=f"{R}/steering/{{steering}}-s{{seed}}.safetensors",
         table=f"{R}/steering/{{steering}}-s{{seed}}.parquet",
@@ -47,7 +47,7 @@ rule steering_elsewhere:
         vectors=rules.steering.output.vectors,
         home=rules.steering.output.summary,
         trust=f"{R}/.trust/steering-{{steering}}-s{{seed}}-{{other}}",
-        code=lambda wildcards: sources("steering_elsewhere.py", sae_code(sae_name(wildcards))),
+        code=lambda wildcards: code("steering_elsewhere.py", sae_code(sae_name(wildcards))),
     output:
         table=f"{R}/steering/{{steering}}-s{{seed}}/{{other}}.parquet",
         summary=f"{R}/steering/{{steering}}-s{{seed}}/{{other}}.json",
