@@ -13,11 +13,11 @@ from conftest import make_backbone, make_folder, write_store
 from sklearn.metrics.pairwise import cosine_similarity
 from torch import Tensor
 
-from sparsight import config, sae
+from sparsight import config, sae, tables
 from sparsight.backbones import Backbone
 from sparsight.images import Manifest, Split, write_manifest
 from sparsight.sae import SAE
-from sparsight.sae.evaluate import chain_metrics, evaluate_chain, redundancies
+from sparsight.sae.evaluate import chain_errors, evaluate_chain, redundancies
 from sparsight.sae.metrics.measure import measure
 from sparsight.sae.residual import ReSAE, by_group, fit_maps, fit_moments
 from sparsight.sae.splice import Clean, Replacement, spliced
@@ -83,7 +83,9 @@ def test_reconstruction_metrics_are_those_of_all_rows_at_once(stores: tuple[Acti
 
 def test_chain_metrics_are_those_of_all_rows_at_once(stores: tuple[ActivationStore, ActivationStore]) -> None:
     chain = random_chain(stores[0])
-    found = chain_metrics(chain, *stores)
+    labels = dict.fromkeys(("train", "test"), np.arange(64) % 2)
+    found = chain_errors(chain, stores[1])
+    seen_by = {site: measure(chain.saes[site], site, *stores, labels, 2, 0, chain) for site in SITES}
     x = {site: torch.from_numpy(np.asarray(zarr.open_group(stores[1].path)[site][:])) for site in SITES}
     hat: dict[str, list[np.ndarray]] = {"fvu": [], "fvu_unchained": [], "fvu_affine": []}
     residuals = []
@@ -100,9 +102,13 @@ def test_chain_metrics_are_those_of_all_rows_at_once(stores: tuple[ActivationSto
     for key, parts in hat.items():
         assert found[SITES[1]][key] == pytest.approx(fvu(truth, np.concatenate(parts, axis=1)), rel=1e-4), key
     seen, rebuilt = (np.concatenate(parts) for parts in zip(*residuals, strict=True))
-    assert found[SITES[1]]["fvu_residual"] == pytest.approx(fvu(seen, rebuilt), rel=1e-4)
-    assert found[SITES[0]]["fvu"] == pytest.approx(found[SITES[0]]["fvu_residual"])
-    assert "fvu_affine" not in found[SITES[0]] and "redundancy" not in found[SITES[0]]
+    assert seen_by[SITES[1]].metrics["fvu"] == pytest.approx(fvu(seen, rebuilt), rel=1e-4)
+    assert seen_by[SITES[0]].metrics["fvu"] == pytest.approx(found[SITES[0]]["fvu"], rel=1e-5)
+    alone = measure(chain.saes[SITES[1]], SITES[1], *stores, labels, 2, 0).metrics
+    images = "monosemanticity_of_all_images"
+    assert seen_by[SITES[1]].metrics[images] == pytest.approx(alone[images]), "images are told apart as without a chain"
+    assert "fvu_affine" not in found[SITES[0]]
+    found[SITES[1]] |= redundancies(chain, 1)
     earlier, later = (chain.saes[site].W_dec.numpy() for site in SITES)
     assert found[SITES[1]]["redundancy"] == pytest.approx(
         cosine_similarity(later, earlier).max(axis=1).mean(), rel=1e-5
@@ -211,11 +217,13 @@ def test_a_chain_of_perfect_saes_changes_nothing_whatever_the_way_back(split: Sp
         one.W_enc.copy_(one.W_dec.T)
         chain.saes[site] = one
     with Work(tmp_path / "work", "key") as work:
-        evaluate_chain(chain, backbone, store, store, split, work, {})
+        evaluate_chain(chain, backbone, store, store, split.labels, split, 0, work, {})
         work.finish(tmp_path / "out")
     whole = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert whole["fvu"] < 1e-9 and whole["redundancy"] == pytest.approx(1)
     for mode in ("forced", "unchained", "online"):
         assert whole[f"kl_{mode}"] < 1e-9 and whole[f"accuracy_{mode}"] == whole["accuracy_untouched"]
     assert whole["kl_mean_instead"] > 1e-3
-    assert json.loads((tmp_path / "out" / SITES[1] / "metrics.json").read_text())["n"] == len(split) * 17
+    later = json.loads((tmp_path / "out" / SITES[1] / "metrics.json").read_text())
+    assert later["n"] == len(split) * 17 and later["fvu_residual"] < 1e-9
+    assert len(tables.read(tmp_path / "out" / SITES[1] / "latents.parquet")) == 2 * D

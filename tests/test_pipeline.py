@@ -63,7 +63,11 @@ def test_one_command_makes_every_promised_file_and_leaves_no_working_state(run_f
             for name in (*SAES, "resae-s0/blocks.1.input", "resae-s0/blocks.2.input")
             for f in ("sae.safetensors", "config.json", "metrics.json", "training.jsonl")
         ),
-        *(f"saes/{name}/{f}.parquet" for name in SAES for f in ("latents", "baselines", "probing")),
+        *(
+            f"saes/{name}/{f}.parquet"
+            for name in (*SAES, "resae-s0/blocks.1.input", "resae-s0/blocks.2.input")
+            for f in ("latents", "baselines", "probing")
+        ),
         "saes/switch-stability.json",
         *(f"saes/resae-s0/{f}" for f in ("affine.safetensors", "metrics.json")),
         *(
@@ -78,7 +82,10 @@ def test_one_command_makes_every_promised_file_and_leaves_no_working_state(run_f
         "report/index.html",
         *(f"report/figures/{kind}-heads.svg" for kind in ("frontier", "heads", "latents")),
         *(f"report/figures/steering-{name}-s0.svg" for name in ("class-latents", "vs2", "neighbours")),
-        *(f"report/figures/{name}.svg" for name in ("saes", "chain-resae-s0", "backbone-vit", "backbone-clip")),
+        *(
+            f"report/figures/{name}.svg"
+            for name in ("saes", "chain-resae", "tradeoff-vit-blocks.2.input", "backbone-vit", "backbone-clip")
+        ),
         "metrics.json",
         "curves.json",
         "configuration.json",

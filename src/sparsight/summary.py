@@ -37,8 +37,8 @@ def write_metrics(inputs: dict[str, list[Path]], path: Path) -> None:
     for file in inputs["chains"]:
         metrics = json.loads(file.read_text())
         shown = [f"redundancy{kind}" for kind in ("", "_transported", "_random")]
-        shown += ["fvu", "fvu_unchained", "fvu_residual", "fvu_affine", "accuracy_untouched"]
-        shown += [f"{key}_{mode}" for mode in _WAYS for key in ("accuracy", "kl")]
+        shown += ["fvu", "fvu_unchained", "fvu_residual", "fvu_affine", "probing_sae_1", "probing_sae_5"]
+        shown += ["accuracy_untouched", *(f"{key}_{mode}" for mode in _WAYS for key in ("accuracy", "kl"))]
         flat |= {f"chain.{file.parent.name}.{key}": metrics[key] for key in shown if key in metrics}
     for file in inputs["stabilities"]:
         for site, found in json.loads(file.read_text())["sites"].items():

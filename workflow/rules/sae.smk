@@ -1,6 +1,7 @@
 SAE_WEIGHTS = f"{R}/saes/{{sae}}/sae.safetensors"
 SAE_CONFIG = f"{R}/saes/{{sae}}/config.json"
 RANDOM_SAE = "src/sparsight/sae/topk.py"  # the variant of the random dictionary that every SAE is compared with
+OF_AN_SAE = ["metrics.json", "latents.parquet", "baselines.parquet", "probing.parquet"]
 MAPS = f"{R}/saes/{{chain}}/affine.safetensors"
 
 # One job trains the SAEs of a section, one per seed (and site of a chain), on one reading of the store.
@@ -89,10 +90,10 @@ for CHAIN, SECTION in RUN.chains.items():
             saes=expand(SAE_WEIGHTS, sae=[f"{CHAIN}/{site}" for site in SECTION.sites]),
             configs=expand(SAE_CONFIG, sae=[f"{CHAIN}/{site}" for site in SECTION.sites]),
             trust=f"{R}/.trust/evaluate-{CHAIN}",
-            code=code("evaluate_chain.py", f"src/sparsight/sae/{SECTION.kind}.py"),
+            code=code("evaluate_chain.py", f"src/sparsight/sae/{SECTION.kind}.py", RANDOM_SAE),
         output:
             chain=f"{R}/saes/{CHAIN}/metrics.json",
-            sites=expand(f"{R}/saes/{CHAIN}/{{site}}/metrics.json", site=SECTION.sites),
+            sites=expand(f"{R}/saes/{CHAIN}/{{site}}/{{of}}", site=SECTION.sites, of=OF_AN_SAE),
             record=f"{R}/records/evaluate-{CHAIN}.json",
         log:
             f"{R}/logs/evaluate-{CHAIN}.log",

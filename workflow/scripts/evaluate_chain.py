@@ -1,4 +1,4 @@
-"""Evaluate a ReSAE chain on the test split: <site>/metrics.json, and metrics.json of all sites in the backbone."""
+"""Evaluate a ReSAE chain on the test split: each SAE by itself, and metrics.json of all sites in the backbone."""
 
 from sparsight import stage
 
@@ -14,8 +14,9 @@ def main(job: stage.Stage) -> None:
     chain = load_chain(job.inputs["maps"].parent).to(device)
     backbone, _ = backbones.open_folder(job.inputs["backbone"].parent)
     train, test = (ActivationStore.open(job.inputs[name]) for name in ("train", "test"))
-    images = Manifest(job.inputs["images"]).split("test")
-    evaluate_chain(chain, backbone.to(device), train, test, images, job.work, job.record())
+    images = Manifest(job.inputs["images"])
+    train_labels, split = images.split("train").labels, images.split("test")
+    evaluate_chain(chain, backbone.to(device), train, test, train_labels, split, job.seed, job.work, job.record())
 
 
 if __name__ == "__main__":

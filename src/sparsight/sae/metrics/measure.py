@@ -23,7 +23,7 @@ from sparsight.sae.metrics.methods import Method
 from sparsight.sae.metrics.probing import COUNTS, DenseMoments, Probe
 from sparsight.sae.metrics.sparse import Matrix, pooled
 from sparsight.sae.metrics.windows import SplitRows
-from sparsight.sae.residual import Moments
+from sparsight.sae.residual import Moments, ReSAE
 from sparsight.seeds import derive_seed
 from sparsight.store import ActivationStore
 
@@ -44,7 +44,7 @@ class Measured:
 @torch.no_grad()
 def measure(
     sae: SAE, site: str, train: ActivationStore, test: ActivationStore, labels: Mapping[str, np.ndarray],
-    n_classes: int, seed: int,
+    n_classes: int, seed: int, chain: ReSAE | None = None,
 ) -> Measured:  # fmt: skip
     """Measure an SAE on the test split, with everything that is fitted fitted on train.
 
@@ -56,12 +56,13 @@ def measure(
         labels: int (images,) of the splits ``train`` and ``test``.
         n_classes: how many classes there are.
         seed: of the random dictionary and of k-means.
+        chain: whose SAE it is; then what it sees is what the chain's map leaves of the site.
 
     Raises:
         SparsightError: activations of a split that are all the same, or stores and labels of different length.
     """
     on_train, on_test = (
-        SplitRows(store, site, labels[name], sae) for name, store in (("train", train), ("test", test))
+        SplitRows(store, site, labels[name], sae, chain) for name, store in (("train", train), ("test", test))
     )
     fitted = _fit(sae, on_train, n_classes, seed)
     own = fitted.compared[0]
