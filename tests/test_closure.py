@@ -31,7 +31,8 @@ def test_the_code_of_a_stage_is_what_its_script_can_import(
     monkeypatch.chdir(ROOT)
     finder = ModuleFinder([str(at_run_time / "src")])  # it reads bytecode; other packages are not looked for
     finder.run_script(str(at_run_time / "workflow" / "scripts" / script))
-    imported = {os.path.relpath(m.__file__, at_run_time) for m in finder.modules.values() if m.__file__}
+    places = [getattr(module, "__file__", None) for module in finder.modules.values()]
+    imported = {Path(place).relative_to(at_run_time).as_posix() for place in places if place}
     found = set(closure.files(f"workflow/scripts/{script}"))
     assert imported <= found
     assert {path for path in found - imported if "/kernels/" not in path} == set(), "kernels are chosen at run time"

@@ -89,7 +89,7 @@ def evaluate_chain(
         "online": lambda _: lambda m, group, h, before: chain.replace(m, h, before, group),
         "mean_instead": lambda _: _means(train, chain.sites),
     }
-    metrics = {"n": len(split)}
+    metrics: dict[str, float] = {"n": len(split)}
     for key in _AVERAGED:
         if values := [one[key] for one in by_site.values() if key in one]:
             metrics[key] = float(np.mean(values))
