@@ -260,6 +260,7 @@ def test_geometric_median_ignores_outliers_and_centres_the_sae() -> None:
     gradient = ((x - median) / (x - median).norm(dim=1, keepdim=True)).sum(dim=0)
     assert gradient.norm() < 1e-2, "the unit vectors to the rows balance at the geometric median"
     assert median.norm() < 20 < x.mean(dim=0).norm()
+    assert torch.equal(sae.geometric_median(x.numpy()), median), "rows of a store are numpy arrays"
     one = sae.create("switch", D, F, K)
     one.set_center(median)
     assert torch.equal(one.b_dec, median) and torch.equal(one.b_router, median)  # type: ignore[arg-type]

@@ -216,16 +216,16 @@ class SAE(nn.Module, ABC):
         write_json(folder / "config.json", {**about, "format_version": FORMAT_VERSION, **sizes, **options})
 
 
-def geometric_median(x_ND: Tensor, iterations: int = 100, tolerance: float = 1e-6) -> Tensor:
+def geometric_median(x_ND: Tensor | np.ndarray, iterations: int = 100, tolerance: float = 1e-6) -> Tensor:
     """The point of least summed distance to the rows, (D,), by Weiszfeld's iteration in float64.
 
     Gao et al. 2024 (section A.1) initialise b_dec with it, on at most 32,768 rows.
     """
-    x_ND = x_ND.double()
-    median = x_ND.mean(dim=0)
+    rows = torch.as_tensor(x_ND).double()
+    median = rows.mean(dim=0)
     for _ in range(iterations):
-        distance_N = (x_ND - median).norm(dim=1).clamp(min=1e-12)
-        last, median = median, (x_ND / distance_N.unsqueeze(1)).sum(dim=0) / (1 / distance_N).sum()
+        distance_N = (rows - median).norm(dim=1).clamp(min=1e-12)
+        last, median = median, (rows / distance_N.unsqueeze(1)).sum(dim=0) / (1 / distance_N).sum()
         if (median - last).norm() <= tolerance * median.norm():
             break
     return median.float()
