@@ -7,11 +7,13 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
 from conftest import ROOT
+from scipy import stats
 from snakemake.utils import update_config
 
 from sparsight.errors import SparsightError
@@ -38,10 +40,11 @@ def test_every_number_is_of_a_section_that_its_experiment_has(papers: ModuleType
         for entry in (entry for table in tables for entry in table.entries):
             config = copy.deepcopy(yaml.safe_load((ROOT / "params.yaml").read_text()))
             update_config(config, yaml.safe_load((ROOT / "experiments" / f"{entry.experiment}.yaml").read_text()))
-            stage, name, *rest = entry.metric.split(".")
-            sections = {"backbone": "backbones", "sae": "saes", "steering": "steering", "pruning": "policies"}
-            assert config[sections[stage]][name.removesuffix("-s*")] is not None, entry
-            assert stage != "steering" or len(rest) == 3 or rest[0] in {"gate-0", *config["other_images"]}, entry
+            sections = {"backbone": "backbones", "steering": "steering", "pruning": "policies"}
+            for key in entry.keys:
+                stage, name, *rest = key.split(".")
+                assert config[sections.get(stage, "saes")][name.removesuffix("-s*")] is not None, entry
+                assert stage != "steering" or len(rest) == 3 or rest[0] in {"gate-0", *config["other_images"]}, entry
 
 
 SOME: Any = {
@@ -119,6 +122,24 @@ def test_the_answer_on_steered_heads_stands_with_its_intervals(papers: ModuleTyp
     assert "| probe | 0.350 | 0.700 | -1.20 (-2.00 to -0.40) | 1.80 |" in page
     assert "| class-static | oracle | 3 | 0.400 | -1.20 (-2.00 to -0.40) | 1.80 |" in page
     assert "| logit-bias | probe | 0.350 | 0.360 | -1.20 (-2.00 to -0.40) |" in page
+
+
+def test_changes_against_a_control_are_taken_seed_by_seed(papers: ModuleType, tmp_path: Path) -> None:
+    folder = results(
+        tmp_path / "run", {"sae.y-s0.fvu": 0.1, "sae.y-s1.fvu": 0.3, "sae.z-s0.fvu": 0.2, "sae.z-s1.fvu": 0.4}
+    )
+    some = copy.deepcopy(SOME)
+    table = some["systems"][0]["tables"][0]
+    table["columns"] = [{"name": "A", "experiment": "run", "section": "y"}]
+    row = {"metric": "sae.<section>-s*.fvu"}
+    table["rows"] = [
+        {"what": "relative", "over": "sae.z-s*.fvu", "paper": [-40], **row},
+        {"what": "plain", "minus": "sae.z-s*.fvu", "unit": "points", **row},
+    ]
+    page = papers.page(some, {"run": papers.record("run", folder, some)})
+    half = stats.t.ppf(0.975, 1) * np.std([-50, -25], ddof=1) / np.sqrt(2)
+    assert f"| A | relative | % | -40.00 | -37.50 ({-37.5 - half:.2f} to {-37.5 + half:.2f}) | +2.50 |" in page
+    assert "| A | plain | points |  | -10.00 (-10.00 to -10.00) |  |" in page
 
 
 def test_what_cannot_be_recorded_is_said_in_one_line(papers: ModuleType, tmp_path: Path) -> None:
