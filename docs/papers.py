@@ -79,7 +79,7 @@ def read(papers: Any) -> Iterator[tuple[str, list[Table]]]:
     for system in papers["systems"]:
         tables = []
         for table in system["tables"]:
-            found = Table(table["title"], table.get("note", ""), answer=table.get("answer", ""))
+            found = Table(table["title"], table.get("note", ""))
             for i, column in enumerate(table["columns"]):
                 for row in table["rows"]:
                     keys = {key: _filled(row.get(key, ""), column) for key in ("metric", "over", "minus")}
