@@ -1,5 +1,9 @@
 """The report in a browser, without a network."""
 
+import dataclasses
+import hashlib
+import html
+import json
 import re
 import shutil
 from collections.abc import Iterator
@@ -8,12 +12,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 from conftest import write_store
 from runs import TINY_RUN
 
 from sparsight import sae, tables
 from sparsight.report.latents import top_images
 from sparsight.report.pruning import _verdicts
+from sparsight.run import load_run
 from sparsight.store import ActivationStore
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -142,6 +148,17 @@ def test_the_pipeline_is_drawn_with_what_every_part_read(run_folder: Path) -> No
         "<strong>heads</strong> decides in 2 blocks<small>reads vit, topk<",
     ):
         assert text in drawn
+
+
+def test_the_page_names_its_settings_and_files(run_folder: Path) -> None:
+    run = run_folder / TINY_RUN
+    page = html.unescape((run / "report" / "index.html").read_text().split('<h2 id="provenance">')[1])
+    settings = yaml.safe_load(page.split("<pre>")[1].split("</pre>")[0])
+    assert settings == json.loads((run / "configuration.json").read_text())
+    assert json.loads(json.dumps(dataclasses.asdict(load_run(settings)))) == settings
+    files = dict(re.findall(r"<th scope=\"row\">(.*?)</th><td><code>(\w+)</code>", page))
+    assert files.keys() >= {"images/manifest.parquet", "saes/topk-s0/metrics.json", "pruning/heads/metrics.json"}
+    assert files == {name: hashlib.sha256((run / name).read_bytes()).hexdigest() for name in files}
 
 
 def test_the_summary_says_what_the_intervals_say() -> None:

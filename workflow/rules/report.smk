@@ -40,6 +40,7 @@ rule report:
         **RESULTS,
         latents=expand(rules.evaluate_sae.output.latents, sae=RUN.sae_names),
         images=rules.images.output.manifest,
+        configuration=f"{R}/configuration.json",
         stores=expand(f"{R}/activations/{{backbone}}/test.json", backbone=RUN.backbones),
         trust=f"{R}/.trust/report",
         code=code(
@@ -68,6 +69,7 @@ rule report:
         "python workflow/scripts/report.py --from-backbones {input.backbones} --from-saes {input.saes}"
         " --from-chains {input.chains} --from-stabilities {input.stabilities}"
         " --from-steerings {input.steerings} --from-transfers {input.transfers} --from-policies {input.policies}"
-        " --from-images {input.images} --from-stores {input.stores} --name {params.name}"
+        " --from-images {input.images} --from-configuration {input.configuration} --from-stores {input.stores}"
+        " --name {params.name}"
         " --out {params.out} --work {params.work} --record {output.record}"
         " {params.flags} > {log} 2>&1"

@@ -16,6 +16,7 @@ if __name__ == "__main__":
         __doc__,
         Report,
         images="manifest.parquet of the images stage",
+        configuration="configuration.json of the run",
         backbones=["config.json of every backbone"],
         saes=["metrics.json of every SAE"],
         chains=["metrics.json of every ReSAE chain"],

@@ -6,12 +6,14 @@ from typing import Any
 
 import jinja2
 import torch
+import yaml
 
 from sparsight import config, tables
 from sparsight.images import Manifest
 from sparsight.report import figures, graph, pruning
 from sparsight.report import saes as sae_chapter
 from sparsight.report.latents import Browser
+from sparsight.schema import file_digest
 from sparsight.store import ActivationStore
 
 _CAPTIONS = Path(__file__).parent / "captions"  # by kind of figure; Snakemake's own report reads them too
@@ -22,8 +24,8 @@ def write_page(section: config.Report, run: str, inputs: dict[str, Any], device:
 
     Args:
         run: name of the run.
-        inputs: paths by name: images, and lists of backbones, saes, chains, stabilities, stores, steerings, transfers,
-            policies.
+        inputs: paths by name: images, configuration, and lists of backbones, saes, chains, stabilities, stores,
+            steerings, transfers, policies.
     """
     manifest = Manifest(inputs["images"])
     saes = {path.parent.name: path.parent for path in inputs["saes"]}
@@ -50,12 +52,21 @@ def write_page(section: config.Report, run: str, inputs: dict[str, Any], device:
         figures=drawn,
         captions={path.stem: path.read_text() for path in _CAPTIONS.glob("*.rst")},
         latents=_latents(section, saes, stores, manifest, device),
+        configuration=yaml.safe_dump(json.loads(inputs["configuration"].read_text()), sort_keys=False),
+        files=_files(inputs),
         script=(Path(__file__).parent / "browser.js").read_text(),
     )
     (out / "index.html").write_text(page)
     (out / "figures").mkdir(exist_ok=True)
     for name, svg in drawn.items():
         (out / "figures" / f"{name}.svg").write_text(svg)
+
+
+def _files(inputs: dict[str, Any]) -> dict[str, str]:
+    """sha256 of every file that the page is drawn from, by its path from the run's folder."""
+    paths = [path for value in inputs.values() for path in (value if isinstance(value, list) else [value])]
+    run = inputs["configuration"].parent
+    return {path.relative_to(run).as_posix(): file_digest(path) for path in sorted(paths)}
 
 
 def _backbone(folder: Path) -> dict[str, Any]:
