@@ -25,7 +25,7 @@ from dvc.cli import parse_args as parse_dvc
 from runs import TINY_RUN
 from snakemake.cli import get_argument_parser
 from snakemake.utils import update_config
-from test_sources import table
+from source_files import table
 
 from sparsight.run import load_run
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from test_sources import RGB, count_reads, cub, manifest, picture, put, table
+from source_files import RGB, count_reads, cub, manifest, picture, put, table
 
 from sparsight import config, schema
 from sparsight.errors import SparsightError
