@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from conftest import write_store
 from runs import TINY_RUN
@@ -20,6 +21,8 @@ from sparsight import sae, tables
 from sparsight.report.latents import top_images
 from sparsight.report.pruning import _verdicts
 from sparsight.run import load_run
+from sparsight.sae.residual import ReSAE, by_group, fit_moments
+from sparsight.sae.seen import SeenRows
 from sparsight.store import ActivationStore
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -97,12 +100,14 @@ def test_latents_are_searched_sorted_and_opened(page: Any, run_folder: Path) -> 
 @needs_chromium
 def test_a_latent_has_an_address_and_every_sae_its_latents(page: Any) -> None:
     names = page.locator("#latents-sae option").evaluate_all("options => options.map(option => option.value)")
-    assert sorted(names) == ["final-s0", "switch-s0", "topk-s0"], "the first seed of each"
-    page.locator("#latents-sae").select_option("switch-s0")
+    singles, chain = ["final-s0", "switch-s0", "topk-s0"], [f"resae-s0/blocks.{i}.input" for i in (1, 2)]
+    assert sorted(names) == sorted([*singles, *chain]), "the first seed of each"
+    name = "resae-s0/blocks.2.input"
+    page.locator("#latents-sae").select_option(name)
     page.locator("#latents-list button").first.click()
     address = page.evaluate("location.hash")
     title = page.locator("#latents-detail h3").inner_text()
-    assert re.fullmatch(r"#latent=switch-s0/\d+", address)
+    assert re.fullmatch(rf"#latent={name}/\d+", address)
     page.goto("about:blank")
     page.go_back()
     assert page.locator("#latents-detail h3").inner_text() == title
@@ -173,15 +178,25 @@ def test_the_summary_says_what_the_intervals_say() -> None:
 
 
 @pytest.mark.parametrize("tokens", ["cls", "all"])
-def test_top_images_are_those_of_sorting_all_of_them(tmp_path: Path, tokens: str) -> None:
-    shape = (6,) if tokens == "cls" else (5, 6)
-    store = ActivationStore.open(write_store(tmp_path, 700, {"blocks.0.input": shape}, tokens))
-    one = sae.create("topk", 6, 12, 3)
-    one.about |= {"site": "blocks.0.input"}
-    values, images = top_images(one, store, 700, 9)
-    codes = one.encode(store.rows("blocks.0.input")[:]).dense().detach().numpy()
-    per_image = codes.reshape(700, -1, 12).max(axis=1)
+@pytest.mark.parametrize("chained", [False, True])
+def test_top_images_are_those_of_sorting_all_of_them(tmp_path: Path, tokens: str, chained: bool) -> None:
+    shape, sites = (6,) if tokens == "cls" else (5, 6), ["blocks.0.input", "blocks.1.input"]
+    store = ActivationStore.open(write_store(tmp_path, 700, dict.fromkeys(sites, shape), tokens))
+    one, x = sae.create("topk", 6, 12, 3), torch.from_numpy(store.rows(sites[1])[:]).float()
+    chain = None
+    if chained:
+        moments = fit_moments(by_group(store, sites, torch.device("cpu")), sites)
+        chain = ReSAE.fit({sites[0]: sae.create("topk", 6, 12, 3), sites[1]: one}, moments)
+        h = torch.from_numpy(store.rows(sites[0])[:]).float()
+        before, out = h.unflatten(0, (700, -1)), x.unflatten(0, (700, -1))
+        for group, at in store.token_groups(sites[0]).items():
+            A, c = chain.maps[group][0]
+            out[:, at] = out[:, at] - before[:, at] @ A.float().T - c.float()
+        x = out.flatten(0, 1)
+    values, images = top_images(one, SeenRows(store, sites[1], torch.device("cpu"), chain), 700, 9)
+    per_image = one.encode(x).dense().detach().numpy().reshape(700, -1, 12).max(axis=1)
     for latent in range(12):
-        order = sorted(range(700), key=lambda i: (-per_image[i, latent], i))[:9]
-        assert images[latent].tolist() == order
-        np.testing.assert_array_equal(values[latent], per_image[order, latent])
+        found = per_image[images[latent], latent]
+        np.testing.assert_allclose(values[latent], found, atol=1e-5)
+        np.testing.assert_allclose(found, np.sort(per_image[:, latent])[::-1][:9], atol=1e-5)
+        assert chained or images[latent].tolist() == sorted(range(700), key=lambda i: (-per_image[i, latent], i))[:9]

@@ -38,7 +38,9 @@ rule summary:
 rule report:
     input:
         **RESULTS,
-        latents=expand(rules.evaluate_sae.output.latents, sae=RUN.sae_names),
+        latents=expand(
+            f"{R}/saes/{{sae}}/latents.parquet", sae=[name for names in RUN.grids.values() for name in names]
+        ),
         images=rules.images.output.manifest,
         configuration=f"{R}/configuration.json",
         stores=expand(f"{R}/activations/{{backbone}}/test.json", backbone=RUN.backbones),
@@ -47,7 +49,7 @@ rule report:
             "report.py",
             "src/sparsight/report/page.html.j2",
             *expand("src/sparsight/report/captions/{kind}.rst", kind=CATEGORIES),
-            *map(sae_code, RUN.sae_names),
+            *dict.fromkeys(f"src/sparsight/sae/{section.kind}.py" for section in RUN.saes.values()),
         ),
     output:
         page=f"{R}/report/index.html",

@@ -16,6 +16,8 @@ from torch import Tensor
 from sparsight import sae, tables
 from sparsight.images import Manifest, Split
 from sparsight.sae.base import SAE
+from sparsight.sae.residual import ReSAE
+from sparsight.sae.seen import SeenRows
 from sparsight.store import ActivationStore
 from sparsight.windows import in_order
 
@@ -41,11 +43,23 @@ class Browser:
         self._thumbnails: list[bytes] = []
         self._bytes = 0
 
-    def add(self, folder: Path, store: ActivationStore, device: torch.device, share: float) -> None:
-        """Take in one SAE, with at most ``share`` of the space for images."""
+    def add(
+        self, name: str, folder: Path, chain: ReSAE | None, store: ActivationStore, device: torch.device, share: float
+    ) -> None:
+        """Take in one SAE, with at most ``share`` of the space for images.
+
+        Args:
+            name: what the page calls it.
+            folder: its files.
+            chain: the chain that it is part of, if any.
+            store: activations of the test split.
+            device: where codes are computed.
+            share: of the space for images.
+        """
         one = sae.load(folder).to(device)
         rows = tables.read(folder / "latents.parquet")
-        values_FK, images_FK = top_images(one, store, len(self.split), self.n_images)
+        seen = SeenRows(store, one.about["site"], device, chain)
+        values_FK, images_FK = top_images(one, seen, len(self.split), self.n_images)
         limit, shown = self._bytes + share * _BYTES, []
         fires = [row for row in rows if not np.isnan(row["selectivity"])]
         # One that fires on an image or two selects for their class perfectly, by chance: those come last.
@@ -56,14 +70,14 @@ class Browser:
                 break
             active = values_FK[row["latent"]] > 0
             images = images_FK[row["latent"]][active]
-            heats = _heats(one, store, images, row["latent"])
+            heats = _heats(one, seen, images, row["latent"])
             self._bytes += sum(4 * len(heat) for heat in heats if heat)  # digits and commas
             top = [
                 {"image": self._placed(int(image)), "activation": round(float(value), 4), "heat": heat}
                 for image, value, heat in zip(images, values_FK[row["latent"]][active], heats, strict=True)
             ]
             shown.append({**_facts(row), "top": top})
-        self.saes[folder.name] = {"site": one.about["site"], "latents": shown, "total": len(rows)}
+        self.saes[name] = {"site": one.about["site"], "latents": shown, "total": len(rows)}
 
     def data(self) -> dict[str, Any]:
         """The content of the page's JSON."""
@@ -101,16 +115,15 @@ def _facts(row: dict[str, Any]) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def top_images(one: SAE, store: ActivationStore, n: int, k: int) -> tuple[np.ndarray, np.ndarray]:
+def top_images(one: SAE, seen: SeenRows, n: int, k: int) -> tuple[np.ndarray, np.ndarray]:
     """The k images with the largest activation of each latent, largest first: values and image numbers, (F, k).
 
     An image's activation is the largest of its tokens'; of equal ones the earlier image comes first.
     """
     values = np.zeros((one.d_sae, 0), np.float32)
     images = np.zeros((one.d_sae, 0), np.int64)
-    tokens = store.rows(one.about["site"]).tokens_per_image
-    for window in in_order(n, max(1, _ENTRIES // (one.d_sae * tokens))):
-        per_image_FB = _codes(one, store, window).amax(dim=1).T.cpu().numpy()
+    for window in in_order(n, max(1, _ENTRIES // (one.d_sae * seen.tokens))):
+        per_image_FB = _codes(one, seen, window).amax(dim=1).T.cpu().numpy()
         numbers = np.broadcast_to(np.arange(window.start, window.stop), per_image_FB.shape)
         both, all_numbers = np.hstack([values, per_image_FB]), np.hstack([images, numbers])
         order = np.argsort(-both, axis=1, kind="stable")[:, :k]
@@ -118,22 +131,20 @@ def top_images(one: SAE, store: ActivationStore, n: int, k: int) -> tuple[np.nda
     return values, images
 
 
-def _codes(one: SAE, store: ActivationStore, images: slice) -> Tensor:
+def _codes(one: SAE, seen: SeenRows, images: slice) -> Tensor:
     """Codes of every stored token of some images, (B, T, F)."""
-    rows = store.rows(one.about["site"])
-    return one.encode(rows.images(images.start, images.stop)).dense().unflatten(0, (-1, rows.tokens_per_image))
+    return one.encode(seen.images(images)).dense().unflatten(0, (-1, seen.tokens))
 
 
 @torch.no_grad()
-def _heats(one: SAE, store: ActivationStore, images: np.ndarray, latent: int) -> list[list[int] | None]:
+def _heats(one: SAE, seen: SeenRows, images: np.ndarray, latent: int) -> list[list[int] | None]:
     """Of each image the latent's activation on every patch, 0 to 255; None where patches are not stored."""
-    site = one.about["site"]
-    patches = store.token_groups(site).get("patches", [])
+    patches = seen.groups.get("patches", [])
     if not patches or len(patches) != round(len(patches) ** 0.5) ** 2:
         return [None] * len(images)
     heats: list[list[int] | None] = []
     for image in images.tolist():
-        codes_P = one.encode(store.at(site, [image] * len(patches), patches)).dense()[:, latent]
+        codes_P = _codes(one, seen, slice(image, image + 1))[0, patches, latent]
         scaled = 255 * codes_P / codes_P.max().clamp(min=1e-12)
         heats.append([round(value) for value in scaled.tolist()])
     return heats

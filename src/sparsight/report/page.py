@@ -13,6 +13,7 @@ from sparsight.images import Manifest
 from sparsight.report import figures, graph, pruning
 from sparsight.report import saes as sae_chapter
 from sparsight.report.latents import Browser
+from sparsight.sae.residual import ReSAE, load_chain
 from sparsight.schema import file_digest
 from sparsight.store import ActivationStore
 
@@ -28,15 +29,15 @@ def write_page(section: config.Report, run: str, inputs: dict[str, Any], device:
             steerings, transfers, policies.
     """
     manifest = Manifest(inputs["images"])
-    saes = {path.parent.name: path.parent for path in inputs["saes"]}
-    chapter = sae_chapter.chapter(saes.values(), [path.parent for path in inputs["chains"]], inputs["stabilities"])
+    chapter = sae_chapter.chapter(
+        [path.parent for path in inputs["saes"]], [path.parent for path in inputs["chains"]], inputs["stabilities"]
+    )
     policies = [pruning.policy(path.parent) for path in inputs["policies"]]
     backbones = [_backbone(path.parent) for path in inputs["backbones"]]
     steerings = [_steering(path, inputs["transfers"]) for path in inputs["steerings"]]
     drawn: dict[str, str] = {}
     for part in (*policies, chapter, *steerings, *backbones):
         drawn |= part["figures"]
-    stores = {path.parent.name: path for path in inputs["stores"]}
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("sparsight.report", "."), autoescape=True, undefined=jinja2.StrictUndefined
     )
@@ -51,7 +52,7 @@ def write_page(section: config.Report, run: str, inputs: dict[str, Any], device:
         policies=policies,
         figures=drawn,
         captions={path.stem: path.read_text() for path in _CAPTIONS.glob("*.rst")},
-        latents=_latents(section, saes, stores, manifest, device),
+        latents=_latents(section, inputs, manifest, device),
         configuration=yaml.safe_dump(json.loads(inputs["configuration"].read_text()), sort_keys=False),
         files=_files(inputs),
         script=(Path(__file__).parent / "browser.js").read_text(),
@@ -95,14 +96,26 @@ def _elsewhere(path: Path) -> dict[str, Any]:
 
 
 def _latents(
-    section: config.Report, saes: dict[str, Path], stores: dict[str, Path], manifest: Manifest, device: torch.device
+    section: config.Report, inputs: dict[str, Any], manifest: Manifest, device: torch.device
 ) -> dict[str, Any]:
-    """The browser's content: of each section the SAE of its first seed."""
-    firsts = {name.rpartition("-s")[0]: name for name in reversed(saes)}
-    shown = [name for name in saes if name in firsts.values()]
+    """The browser's content: of each section the SAE, or the SAEs of the chain, of its first seed."""
+    shown: dict[Path, ReSAE | None] = dict.fromkeys(_firsts(inputs["saes"]))
+    for folder in _firsts(inputs["chains"]):
+        chain = load_chain(folder).to(device)
+        shown |= {folder / site: chain for site in chain.sites}
+    stores = {path.parent.name: path for path in inputs["stores"]}
     browser = Browser(manifest, section.latents, section.images)
-    for name in shown:
-        backbone = json.loads((saes[name] / "config.json").read_text())["backbone"]
-        with ActivationStore.open(stores[backbone]) as store:
-            browser.add(saes[name], store, device, 1 / len(shown))
+    for folder, of in shown.items():
+        about = json.loads((folder / "config.json").read_text())
+        name = folder.relative_to(inputs["configuration"].parent / "saes").as_posix()
+        with ActivationStore.open(stores[about["backbone"]]) as store:
+            browser.add(name, folder, of, store, device, 1 / len(shown))
     return browser.data()
+
+
+def _firsts(metrics: list[Path]) -> list[Path]:
+    """Of each section the folder of its first seed."""
+    firsts: dict[str, Path] = {}
+    for path in metrics:
+        firsts.setdefault(path.parent.name.rpartition("-s")[0], path.parent)
+    return list(firsts.values())

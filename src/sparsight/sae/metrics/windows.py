@@ -7,14 +7,14 @@ import dataclasses
 from collections.abc import Iterator
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from sparsight.errors import SparsightError
 from sparsight.sae.base import SAE
 from sparsight.sae.metrics.monosemanticity import unit_rows
 from sparsight.sae.residual import ReSAE
-from sparsight.store import ActivationStore, Rows
+from sparsight.sae.seen import SeenRows
+from sparsight.store import ActivationStore
 from sparsight.windows import in_order
 
 _ENTRIES = 2**25  # of dense codes at a time
@@ -43,49 +43,34 @@ class SplitRows:
     def __init__(
         self, store: ActivationStore, site: str, labels: np.ndarray, like: SAE, chain: ReSAE | None = None
     ) -> None:
-        self.rows, self.labels, self.device = store.rows(site), labels, like.W_dec.device
-        self.tokens = self.rows.tokens_per_image
+        self._seen, self.labels = SeenRows(store, site, like.W_dec.device, chain), labels
+        self.tokens = self._seen.tokens
         self.embedding_site = "embedding" if "embedding" in store.sites else site
         self.embedding = store.rows(self.embedding_site)
         self.d_embedding = self.embedding.shape[1]
         self.of = f"{store.path}, site {site!r}"
-        if len(self.rows) != len(labels) * self.tokens:
+        n_rows = len(self._seen.rows)
+        if n_rows != len(labels) * self.tokens:
             raise SparsightError(
-                f"{self.of}: {len(self.rows) // self.tokens} images, but the manifest of images lists {len(labels)}; "
+                f"{self.of}: {n_rows // self.tokens} images, but the manifest of images lists {len(labels)}; "
                 "extract again"
             )
         self._images = max(1, min(8192, _ENTRIES // like.d_sae) // self.tokens)
-        self._chain, self._place = chain, chain.sites.index(site) if chain else 0
-        self._before = store.rows(chain.sites[self._place - 1]) if chain and self._place else None
-        self._groups = store.token_groups(site)
 
     def head(self, rows: int) -> Tensor:
         """The first rows, of whole images, (B, D); images are in random order."""
-        return self._seen(slice(0, min(len(self.labels), max(1, rows // self.tokens))))
+        return self._seen.images(slice(0, min(len(self.labels), max(1, rows // self.tokens))))
 
     def windows(self) -> Iterator[Window]:
         """All rows in order."""
         for at in in_order(len(self.labels), self._images):
-            x = self._seen(at)
+            x = self._seen.images(at)
             images = self._means(x)
             if self.embedding_site == "embedding":
                 embedding = self.embedding.images(at.start, at.stop)
             else:  # two chains look at the same images, not at their own residuals
-                embedding = images if self._before is None else self._means(self._load(self.rows, at))
+                embedding = self._means(self._seen.clean(at)) if self._seen.residual else images
             yield Window(x, images, unit_rows(embedding), self.labels[at])
-
-    def _seen(self, at: slice) -> Tensor:
-        x = self._load(self.rows, at)
-        if self._chain is None or self._before is None:
-            return x
-        before, out = (rows.unflatten(0, (-1, self.tokens)) for rows in (self._load(self._before, at), x))
-        for group, tokens in self._groups.items():
-            carried = self._chain.carry(self._place - 1, before[:, tokens].flatten(0, 1), group)
-            out[:, tokens] -= carried.unflatten(0, (len(out), -1))
-        return out.flatten(0, 1)
 
     def _means(self, x_BD: Tensor) -> np.ndarray:
         return np.asarray(x_BD.unflatten(0, (-1, self.tokens)).double().mean(dim=1).cpu().numpy())
-
-    def _load(self, rows: Rows, at: slice) -> Tensor:
-        return torch.from_numpy(rows.images(at.start, at.stop)).to(self.device).float()
