@@ -55,7 +55,14 @@ class Entry:
         return [key for key in (self.metric, self.over, self.minus) if key]
 
     def values(self, metrics: dict[str, float]) -> list[float]:
-        """One a seed, in the unit shown."""
+        """One a seed, in the unit shown.
+
+        Raises:
+            SparsightError: a metric that was not recorded.
+        """
+        for key in self.keys:
+            if not matching(key, metrics):
+                raise SparsightError(f"{self.experiment}: {MEASURED.name} has no {key}; record the run again")
         own, *control = (list(matching(key, metrics).values()) for key in self.keys)
         factor = UNITS[self.unit][0]
         if not control:
@@ -71,7 +78,7 @@ class Table:
     note: str = ""
     entries: list[Entry] = field(default_factory=list)
     answer: str = ""
-    """In plain words, what an experiment of our own says of the paper's claim."""
+    """In plain words, what our numbers say of the paper's claim."""
 
 
 def read(papers: Any) -> Iterator[tuple[str, list[Table]]]:
@@ -79,7 +86,7 @@ def read(papers: Any) -> Iterator[tuple[str, list[Table]]]:
     for system in papers["systems"]:
         tables = []
         for table in system["tables"]:
-            found = Table(table["title"], table.get("note", ""))
+            found = Table(table["title"], table.get("note", ""), answer=table.get("answer", ""))
             for i, column in enumerate(table["columns"]):
                 for row in table["rows"]:
                     keys = {key: _filled(row.get(key, ""), column) for key in ("metric", "over", "minus")}

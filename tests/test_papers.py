@@ -140,6 +140,12 @@ def test_changes_against_a_control_are_taken_seed_by_seed(papers: ModuleType, tm
     half = stats.t.ppf(0.975, 1) * np.std([-50, -25], ddof=1) / np.sqrt(2)
     assert f"| A | relative | % | -40.00 | -37.50 ({-37.5 - half:.2f} to {-37.5 + half:.2f}) | +2.50 |" in page
     assert "| A | plain | points |  | -10.00 (-10.00 to -10.00) |  |" in page
+    table["answer"] = "It halves."
+    assert "|\n\nIt halves.\n" in papers.page(some, {"run": papers.record("run", folder, some)})
+    recorded = papers.record("run", folder, some)
+    table["rows"].append({"what": "later", "metric": "sae.x-s*.fvu"})
+    with pytest.raises(SparsightError, match=r"run: measured.json has no sae.x-s\*.fvu; record the run again"):
+        papers.page(some, {"run": recorded})
 
 
 def test_what_cannot_be_recorded_is_said_in_one_line(papers: ModuleType, tmp_path: Path) -> None:

@@ -130,6 +130,28 @@ def test_files_are_read_once_until_they_change(made: Run, monkeypatch: pytest.Mo
     assert len(read) == 3
 
 
+def test_a_stage_that_gathers_results_is_made_again_when_they_are_others(made: Run) -> None:
+    run = make_run(steering={"a.b": {**PARAMS["steering"]["class-latents"], "sae": "topk"}}, pruning=None, policies={})
+    read = [f"backbones/{name}/config.json" for name in run.backbones]
+    read += [f"saes/{name}/metrics.json" for name in (*run.sae_names, *run.chains)]
+    read += [f"steering/{name}.parquet" for name in run.steering_names] + ["saes/topk-stability.json"]
+    for name in read:
+        (made.folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (made.folder / name).touch()
+    write_record(run, "summary", None, [made.folder / name for name in read], [])
+    weights = [made.folder / "saes" / f"topk-s{seed}" / "sae.safetensors" for seed in run.saes["topk"].seeds]
+    for path in weights:
+        path.touch()
+    write_record(run, "stability-topk", None, weights, [])
+    assert trust.mark(run) == {}
+    seeds = run.saes["topk"].seeds
+    more, fewer = make_run(topk={"seeds": [*seeds, 9]}), make_run(topk={"seeds": seeds[:-1]})
+    missing, section = "it has not read saes/topk-s9", {"sae-topk": "its section has changed"}
+    assert trust.mark(more) == {"summary": missing, "stability-topk": missing} | section
+    former = f"it has read saes/topk-s{seeds[-1]}, which the configuration does not have"
+    assert trust.mark(fewer) == {"summary": former, "stability-topk": former} | section
+
+
 def test_the_configuration_s_own_file_is_compared_with_it(made: Run) -> None:
     path = made.folder / "configuration.json"
     write_json(path, dataclasses.asdict(made))
@@ -168,6 +190,20 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     done = snakemake(folder, "--cores", "2")
     assert done.returncode == 0, done.stderr[-3000:]
     return folder
+
+
+def test_a_section_that_comes_or_goes_is_seen_in_copied_results(small: Path, tmp_path: Path) -> None:
+    """As after git clone and dvc pull: no memory of Snakemake's."""
+    folder = workspace(tmp_path / "w")
+    shutil.copytree(small / "results", folder / "results")
+    overlay = yaml.safe_load(SMALL)
+    overlay["saes"]["more"] = {**overlay["saes"]["topk"], "kind": "topk", "backbone": "vit"}
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(overlay))
+    assert planned(folder) == {"sae-more", "evaluate-more-s0", "summary", "report"}
+    overlay["saes"].pop("more")
+    overlay["steering"] = {"class-latents": None}
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(overlay))
+    assert planned(folder) == {"summary", "report"}
 
 
 FOLLOWS_SAE = {"sae-topk", "evaluate-topk-s0", "steering-class-latents-s0", "summary", "report"}

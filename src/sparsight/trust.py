@@ -10,7 +10,7 @@ import dataclasses
 import json
 import os
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +71,44 @@ def stages(run: Run) -> Iterator[tuple[str, Any]]:
     yield "report", run.report
 
 
+def gathered(run: Run, stage: str) -> dict[str, set[str]]:
+    """What a stage that reads the results of many others reads, by their folder in the run's.
+
+    Which ones they are follows from sections that are not the stage's own, such as the seeds of the SAEs.
+    """
+    kind, _, name = stage.partition("-")
+    if kind == "stability":
+        return {"saes": {f"{name}-s{seed}" for seed in run.saes[name].seeds}}
+    if kind == "pruning" and run.pruning is not None:
+        of = run.pruning.steering
+        steered = {name: sae for name, sae in run.steering_names.items() if name.rpartition("-s")[0] == of}
+        return {"saes": set(steered.values()), "steering": set(steered)}
+    if kind == "timings":
+        return {"backbones": {policy.backbone for policy in run.policies.values()}}
+    if kind in ("summary", "report"):
+        return {
+            "backbones": set(run.backbones),
+            "saes": {*run.sae_names, *run.chains},
+            "steering": set(run.steering_names),
+            "pruning": set(run.policies),
+        }
+    return {}
+
+
+def _others(expected: dict[str, set[str]], inputs: Iterable[str]) -> str:
+    """Why a stage that gathers results is to gather again; empty where it has read those that it would read now."""
+    paths = [Path(name).parts for name in inputs]
+    for kind, names in expected.items():
+        read = {path[1] for path in paths if path[0] == kind and len(path) > 2}
+        if kind == "steering":  # files of that name
+            read |= {Path(path[1]).stem for path in paths if path[0] == kind and len(path) == 2}
+        if missing := names - read:
+            return f"it has not read {kind}/{min(missing)}"
+        if former := read - names:
+            return f"it has read {kind}/{min(former)}, which the configuration does not have"
+    return ""
+
+
 def _difference(run: Run, stage: str, section: Any, digests: "_Digests") -> str:
     """Why a stage's files are not to be trusted; empty where they are, or are not there."""
     if stage == "configuration":  # says itself what it is of
@@ -86,6 +124,8 @@ def _difference(run: Run, stage: str, section: Any, digests: "_Digests") -> str:
     for key, value in settings(run.compute, section, run.seed).items():
         if about.get(key) != value:
             return {"compute": "compute", "config": "its section", "seed": "the seed"}[key] + " has changed"
+    if other := _others(gathered(run, stage), about["inputs"]):
+        return other
     for kind in ("inputs", "outputs"):
         for name, digest in about[kind].items():
             path = run.folder / name

@@ -112,7 +112,9 @@
     draw();
   }
 
-  chosen.append(...Object.keys(data.saes).map((name) => element("option", { value: name }, `${name} (${data.saes[name].site})`)));
+  // of a chain's SAE the name has the site already
+  const label = (name) => (name.endsWith(data.saes[name].site) ? name : `${name} (${data.saes[name].site})`);
+  chosen.append(...Object.keys(data.saes).map((name) => element("option", { value: name }, label(name))));
   chosen.addEventListener("change", again);
   search.addEventListener("input", again);
   order.addEventListener("change", again);
