@@ -5,7 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 
 from sparsight import sites
 from sparsight.config import Sae
@@ -36,6 +38,7 @@ def training(folders: dict[str, Path], level: str) -> str:
     axis.plot([], [], color="#666666", linestyle=":", label="PCA with k components, test")
     axis.plot([], [], color="#000000", linestyle="--", label="SAE, test")
     axis.set(yscale="log", xlabel="epoch", ylabel="FVU")
+    _plain(axis.yaxis)
     axis.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize=7)
     return svg(figure)
 
@@ -63,6 +66,7 @@ def tradeoff(rows: list[dict[str, Any]]) -> str:
         right.plot([], [], color="#666666", marker=marker, linestyle="", label=f"k = {k}")
     left.set(xscale="log", yscale="log", xlabel="active latents (L0)", ylabel="FVU on test")
     right.set(xscale="log", xlabel="multiply-accumulates of the encoder, per activation")
+    _plain(left.xaxis, left.yaxis, right.xaxis)
     right.legend(frameon=False, fontsize=7)
     figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False, fontsize=7)
     return svg(figure)
@@ -110,6 +114,7 @@ def chains(rows: list[dict[str, Any]]) -> str:
     by_site.set(yscale="log", ylabel="FVU of the activation (dotted: not chained)")
     by_site.set_xticks(range(len(places)), places, rotation=30, ha="right")
     by_way.set(yscale="log", ylabel="KL of the predictions, all sites replaced (nats)")
+    _plain(by_site.yaxis, by_way.yaxis)
     by_kind.set(ylabel="redundancy with the decoder before")
     for axis in (by_way, by_kind):
         axis.set_xticks(range(len(rows)), names, rotation=30, ha="right")
@@ -123,6 +128,14 @@ def _bars(axis: Axes, x: list[float], rows: list[dict[str, Any]], key: str, **st
     metrics = [row["metrics"][key] for row in rows]
     axis.errorbar(x, [m["mean"] for m in metrics], [m.get("half", 0) for m in metrics], capsize=2, markersize=4,
                   linewidth=1, **style)  # fmt: skip
+
+
+def _plain(*axes: Axis) -> None:
+    """Plain numbers along logarithmic axes, where powers of ten would be few and in the way."""
+    for axis in axes:
+        axis.set_minor_locator(LogLocator(subs=(2, 3, 5)))
+        axis.set_major_formatter("{x:,.10g}")
+        axis.set_minor_formatter("{x:,.10g}")
 
 
 def _kind(about: Sae) -> str:
