@@ -25,6 +25,8 @@ for command in sys.stdin.read().splitlines():
 def run_in_one_process(folder: Path) -> Path:
     """The results of Snakemake's commands, run one after the other by a process that imports open_clip once."""
     make_folder(folder / "images", per_class=60)
+    made = snakemake(folder, "--cores", "1", "results/tiny/configuration.json")  # by Snakemake's own process
+    assert made.returncode == 0, made.stderr
     plan = snakemake(folder, "--dry-run", "--printshellcmds")
     assert plan.returncode == 0, plan.stderr
     every = re.findall(r"(python workflow/scripts/.*) > ", plan.stdout + plan.stderr)
