@@ -78,6 +78,12 @@ class Run:
             for seed in self.saes[section.sae].seeds
         }
 
+    @cached_property
+    def steered(self) -> dict[str, str]:
+        """What pruning steers with: every steering result of its section and the SAE folder it uses."""
+        of = self.pruning.steering if self.pruning else None
+        return {name: sae for name, sae in self.steering_names.items() if name.rpartition("-s")[0] == of}
+
 
 def load_run(config: Mapping[str, Any]) -> Run:
     """Validate a merged configuration (params.yaml with its overlays).

@@ -79,10 +79,8 @@ def gathered(run: Run, stage: str) -> dict[str, set[str]]:
     kind, _, name = stage.partition("-")
     if kind == "stability":
         return {"saes": {f"{name}-s{seed}" for seed in run.saes[name].seeds}}
-    if kind == "pruning" and run.pruning is not None:
-        of = run.pruning.steering
-        steered = {name: sae for name, sae in run.steering_names.items() if name.rpartition("-s")[0] == of}
-        return {"saes": set(steered.values()), "steering": set(steered)}
+    if kind == "pruning":
+        return {"saes": set(run.steered.values()), "steering": set(run.steered)}
     if kind == "timings":
         return {"backbones": {policy.backbone for policy in run.policies.values()}}
     if kind in ("summary", "report"):

@@ -11,13 +11,6 @@ if workflow.is_main_process:  # not a job on a cluster node, which reads these f
     for stage, reason in mark(RUN).items():
         print(f"{stage} is made again: {reason}", file=sys.stderr)
 
-# What pruning steers with: steering result -> SAE.
-STEERED = {
-    name: sae
-    for name, sae in RUN.steering_names.items()
-    if RUN.pruning and name.rpartition("-s")[0] == RUN.pruning.steering
-}
-
 
 def flags(section=None):
     """The flags that every stage script takes, and those of the stage's own section."""

@@ -31,10 +31,10 @@ rule pruning:
         images=rules.images.output.manifest,
         backbone=backbone_of_policy,
         policy=rules.policy.output.weights,
-        saes=expand(SAE_WEIGHTS, sae=STEERED.values()),
-        vectors=expand(f"{R}/steering/{{name}}.safetensors", name=STEERED),
+        saes=expand(SAE_WEIGHTS, sae=RUN.steered.values()),
+        vectors=expand(f"{R}/steering/{{name}}.safetensors", name=RUN.steered),
         trust=f"{R}/.trust/pruning-{{policy}}",
-        code=code("pruning.py", *map(sae_code, STEERED.values())),
+        code=code("pruning.py", *map(sae_code, RUN.steered.values())),
     output:
         overall=f"{R}/pruning/{{policy}}/overall.parquet",
         per_class=f"{R}/pruning/{{policy}}/per_class.parquet",
