@@ -17,9 +17,11 @@ from sparsight.progress import say
 from sparsight.seeds import derive_seed
 from sparsight.work import write_json
 
-_BATCH = 64
+_BATCH = 64  # images a forward pass; fewer, down to the second, where a large model would take too long
+_SMALLEST_BATCH = 8
 _ROUNDS = 15
-_SECONDS = 60.0  # after three rounds, no more are begun for one model
+_FEWEST_ROUNDS = 3  # and one to warm up
+_SECONDS = 60.0  # for one model; after the fewest rounds, no more are begun
 
 
 def measure(models: dict[str, Backbone], seed: int, path: Path) -> None:
@@ -28,7 +30,7 @@ def measure(models: dict[str, Backbone], seed: int, path: Path) -> None:
     Every image keeps its own random heads in all blocks but the first. The ways take turns in each round,
     so that a slow moment of the machine meets all of them.
     """
-    result = {"machine": describe(), "threads": torch.get_num_threads(), "batch_size": _BATCH}
+    result = {"machine": describe(), "threads": torch.get_num_threads()}
     heads = {name: _measure(backbone, derive_seed(seed, "timing", name)) for name, backbone in models.items()}
     write_json(path, {**result, "heads": heads})
     for name, rows in heads.items():
@@ -41,30 +43,48 @@ def _measure(backbone: Backbone, seed: int) -> list[dict[str, float]]:
     generator = torch.Generator().manual_seed(seed)
     H, L, size = backbone.n_heads, backbone.n_blocks, backbone.preprocess.size
     images = torch.randn(_BATCH, backbone.preprocess.channels, *size, generator=generator).to(backbone.device)
+    batch = _batch_size(backbone, images[:_SMALLEST_BATCH], passes=2 * (H + 1) * (1 + _FEWEST_ROUNDS))
+    images = images[:batch]
     cases: dict[tuple[int, HeadMode], Tensor] = {}
     for kept in range(H + 1):
-        order = torch.rand(_BATCH, L, H, generator=generator).argsort(dim=2)
+        order = torch.rand(batch, L, H, generator=generator).argsort(dim=2)
         mask = order < kept
         mask[:, 0] = True
         cases |= {(kept, "masked"): mask.to(backbone.device), (kept, "gathered"): mask.to(backbone.device)}
     seconds: dict[tuple[int, HeadMode], list[float]] = {case: [] for case in cases}
     start = time.perf_counter()
     for turn in range(_ROUNDS + 1):
-        if turn > 3 and time.perf_counter() - start > _SECONDS:
+        if turn > _FEWEST_ROUNDS and time.perf_counter() - start > _SECONDS:
             break
         for (kept, mode), mask in cases.items():
-            begin = time.perf_counter()
-            backbone(images, head_mask=mask, heads=mode)
-            if backbone.device.type == "cuda":
-                torch.cuda.synchronize()
+            took = _seconds(backbone, images, mask, mode)
             if turn:  # the first round warms up
-                seconds[kept, mode].append(time.perf_counter() - begin)
+                seconds[kept, mode].append(took)
     rows = []
     for kept in range(H + 1):
-        row: dict[str, float] = {"kept": kept, "rounds": len(seconds[kept, "masked"])}
+        row: dict[str, float] = {"kept": kept, "batch_size": batch, "rounds": len(seconds[kept, "masked"])}
         for mode in ("masked", "gathered"):
-            per_image = [1000 * s / _BATCH for s in seconds[kept, mode]]
+            per_image = [1000 * s / batch for s in seconds[kept, mode]]
             row[f"{mode}_ms_min"] = round(min(per_image), 5)
             row[f"{mode}_ms_median"] = round(statistics.median(per_image), 5)
         rows.append(row)
     return rows
+
+
+def _batch_size(backbone: Backbone, images: Tensor, passes: int) -> int:
+    """The largest batch with which so many ``passes`` are over in time, judged by one of a few images."""
+    mask = torch.ones(len(images), backbone.n_blocks, backbone.n_heads, dtype=torch.bool, device=backbone.device)
+    _seconds(backbone, images, mask, "masked")  # to warm up
+    each = _seconds(backbone, images, mask, "masked") / len(images)
+    batch = _BATCH
+    while batch > _SMALLEST_BATCH and passes * batch * each > _SECONDS:
+        batch //= 2
+    return batch
+
+
+def _seconds(backbone: Backbone, images: Tensor, mask: Tensor, mode: HeadMode) -> float:
+    begin = time.perf_counter()
+    backbone(images, head_mask=mask, heads=mode)
+    if backbone.device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - begin
