@@ -158,3 +158,28 @@ def test_no_artefact_of_one_configuration_is_taken_for_another_s(recorded: Path,
     assert width(folder) == 64 and clean(folder)
     again, first = locked((folder / "dvc.lock").read_text()), locked(run(folder, "git", "show", "HEAD:dvc.lock"))
     assert again == first and len(first) > 8, "the same bytes as when it was made first"
+
+
+def test_activations_kept_out_of_the_cache_are_made_again_in_a_clone(recorded: Path, tmp_path: Path) -> None:
+    folder, clone = tmp_path / "copy", tmp_path / "clone"
+    shutil.copytree(recorded, folder, symlinks=True)
+    run(folder, "dvc", "remote", "add", "-df", "here", str(tmp_path / "remote"))
+    about = yaml.safe_load((folder / "dvc.yaml").read_text())
+    outs = {path: options for out in about["stages"]["default"]["outs"] for path, options in out.items()}
+    outs["results/default/activations"]["cache"] = False
+    (folder / "dvc.yaml").write_text(yaml.safe_dump(about))
+    run(folder, "dvc", "commit", "-f", "dvc.yaml")
+    run(folder, "git", "add", ".")
+    run(folder, "git", "commit", "-qm", "activations are not cached")
+    run(folder, "dvc", "push", "-q")
+    assert clean(folder)
+    run(tmp_path, "git", "clone", "-q", str(folder), str(clone))
+    run(clone, "dvc", "pull", "-q", "dvc.yaml")
+    assert not (clone / "results" / "default" / "activations").exists()
+    trained = (clone / "results" / "default" / "saes" / "topk-s0" / "sae.safetensors").stat().st_ino
+    run(clone, "snakemake", "--touch", "--cores", "1")
+    run(clone, "snakemake", "--cores", "2", "--until", "activations")
+    run(clone, "snakemake", "--touch", "--cores", "1")
+    assert clean(clone)
+    assert verify(clone / "results" / "default" / "activations" / "vit" / "train.zarr") == []
+    assert (clone / "results" / "default" / "saes" / "topk-s0" / "sae.safetensors").stat().st_ino == trained
