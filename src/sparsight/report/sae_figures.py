@@ -20,23 +20,26 @@ _WAYS = {"forced": "o", "unchained": "s", "online": "D"}
 
 
 def training(folders: dict[str, Path], level: str) -> str:
-    """FVU on the training batches, with the test FVU of each SAE (``level`` of its metrics) and of PCA as levels."""
+    """FVU on the training batches; of a few SAEs also the test FVU (``level`` of its metrics) and PCA's, as levels."""
     figure = Figure(figsize=(7.6, max(3, 0.2 * len(folders))), layout="constrained")
     axis, components = figure.subplots(), set()
+    few = len(folders) <= len(_CYCLE)  # more levels than colours tell nobody anything; the table has them all
     for i, (name, folder) in enumerate(folders.items()):
         lines = [json.loads(line) for line in (folder / "training.jsonl").read_text().splitlines()]
-        metrics = json.loads((folder / "metrics.json").read_text())
         style: dict[str, Any] = {
             "color": _colour(i),
             "linestyle": ("-", "-.", (0, (1, 1)), (0, (5, 1)))[i // len(_CYCLE) % 4],
         }
         axis.plot([line["epoch"] for line in lines], [line["fvu"] for line in lines], label=f"{name}, train", **style)
-        axis.axhline(metrics[level], color=_colour(i), linestyle="--", linewidth=1)
-        components.add(metrics["fvu_pca_k"])  # SAEs of one site and k share it
+        if few:
+            metrics = json.loads((folder / "metrics.json").read_text())
+            axis.axhline(metrics[level], color=_colour(i), linestyle="--", linewidth=1)
+            components.add(metrics["fvu_pca_k"])  # SAEs of one site and k share it
     for pca in sorted(components):
         axis.axhline(pca, color="#666666", linestyle=":", linewidth=1)
-    axis.plot([], [], color="#666666", linestyle=":", label="PCA with k components, test")
-    axis.plot([], [], color="#000000", linestyle="--", label="SAE, test")
+    if few:
+        axis.plot([], [], color="#666666", linestyle=":", label="PCA with k components, test")
+        axis.plot([], [], color="#000000", linestyle="--", label="SAE, test")
     axis.set(yscale="log", xlabel="epoch", ylabel="FVU")
     _plain(axis.yaxis)
     axis.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize=7)
