@@ -1,6 +1,7 @@
 """Milliseconds against heads kept: how long the measurement itself may take."""
 
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ def test_a_large_model_is_timed_with_fewer_images_and_rounds(
         clock[0] += len(images) * milliseconds / 1000
 
     monkeypatch.setattr(Backbone, "forward", forward)
-    monkeypatch.setattr(timing.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
     timing.measure({"large": backbone}, 0, tmp_path / "timings.json")
     heads = json.loads((tmp_path / "timings.json").read_text())["heads"]["large"]
     assert [row["kept"] for row in heads] == list(range(backbone.n_heads + 1))
