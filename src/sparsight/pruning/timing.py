@@ -17,8 +17,7 @@ from sparsight.progress import say
 from sparsight.seeds import derive_seed
 from sparsight.work import write_json
 
-_BATCH = 64  # images a forward pass; fewer, down to the second, where a large model would take too long
-_SMALLEST_BATCH = 8
+_BATCH, _SMALLEST_BATCH = 64, 8  # images a forward pass; a large model gets fewer
 _ROUNDS = 15
 _FEWEST_ROUNDS = 3  # and one to warm up
 _SECONDS = 60.0  # for one model; after the fewest rounds, no more are begun
