@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from conftest import snakemake, workspace, write_store
-from test_pipeline import one_line, stage
+from test_mistakes import one_line, stage
 
 MANIFEST = "results/tiny/images/manifest.parquet"
 
