@@ -44,9 +44,9 @@ def manifest(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
     return Manifest(folder / "m.parquet")
 
 
-def run(section: config.Backbone, manifest: Manifest, folder: Path) -> Path:
+def run(section: config.Backbone, manifest: Manifest, folder: Path, at_once: int = 2) -> Path:
     with Work(folder, "key") as work:
-        fit(section, manifest, "net", 0, work, torch.device("cpu"), {})
+        fit(section, manifest, "net", 0, work, torch.device("cpu"), at_once, {})
         return work.out
 
 
@@ -85,6 +85,24 @@ def test_killed_and_continued_gives_the_bytes_of_a_run_that_was_not(
     again = run(section, manifest, tmp_path / "killed")
     for file in ("model.safetensors", "config.json", "training.jsonl"):
         assert (whole / file).read_bytes() == (again / file).read_bytes(), file
+
+
+@EVERY
+def test_parts_at_the_same_time_give_the_bytes_of_one_after_the_other(
+    name: str, manifest: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sparsight.parts._ROWS", 2)
+    one, many = (run(RECIPES[name], manifest, tmp_path / str(n), n) for n in (1, 4))
+    for file in ("model.safetensors", "config.json", "training.jsonl"):
+        assert (one / file).read_bytes() == (many / file).read_bytes(), file
+
+
+def test_dropout_is_refused(manifest: Manifest, tmp_path: Path) -> None:
+    for key, what in {"drop_path_rate": "drop_path1", "proj_drop_rate": "proj_drop"}.items():
+        architecture: dict[str, Any] = {**VIT, key: 0.25}
+        section = replace(RECIPES["supervised"], architecture=architecture)
+        with pytest.raises(SparsightError, match=f"{what} drops 0.25 of what it reads at random"):
+            run(section, manifest, tmp_path / key)
 
 
 def test_probe_leaves_the_tower_as_it_was(manifest: Manifest, tmp_path: Path) -> None:

@@ -29,22 +29,27 @@ class Contrastive(Recipe):
 
     def __init__(
         self, section: config.Backbone, backbone: Backbone, train: Split, val: Split, names: Sequence[str],
-        templates: Sequence[str],
+        templates: Sequence[str], at_once: int,
     ) -> None:  # fmt: skip
-        super().__init__(section, backbone, backbone, train, val)
+        super().__init__(section, backbone, backbone, train, val, at_once)
         self.pixels = Pixels(train, backbone.preprocess, torch.get_num_threads())
         self.names, self.templates = names, templates
         tokenizer = clip.tokenizer(backbone.model, backbone.name.partition("/")[2])
         texts = [[template.format(name) for template in templates] for name in names]
         self.tokens = torch.stack([tokenizer(of_class) for of_class in texts])  # (classes, templates, length)
 
-    def loss(self, rows: np.ndarray, generator: torch.Generator) -> dict[str, Tensor]:
+    def inputs(self, rows: np.ndarray, generator: torch.Generator) -> Tensor:
+        return augment(self.backbone.normalize(self.pixels[rows]), self.section, generator)
+
+    def outputs(self, inputs: Tensor) -> Tensor:
+        return self.backbone.features(inputs)
+
+    def loss(self, outputs_BE: Tensor, rows: np.ndarray, generator: torch.Generator) -> dict[str, Tensor]:
         model = self.backbone.model
-        images = augment(self.backbone.normalize(self.pixels[rows]), self.section, generator)
-        present_C, index_B = labels_of(self.train, rows, images).unique(return_inverse=True)
+        present_C, index_B = labels_of(self.train, rows, outputs_BE).unique(return_inverse=True)
         chosen_C = torch.randint(len(self.templates), (len(present_C),), generator=generator)
-        texts_CE = model.encode_text(self.tokens[present_C.cpu(), chosen_C].to(images.device), normalize=True)
-        logits_BC = clip.prompt_logits(model, self.backbone.features(images), texts_CE)
+        texts_CE = model.encode_text(self.tokens[present_C.cpu(), chosen_C].to(outputs_BE.device), normalize=True)
+        logits_BC = clip.prompt_logits(model, outputs_BE, texts_CE)
         match_BC = F.one_hot(index_B, len(present_C)).to(logits_BC.dtype)
         to_text = F.cross_entropy(logits_BC, index_B, label_smoothing=self.section.label_smoothing)
         to_image = F.cross_entropy(logits_BC.T, (match_BC / match_BC.sum(dim=0)).T)

@@ -21,13 +21,16 @@ from sparsight.work import Work, write_json
 
 
 def fit(
-    section: config.Backbone, manifest: Manifest, name: str, seed: int, work: Work, device: torch.device,
+    section: config.Backbone, manifest: Manifest, name: str, seed: int, work: Work, device: torch.device, at_once: int,
     record: dict[str, Any],
 ) -> None:  # fmt: skip
     """Write ``model.safetensors``, ``prompts.safetensors``, ``config.json`` and ``training.jsonl`` to ``work.out``.
 
     An open_clip model classifies by prompts: the class names in ``templates``. Where it was trained here it knows
     these names, so this is prompt classification, not zero-shot. The test split is used once, at the end.
+
+    Args:
+        at_once: parts of a batch that train at the same time (:class:`sparsight.parts.Parts`); no result depends on it.
 
     Raises:
         SparsightError: weights used as they are (epochs 0) with a classifier for other classes.
@@ -59,7 +62,7 @@ def fit(
             found[part] = wilson(correct(backbone, split, section.batch_size))
         return found
 
-    recipe = _recipe(section, backbone, train, val, names, templates)
+    recipe = _recipe(section, backbone, train, val, names, templates, at_once)
     steps_seed = derive_seed(seed, "backbone", name)
     batches, log_path = RowNumbers(len(train), section.batch_size, steps_seed), work.out / "training.jsonl"
     training.train(recipe, batches, section.epochs, steps_seed, work.state, log_path)
@@ -98,15 +101,16 @@ def fit(
 
 
 def _recipe(
-    section: config.Backbone, backbone: Backbone, train: Split, val: Split, names: list[str], templates: Sequence[str]
-) -> Recipe:
+    section: config.Backbone, backbone: Backbone, train: Split, val: Split, names: list[str],
+    templates: Sequence[str], at_once: int,
+) -> Recipe:  # fmt: skip
     if section.epochs == 0:
-        return Recipe(section, backbone, backbone, train, val)
+        return Recipe(section, backbone, backbone, train, val, at_once)
     if section.training == "contrastive":
         from sparsight.contrastive import Contrastive  # open_clip takes seconds to import
 
-        return Contrastive(section, backbone, train, val, names, templates)
-    return (Probe if section.training == "probe" else Supervised)(section, backbone, train, val)
+        return Contrastive(section, backbone, train, val, names, templates, at_once)
+    return (Probe if section.training == "probe" else Supervised)(section, backbone, train, val, at_once)
 
 
 def _licence(section: config.Backbone, backbone: Backbone) -> str:

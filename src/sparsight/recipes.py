@@ -15,6 +15,7 @@ from sparsight import config, training
 from sparsight.backbones import Backbone
 from sparsight.errors import SparsightError
 from sparsight.images import Pixels, Split
+from sparsight.parts import Parts
 from sparsight.progress import Progress
 
 
@@ -26,29 +27,47 @@ class Recipe:
         backbone: what is trained, in part or whole.
         trained: the part whose weights change.
         train, val: the splits.
+        at_once: parts of a batch that run at the same time.
+
+    Raises:
+        SparsightError: a model that draws random numbers while it is trained.
     """
 
     def __init__(
-        self, section: config.Backbone, backbone: Backbone, trained: nn.Module, train: Split, val: Split
+        self, section: config.Backbone, backbone: Backbone, trained: nn.Module, train: Split, val: Split, at_once: int
     ) -> None:
+        if section.epochs:
+            _check_dropout(trained)
         self.section, self.backbone, self.trained, self.train, self.val = section, backbone, trained, train, val
         decay = [p for p in trained.parameters() if p.ndim > 1]
         rest = [p for p in trained.parameters() if p.ndim <= 1]
         groups = [{"params": decay, "weight_decay": section.weight_decay}, {"params": rest, "weight_decay": 0.0}]
         self.optimizer = torch.optim.AdamW(groups, lr=section.lr, fused=True)
         self.average = copy.deepcopy(trained).requires_grad_(False) if section.ema else None
+        self.parts = Parts(at_once)
 
-    def loss(self, rows: np.ndarray, generator: torch.Generator) -> dict[str, Tensor]:
-        """``loss`` to descend, and other scalars to log."""
+    def inputs(self, rows: np.ndarray, generator: torch.Generator) -> Tensor:
+        """What :meth:`outputs` reads, (B, ...)."""
         raise AssertionError("the base class serves weights that are used as they are: it takes no steps")
+
+    def outputs(self, inputs: Tensor) -> Tensor:
+        """What :meth:`loss` reads of some of the rows, (B, C)."""
+        return self.trained(inputs)
+
+    def loss(self, outputs_BC: Tensor, rows: np.ndarray, generator: torch.Generator) -> dict[str, Tensor]:
+        """``loss`` to descend, and other scalars to log; here those of a classifier."""
+        labels_B = labels_of(self.train, rows, outputs_BC)
+        loss = F.cross_entropy(outputs_BC, labels_B, label_smoothing=self.section.label_smoothing)
+        return {"loss": loss, "train_accuracy": share(outputs_BC, labels_B)}
 
     def step(self, rows: np.ndarray, progress: float, generator: torch.Generator) -> dict[str, Tensor]:
         for group in self.optimizer.param_groups:
             group["lr"] = self.section.lr * training.warmup_cosine(progress)
         self.trained.train()
-        scalars = self.loss(rows, generator)
-        self.optimizer.zero_grad()
-        scalars["loss"].backward()
+        inputs = self.inputs(rows, generator)
+        scalars = self.parts.backward(
+            self.outputs, inputs, lambda outputs: self.loss(outputs, rows, generator), self.trained.parameters()
+        )
         nn.utils.clip_grad_norm_(self.trained.parameters(), 1.0)
         self.optimizer.step()
         self.trained.eval()
@@ -106,29 +125,27 @@ class _Swap:
 class Supervised(Recipe):
     """Every weight, by cross-entropy on augmented images."""
 
-    def __init__(self, section: config.Backbone, backbone: Backbone, train: Split, val: Split) -> None:
-        super().__init__(section, backbone, backbone, train, val)
+    def __init__(self, section: config.Backbone, backbone: Backbone, train: Split, val: Split, at_once: int) -> None:
+        super().__init__(section, backbone, backbone, train, val, at_once)
         self.pixels = Pixels(train, backbone.preprocess, torch.get_num_threads())
 
-    def loss(self, rows: np.ndarray, generator: torch.Generator) -> dict[str, Tensor]:
-        images = augment(self.backbone.normalize(self.pixels[rows]), self.section, generator)
-        return _classified(self.backbone(images), labels_of(self.train, rows, images), self.section)
+    def inputs(self, rows: np.ndarray, generator: torch.Generator) -> Tensor:
+        return augment(self.backbone.normalize(self.pixels[rows]), self.section, generator)
 
 
 class Probe(Recipe):
     """A linear head on what the frozen tower says of the plain images; each image passes the tower once."""
 
-    def __init__(self, section: config.Backbone, backbone: Backbone, train: Split, val: Split) -> None:
+    def __init__(self, section: config.Backbone, backbone: Backbone, train: Split, val: Split, at_once: int) -> None:
         backbone.requires_grad_(False)
         head = backbone.tower.classifier
         if head is None:
             raise SparsightError(f"training: {backbone.name} has no linear class head to probe with")
-        super().__init__(section, backbone, head.requires_grad_(True), train, val)
+        super().__init__(section, backbone, head.requires_grad_(True), train, val, at_once)
         self.embeddings_ND, self.val_ND = (_embeddings(backbone, split, section.batch_size) for split in (train, val))
 
-    def loss(self, rows: np.ndarray, generator: torch.Generator) -> dict[str, Tensor]:
-        embeddings = self.embeddings_ND[torch.from_numpy(rows).to(self.embeddings_ND.device)]
-        return _classified(self.trained(embeddings), labels_of(self.train, rows, embeddings), self.section)
+    def inputs(self, rows: np.ndarray, generator: torch.Generator) -> Tensor:
+        return self.embeddings_ND[torch.from_numpy(rows).to(self.embeddings_ND.device)]
 
     @torch.no_grad()
     def on_val(self) -> float:
@@ -146,9 +163,15 @@ def _embeddings(backbone: Backbone, split: Split, batch_size: int) -> Tensor:
     return torch.cat(found)
 
 
-def _classified(logits_BC: Tensor, labels_B: Tensor, section: config.Backbone) -> dict[str, Tensor]:
-    loss = F.cross_entropy(logits_BC, labels_B, label_smoothing=section.label_smoothing)
-    return {"loss": loss, "train_accuracy": share(logits_BC, labels_B)}
+def _check_dropout(trained: nn.Module) -> None:
+    """Its masks would come from a generator that no checkpoint holds and that all parts of a batch share."""
+    for name, module in trained.named_modules():
+        rate = next((getattr(module, key) for key in ("p", "drop_prob", "prob") if hasattr(module, key)), 0)
+        if "Drop" in type(module).__name__ and rate:
+            raise SparsightError(
+                f"architecture: {name} drops {rate:g} of what it reads at random, which a resumed training could not "
+                "repeat; set the dropout to 0"
+            )
 
 
 def share(logits_BC: Tensor, labels_B: Tensor) -> Tensor:

@@ -37,6 +37,8 @@ class Stage:
     out: Path
     """The folder that receives the results; only what is finished piece by piece is put there directly."""
     compute: Compute = field(default_factory=Compute)
+    cores: int = 1
+    """That it may use at the same time where this changes no result."""
 
     @cached_property
     def device(self) -> "torch.device":
@@ -82,6 +84,8 @@ def run(main: Callable[[Stage], None], description: str, config: type | None = N
     parser.add_argument("--record", type=Path, help="JSON file, in a folder of the run's, that receives all digests")
     parser.add_argument("--name", default="", help="what the result is called")
     parser.add_argument("--seed", type=int, default=0, help="seed of the run")
+    there = os.cpu_count() or 1
+    parser.add_argument("--cores", type=int, default=there, help="to use at most; they change no result (all)")
     for section in filter(None, (Compute, config)):
         schema.add_arguments(parser, section)
     arguments = parser.parse_args()
@@ -114,7 +118,7 @@ def _run(
     )
     with Work(arguments.work, key) as work:
         if not work.complete:
-            main(Stage(section, inputs, arguments.name, arguments.seed, work, arguments.out, compute))
+            main(Stage(section, inputs, arguments.name, arguments.seed, work, arguments.out, compute, arguments.cores))
             if arguments.record is not None:
                 files = (path for path in work.out.rglob("*") if path.is_file())
                 made = {arguments.out / path.relative_to(work.out): path for path in files}

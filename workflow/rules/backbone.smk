@@ -1,3 +1,9 @@
+def training_threads(wildcards):
+    """Up to four parts of a batch train side by side (sparsight.parts); a GPU takes a batch whole."""
+    trained_here = RUN.backbones[wildcards.backbone].epochs and RUN.compute.device == "cpu"
+    return 4 * THREADS if trained_here else THREADS
+
+
 rule backbone:
     input:
         images=rules.images.output.manifest,
@@ -13,7 +19,7 @@ rule backbone:
         f"{R}/logs/backbone-{{backbone}}.log",
     benchmark:
         f"{R}/benchmarks/backbone-{{backbone}}.jsonl"
-    threads: THREADS
+    threads: training_threads
     resources:
         **needs(),
     params:
@@ -22,5 +28,5 @@ rule backbone:
         flags=lambda wildcards: flags(RUN.backbones[wildcards.backbone]),
     shell:
         "python workflow/scripts/backbone.py --from-images {input.images} --name {wildcards.backbone}"
-        " --out {params.out} --work {params.work} --record {output.record}"
+        " --cores {threads} --out {params.out} --work {params.work} --record {output.record}"
         " {params.flags} > {log} 2>&1"

@@ -8,7 +8,8 @@ def main(job: stage.Stage) -> None:
     from sparsight.fit_backbone import fit
     from sparsight.images import Manifest
 
-    fit(job.config, Manifest(job.inputs["images"]), job.name, job.seed, job.work, job.device, job.record())
+    manifest, at_once = Manifest(job.inputs["images"]), job.cores // job.compute.threads
+    fit(job.config, manifest, job.name, job.seed, job.work, job.device, at_once, job.record())
 
 
 if __name__ == "__main__":
