@@ -1,9 +1,9 @@
 """A training step in which the parts of a batch run side by side.
 
 The models that are trained on processors here are small: two cores that share each of their operations wait for each
-other more than they gain (a batch of 64 through the default ViT takes 1.2 times as long on one core as on two). So each
-core takes a part of the batch. How a batch is parted never depends on the number of cores, and gradients are added in
-the order of the parts: the cores change no bit of the result.
+other as long as they gain. So each core takes a part of the batch (docs/benchmarks.md has the figures). How a batch is
+parted never depends on the number of cores, and gradients are added in the order of the parts: the cores change no bit
+of the result.
 
 Shapes: B batch.
 """
