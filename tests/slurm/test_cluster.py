@@ -80,7 +80,7 @@ def test_every_job_goes_through_slurm_and_survives_time_limit_requeue_and_scance
     assert [state for _, state, rule in jobs if rule == "sae_topk"] == ["TIMEOUT", "COMPLETED"] and resumable
     assert [(number, state) for number, state, rule in jobs if rule == "policy"] == [(requeued, "COMPLETED")]
     assert (cancelled, "CANCELLED", "evaluate_sae") in jobs
-    assert side_by_side == 2
+    assert side_by_side >= 2
     submitted = {rule for _, _, rule in jobs}
     planned = set(re.findall(r"^(?:local)?rule (\w+):$", local.stdout + local.stderr, re.MULTILINE))
     assert planned - submitted == {"all", "configuration", "summary"}
