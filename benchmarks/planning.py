@@ -2,8 +2,8 @@
 
     python benchmarks/planning.py [--sections 250] [--seeds 4] [--rounds 3]
 
-``bare`` is a Snakefile of as many rules, jobs, inputs and outputs as the sweep has, by constant paths, and nothing else:
-what Snakemake needs by itself. The three take turns; minimum and median are printed. Nothing is run.
+``bare`` is a Snakefile of as many rules, jobs, inputs and outputs as the sweep has, by constant paths and no more: what
+Snakemake needs by itself. The three take turns; minimum and median are printed. Nothing is run.
 """
 
 import argparse
