@@ -16,28 +16,25 @@ def model() -> nn.Module:
 
 @given(rows=st.integers(1, 70), at_once=st.integers(1, 5))
 def test_gradients_are_those_of_the_whole_batch(rows: int, at_once: int) -> None:
-    net, scale, unused = (
-        model(),
-        torch.tensor(1.5, dtype=torch.float64, requires_grad=True),
-        torch.ones(2, requires_grad=True),
-    )
-    parameters = [*net.parameters(), scale, unused]
+    net, scale = model(), torch.tensor(1.5, dtype=torch.float64, requires_grad=True)
+    unused, frozen = torch.ones(2, requires_grad=True), torch.ones(2)
+    parameters = [*net.parameters(), scale]
     x_BD = torch.randn(rows, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(rows))
 
     def loss(outputs_BC: Tensor) -> dict[str, Tensor]:
         """Reads all rows together, and a parameter that the forward pass does not know."""
         return {"loss": (scale * outputs_BC - outputs_BC.mean(dim=0)).square().mean() * scale, "rows": outputs_BC.sum()}
 
-    for parameter in parameters:
+    for parameter in (*parameters, unused):
         parameter.grad = torch.full_like(parameter, 9.0)  # of a step before
-    scalars = Parts(at_once).backward(net, x_BD, loss, parameters)
+    scalars = Parts(at_once).backward(net, x_BD, loss, [*parameters, unused, frozen])
     expected = loss(net(x_BD))
-    wanted = torch.autograd.grad(expected["loss"], parameters[:-1])
+    wanted = torch.autograd.grad(expected["loss"], parameters)
     for name, value in expected.items():
         torch.testing.assert_close(scalars[name], value)
-    for parameter, gradient in zip(parameters, wanted, strict=False):
+    for parameter, gradient in zip(parameters, wanted, strict=True):
         torch.testing.assert_close(parameter.grad, gradient)
-    assert unused.grad is None
+    assert unused.grad is None and frozen.grad is None
 
 
 def test_an_error_in_a_part_is_raised() -> None:

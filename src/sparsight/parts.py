@@ -14,8 +14,8 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import Tensor
 
-PARTS = 4  # in threads: with more, Python's lock is what they wait for
-_ROWS = 8  # a part of fewer is mostly the start of operations
+PARTS = 4  # eight cost a quarter more processor time (a batch of 64): starting an operation is what counts then
+_ROWS = 8  # at least, for the same reason
 
 
 class Parts:
@@ -38,9 +38,9 @@ class Parts:
             forward: of some rows; must not depend on the others, nor draw random numbers. Runs in several threads.
             inputs: (B, ...).
             loss: of what forward made of all rows, (B, ...). May use parameters of its own.
-            parameters: whose gradients are wanted; what they hold in ``grad`` is forgotten.
+            parameters: what is trained; frozen ones are left alone, what the others hold in ``grad`` is forgotten.
         """
-        parameters = list(parameters)
+        parameters = [parameter for parameter in parameters if parameter.requires_grad]
         outputs = list(self._pool.map(forward, _split(inputs)))
         whole = torch.cat([output.detach() for output in outputs]).requires_grad_()
         for parameter in parameters:
