@@ -1,9 +1,3 @@
-def training_threads(wildcards):
-    """Up to four parts of a batch train side by side (sparsight.parts); a GPU takes a batch whole."""
-    trained_here = RUN.backbones[wildcards.backbone].epochs and RUN.compute.device == "cpu"
-    return 4 * THREADS if trained_here else THREADS
-
-
 rule backbone:
     input:
         images=rules.images.output.manifest,

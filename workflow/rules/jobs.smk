@@ -18,6 +18,12 @@ onerror:
         print(f"error: the disk of {R} is full; make room and give the same command again", file=sys.stderr)
 
 
+def training_threads(wildcards):
+    """Up to four parts of a batch train side by side (sparsight.parts); a GPU takes a batch whole."""
+    trained_here = RUN.backbones[wildcards.backbone].epochs and RUN.compute.device == "cpu"
+    return 4 * THREADS if trained_here else THREADS
+
+
 def needs(extra_mb=0, gpu=int(RUN.compute.device == "cuda")):
     """What a job asks a cluster for: minutes, megabytes, cards. One that failed for want of them gets more."""
     return {
