@@ -12,17 +12,17 @@ import statistics
 import time
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+import yaml
 from torch import Tensor
 
 from sparsight import backbones, machine
 from sparsight.config import Compute
 from sparsight.parts import PARTS, Parts
 from sparsight.stage import prepare_torch
-
-VIT = {"img_size": 28, "patch_size": 7, "in_chans": 1, "embed_dim": 96, "depth": 6, "num_heads": 6}
 
 
 def main() -> None:
@@ -32,7 +32,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=30)
     arguments = parser.parse_args()
     prepare_torch(Compute(threads=1))
-    model = backbones.load("timm/vit_tiny_patch16_224", None, 10, **VIT).train()
+    vit = yaml.safe_load(Path("params.yaml").read_text())["backbones"]["vit"]
+    model = backbones.load(vit["model"], None, 10, **vit["architecture"]).train()
     images, labels = torch.randn(arguments.batch, 1, 28, 28), torch.arange(arguments.batch) % 10
 
     def loss(logits: Tensor) -> dict[str, Tensor]:

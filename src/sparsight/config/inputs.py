@@ -18,8 +18,8 @@ class Compute:
     device: Literal["cpu", "cuda"] = "cpu"
     """Where tensors live. Results are byte-equal on the same kind of device only."""
     threads: int = 2
-    """CPU threads of an operation, in every stage. Part of the result: sums depend on how they are split. One is
-    fastest for models as small as the default run's, whose jobs and parts of a batch run side by side instead."""
+    """CPU threads of an operation, in every stage. Part of the result: sums depend on how they are split. For
+    models as small as the default run's one is as fast as two; jobs and parts of a batch run side by side instead."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Of the forward passes that fill the activation store: full, or bfloat16 autocast, which is faster
     where the processor has it and differs in the third digit."""
