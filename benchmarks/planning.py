@@ -2,9 +2,9 @@
 
     python benchmarks/planning.py [--sections 250] [--seeds 4] [--rounds 3]
 
-``bare`` is a Snakefile with as many rules, jobs, inputs and outputs as the sweep, by constant paths, without the few jobs
-that gather them: about what Snakemake needs by itself. The three take turns; minimum and median are printed. Nothing is
-run.
+``bare`` is a Snakefile with as many rules, jobs, inputs and outputs as the sweep, by constant paths, without the few
+jobs that gather them: about what Snakemake needs by itself. The three take turns; minimum and median are printed.
+Nothing is run.
 """
 
 import argparse
