@@ -69,7 +69,8 @@ def fvu(x: np.ndarray, x_hat: np.ndarray) -> float:
 def test_reconstruction_metrics_are_those_of_all_rows_at_once(stores: tuple[ActivationStore, ActivationStore]) -> None:
     one = random_sae(0)
     labels = dict.fromkeys(("train", "test"), np.arange(64) % 2)
-    found = measure(one, SITES[1], *stores, labels, 2, 0).metrics
+    (measured,) = measure([one], SITES[1], *stores, labels, 2, 0)
+    found = measured.metrics
     train, test = (np.asarray(zarr.open_group(s.path)[SITES[1]][:]).reshape(-1, D).astype(np.float64) for s in stores)
     codes = one.encode(test.astype(np.float32))
     assert found["n"] == len(test) == 64 * 17
@@ -81,11 +82,20 @@ def test_reconstruction_metrics_are_those_of_all_rows_at_once(stores: tuple[Acti
     assert found["dead_test"] == int((~(codes.dense() > 0).any(dim=0)).sum())
 
 
+def test_saes_measured_together_are_measured_as_alone(stores: tuple[ActivationStore, ActivationStore]) -> None:
+    labels = dict.fromkeys(("train", "test"), np.arange(64) % 2)
+    saes = [random_sae(seed) for seed in range(3)]
+    together = measure(saes, SITES[1], *stores, labels, 2, 0)
+    alone = [measure([one], SITES[1], *stores, labels, 2, 0)[0] for one in saes]
+    assert repr(together) == repr(alone), "not a number included"
+    assert len({found.metrics["fvu"] for found in together}) == 3
+
+
 def test_chain_metrics_are_those_of_all_rows_at_once(stores: tuple[ActivationStore, ActivationStore]) -> None:
     chain = random_chain(stores[0])
     labels = dict.fromkeys(("train", "test"), np.arange(64) % 2)
     found = chain_errors(chain, stores[1])
-    seen_by = {site: measure(chain.saes[site], site, *stores, labels, 2, 0, chain) for site in SITES}
+    seen_by = {site: measure([chain.saes[site]], site, *stores, labels, 2, 0, chain)[0] for site in SITES}
     x = {site: torch.from_numpy(np.asarray(zarr.open_group(stores[1].path)[site][:])) for site in SITES}
     hat: dict[str, list[np.ndarray]] = {"fvu": [], "fvu_unchained": [], "fvu_affine": []}
     residuals = []
@@ -104,7 +114,7 @@ def test_chain_metrics_are_those_of_all_rows_at_once(stores: tuple[ActivationSto
     seen, rebuilt = (np.concatenate(parts) for parts in zip(*residuals, strict=True))
     assert seen_by[SITES[1]].metrics["fvu"] == pytest.approx(fvu(seen, rebuilt), rel=1e-4)
     assert seen_by[SITES[0]].metrics["fvu"] == pytest.approx(found[SITES[0]]["fvu"], rel=1e-5)
-    alone = measure(chain.saes[SITES[1]], SITES[1], *stores, labels, 2, 0).metrics
+    alone = measure([chain.saes[SITES[1]]], SITES[1], *stores, labels, 2, 0)[0].metrics
     images = "monosemanticity_of_all_images"
     assert seen_by[SITES[1]].metrics[images] == pytest.approx(alone[images]), "images are told apart as without a chain"
     assert "fvu_affine" not in found[SITES[0]]
@@ -161,14 +171,14 @@ def test_spliced_values_are_those_of_a_hooked_forward_pass(split: Split) -> None
         "same": lambda clean: lambda m, group, h, before: h,
         "given": lambda clean: lambda m, group, h, before: given[m + 1],
     }
-    found = spliced(backbone, split, SITES, {"cls": [0]}, modes)
+    found = spliced(backbone, split, SITES, {"cls": [0]}, modes).metrics({mode: mode for mode in modes})
     right = logits.argmax(dim=1).numpy() == split.labels
     assert found["accuracy_untouched"] == found["accuracy_same"] == right.mean() and found["kl_same"] == 0
     assert found["accuracy_given"] == (changed.argmax(dim=1).numpy() == split.labels).mean()
     log_p, log_q = logits.log_softmax(dim=1), changed.log_softmax(dim=1)
     assert found["kl_given"] == pytest.approx(float((log_p.exp() * (log_p - log_q)).sum(dim=1).mean()), rel=1e-4)
     assert found["given_delta"] == pytest.approx(found["accuracy_given"] - found["accuracy_untouched"])
-    assert spliced(backbone, split, ["blocks.1.mlp"], {"cls": [0]}, modes) == {}
+    assert spliced(backbone, split, ["blocks.1.mlp"], {"cls": [0]}, modes).metrics({"same": "same"}) == {}
 
 
 def test_replacements_see_the_clean_pass_what_arrives_and_what_was_put_before(split: Split) -> None:

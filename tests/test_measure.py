@@ -128,7 +128,7 @@ def make(kind: str = "topk", **options: Any) -> SAE:
 
 @pytest.fixture(scope="module")
 def found(stores: tuple[ActivationStore, ActivationStore], labels: dict[str, np.ndarray]) -> Measured:
-    return measure(make(), SITE, *stores, labels, C, 0)
+    return measure([make()], SITE, *stores, labels, C, 0)[0]
 
 
 def rows(store: ActivationStore) -> np.ndarray:
@@ -223,14 +223,14 @@ def test_windows_change_nothing_and_equal_runs_give_equal_bytes(
     stores: tuple[ActivationStore, ActivationStore], labels: dict[str, np.ndarray], found: Measured, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    again = measure(make(), SITE, *stores, labels, C, 0)
+    again = measure([make()], SITE, *stores, labels, C, 0)[0]
     assert json.dumps(again.metrics) == json.dumps(found.metrics)
     for name in ("latents", "baselines", "probing"):
         for turn, one in enumerate((found, again)):
             tables.write(tmp_path / f"{name}-{turn}.parquet", getattr(one, name))
         assert (tmp_path / f"{name}-0.parquet").read_bytes() == (tmp_path / f"{name}-1.parquet").read_bytes()
     monkeypatch.setattr(windows, "_ENTRIES", 70 * F)
-    parts = measure(make(), SITE, *stores, labels, C, 0)
+    parts = measure([make()], SITE, *stores, labels, C, 0)[0]
     for part, whole in zip([parts.metrics, *parts.latents], [found.metrics, *found.latents], strict=True):
         assert part.keys() == whole.keys()
         for key, value in whole.items():
@@ -246,7 +246,7 @@ def test_every_variant_is_measured(
     one = make(kind)
     if kind in ("batchtopk", "matryoshka"):
         one.get_buffer("threshold").fill_(0.5)  # before training there is none, and codes depend on the window
-    metrics = measure(one, SITE, *stores, labels, C, 0).metrics
+    metrics = measure([one], SITE, *stores, labels, C, 0)[0].metrics
     test = rows(stores[1])
     error = np.square(test - one(test).numpy().astype(np.float64)).sum()
     assert metrics["fvu"] == pytest.approx(error / np.square(test - test.mean(axis=0)).sum(), rel=1e-4)
@@ -259,7 +259,7 @@ def test_a_dead_sae_is_measured_too(
 ) -> None:
     one = make()
     one.b_enc.fill_(-1e6)
-    found = measure(one, SITE, *stores, labels, C, 0)
+    found = measure([one], SITE, *stores, labels, C, 0)[0]
     assert found.metrics["l0"] == found.metrics["bits"] == found.metrics["macs_decode"] == 0
     assert found.metrics["dead_test"] == found.metrics["dead_train"] == F and found.metrics["dense_test"] == 0
     assert "monosemanticity" not in found.metrics and found.metrics["fvu"] >= 1
@@ -282,7 +282,7 @@ def test_a_latent_that_always_fires_is_dense(
     one = make("relu")
     one.b_enc.fill_(-1e6)
     one.b_enc[5] = 100
-    found = measure(one, SITE, *stores, labels, C, 0)
+    found = measure([one], SITE, *stores, labels, C, 0)[0]
     assert found.metrics["dense_test"] == 1 and found.latents[5]["frequency"] == 1
     assert found.latents[5]["class_precision"] == pytest.approx(
         (labels["test"] == found.latents[5]["best_class"]).mean()
@@ -291,7 +291,7 @@ def test_a_latent_that_always_fires_is_dense(
 
 
 def test_one_class_is_always_right(stores: tuple[ActivationStore, ActivationStore]) -> None:
-    found = measure(make(), SITE, *stores, {name: np.zeros(n, np.int64) for name, n in N.items()}, 1, 0)
+    found = measure([make()], SITE, *stores, {name: np.zeros(n, np.int64) for name, n in N.items()}, 1, 0)[0]
     assert all(row["accuracy"] == 1 for row in found.probing)
     assert all(row["class_precision"] == 1 for row in found.latents if row["frequency"])
 
@@ -301,7 +301,7 @@ def test_without_embeddings_images_are_compared_by_the_site_itself(
 ) -> None:
     store = ActivationStore.open(write_store(tmp_path, 150, {SITE: (D,)}, dtype="float32"))
     both = {"train": labels["test"], "test": labels["test"]}
-    found = measure(make(), SITE, store, store, both, C, 0)
+    found = measure([make()], SITE, store, store, both, C, 0)[0]
     assert found.metrics["embedding"] == SITE
     score = Monosemanticity(F, D)
     score.update(sparse.csr_array(make().encode(rows(store)).dense().numpy()), unit_rows(rows(store)))
@@ -318,6 +318,6 @@ def test_activations_that_are_all_the_same_and_stores_of_other_images_are_refuse
     with pytest.raises(
         SparsightError, match=r"train.zarr, site 'blocks.1.input': activations are all the same, nothing"
     ):
-        measure(make(), SITE, stores[0], constant, labels, C, 0)
+        measure([make()], SITE, stores[0], constant, labels, C, 0)[0]
     with pytest.raises(SparsightError, match=r"150 images, but the manifest of images lists 240; extract again"):
-        measure(make(), SITE, constant, constant, labels, C, 0)
+        measure([make()], SITE, constant, constant, labels, C, 0)[0]

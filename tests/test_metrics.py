@@ -19,7 +19,7 @@ from sklearn.metrics.pairwise import cosine_similarity
 from sparsight import sae
 from sparsight.sae import DenseCodes, SparseCodes
 from sparsight.sae.metrics import description, geometry, methods
-from sparsight.sae.metrics.boards import boards
+from sparsight.sae.metrics.boards import at_error_of, at_own_error
 from sparsight.sae.metrics.latents import EDGES, ByClass, Firing, class_columns
 from sparsight.sae.metrics.monosemanticity import Monosemanticity, unit_rows
 from sparsight.sae.metrics.sparse import from_codes, pooled, times
@@ -209,7 +209,8 @@ def test_bits_of_pca_are_taken_at_the_error_of_the_quantised_sae() -> None:
     random = sae.create("topk", D, F, K).requires_grad_(False)
     random.set_center(mean)
     one = methods.of_sae(random)
-    found = boards([one], methods.pca("all", mean, components), x, D)
+    own = at_own_error(one, x, D)
+    found = [own, at_error_of(own, methods.pca("all", mean, components), x, D)]
     for board in found:
         z = board.method.encode(x)
         board.update(x.numpy(), z, z, unit_rows(x.numpy()))

@@ -199,14 +199,14 @@ def test_a_section_that_comes_or_goes_is_seen_in_copied_results(small: Path, tmp
     overlay = yaml.safe_load(SMALL)
     overlay["saes"]["more"] = {**overlay["saes"]["topk"], "kind": "topk", "backbone": "vit"}
     (folder / "tiny.yaml").write_text(yaml.safe_dump(overlay))
-    assert planned(folder) == {"sae-more", "evaluate-more-s0", "summary", "report"}
+    assert planned(folder) == {"sae-more", "evaluate-more", "summary", "report"}
     overlay["saes"].pop("more")
     overlay["steering"] = {"class-latents": None}
     (folder / "tiny.yaml").write_text(yaml.safe_dump(overlay))
     assert planned(folder) == {"summary", "report"}
 
 
-FOLLOWS_SAE = {"sae-topk", "evaluate-topk-s0", "steering-class-latents-s0", "summary", "report"}
+FOLLOWS_SAE = {"sae-topk", "evaluate-topk", "steering-class-latents-s0", "summary", "report"}
 
 
 def test_touch_does_not_make_results_those_of_another_configuration(small: Path, tmp_path: Path) -> None:

@@ -45,7 +45,7 @@ def _imports(path: str) -> list[str]:
             names += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
         elif isinstance(node, ast.Import):
             names += [alias.name for alias in node.names]
-        nodes += ast.iter_child_nodes(node)
+        nodes += (child for child in ast.iter_child_nodes(node) if not isinstance(child, ast.expr))
     parts = [name.split(".") for name in names]
     places = [Path("src", *name[:n]) for name in parts for n in range(1, len(name) + 1)]  # packages run, too
     candidates = [p for place in places for p in (place.with_suffix(".py"), place / "__init__.py")]

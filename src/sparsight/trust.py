@@ -53,7 +53,9 @@ def stages(run: Run) -> Iterator[tuple[str, Any]]:
             yield f"activations-{name}-{split}", None
     for name, sae in run.saes.items():
         yield f"sae-{name}", sae
-    for name in (*run.sae_names, *run.chains):
+        if not sae.sites:
+            yield f"evaluate-{name}", None
+    for name in run.chains:
         yield f"evaluate-{name}", None
     for name in run.repeated:
         yield f"stability-{name}", None

@@ -67,7 +67,7 @@ def test_every_job_goes_through_slurm_and_survives_time_limit_requeue_and_scance
             for number, rule in running:
                 if rule == "policy" and not requeued and holder(folder, "policy-heads", "lock"):
                     control("scontrol", "requeue", requeued := number)
-                elif rule == "evaluate_sae" and not cancelled:
+                elif rule == "evaluate_topk" and not cancelled:
                     control("scancel", cancelled := number)
             resumable |= (folder / "results/tiny/.work/sae-topk/state/checkpoint.safetensors").exists()
             time.sleep(0.2)
@@ -79,7 +79,7 @@ def test_every_job_goes_through_slurm_and_survives_time_limit_requeue_and_scance
 
     assert [state for _, state, rule in jobs if rule == "sae_topk"] == ["TIMEOUT", "COMPLETED"] and resumable
     assert [(number, state) for number, state, rule in jobs if rule == "policy"] == [(requeued, "COMPLETED")]
-    assert (cancelled, "CANCELLED", "evaluate_sae") in jobs
+    assert (cancelled, "CANCELLED", "evaluate_topk") in jobs
     assert side_by_side >= 2
     submitted = {rule for _, _, rule in jobs}
     planned = set(re.findall(r"^(?:local)?rule (\w+):$", local.stdout + local.stderr, re.MULTILINE))

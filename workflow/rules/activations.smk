@@ -7,7 +7,7 @@ wildcard_constraints:
 # The store itself is a folder, <split>.zarr; its manifest, written last, stands for it here.
 rule extract:
     input:
-        images=rules.images.output.manifest,
+        images=f"{R}/images/manifest.parquet",
         backbone=rules.backbone.output.weights,
         config=rules.backbone.output.config,
         trust=f"{R}/.trust/extract-{{backbone}}-{{split}}-{{part}}",

@@ -1,6 +1,6 @@
 rule backbone:
     input:
-        images=rules.images.output.manifest,
+        images=f"{R}/images/manifest.parquet",
         trust=f"{R}/.trust/backbone-{{backbone}}",
         code=code("backbone.py"),
     output:

@@ -1,6 +1,6 @@
 rule policy:
     input:
-        images=rules.images.output.manifest,
+        images=f"{R}/images/manifest.parquet",
         backbone=backbone_of_policy,
         trust=f"{R}/.trust/policy-{{policy}}",
         code=code("policy.py"),
@@ -28,7 +28,7 @@ rule policy:
 
 rule pruning:
     input:
-        images=rules.images.output.manifest,
+        images=f"{R}/images/manifest.parquet",
         backbone=backbone_of_policy,
         policy=rules.policy.output.weights,
         saes=expand(SAE_WEIGHTS, sae=RUN.steered.values()),

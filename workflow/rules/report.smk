@@ -1,6 +1,6 @@
 RESULTS = {
     "backbones": expand(rules.backbone.output.config, backbone=RUN.backbones),
-    "saes": expand(rules.evaluate_sae.output.metrics, sae=RUN.sae_names),
+    "saes": expand(f"{R}/saes/{{sae}}/metrics.json", sae=RUN.sae_names),
     "chains": expand(f"{R}/saes/{{chain}}/metrics.json", chain=RUN.chains),
     "stabilities": expand(rules.stability.output.stability, grid=RUN.repeated),
     "steerings": expand(f"{R}/steering/{{name}}.parquet", name=RUN.steering_names),
@@ -41,7 +41,7 @@ rule report:
         latents=expand(
             f"{R}/saes/{{sae}}/latents.parquet", sae=[name for names in RUN.grids.values() for name in names]
         ),
-        images=rules.images.output.manifest,
+        images=f"{R}/images/manifest.parquet",
         configuration=f"{R}/configuration.json",
         stores=expand(f"{R}/activations/{{backbone}}/test.json", backbone=RUN.backbones),
         trust=f"{R}/.trust/report",

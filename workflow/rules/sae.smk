@@ -11,7 +11,7 @@ for GRID in RUN.saes:
         name:
             f"sae_{GRID}"
         input:
-            images=rules.images.output.manifest,
+            images=f"{R}/images/manifest.parquet",
             store=f"{R}/activations/{RUN.saes[GRID].backbone}/train.json",
             trust=f"{R}/.trust/sae-{GRID}",
             code=code("sae.py", f"src/sparsight/sae/{RUN.saes[GRID].kind}.py"),
@@ -40,40 +40,43 @@ for GRID in RUN.saes:
             " {params.flags} > {log} 2>&1"
 
 
-rule evaluate_sae:
-    input:
-        images=rules.images.output.manifest,
-        backbone=backbone_of_sae,
-        train=store_of("train"),
-        test=store_of("test"),
-        sae=SAE_WEIGHTS,
-        config=SAE_CONFIG,
-        trust=f"{R}/.trust/evaluate-{{sae}}",
-        code=lambda wildcards: code("evaluate_sae.py", sae_code(wildcards.sae), RANDOM_SAE),
-    output:
-        metrics=f"{R}/saes/{{sae}}/metrics.json",
-        latents=f"{R}/saes/{{sae}}/latents.parquet",
-        baselines=f"{R}/saes/{{sae}}/baselines.parquet",
-        probing=f"{R}/saes/{{sae}}/probing.parquet",
-        record=f"{R}/records/evaluate-{{sae}}.json",
-    log:
-        f"{R}/logs/evaluate-sae-{{sae}}.log",
-    benchmark:
-        f"{R}/benchmarks/evaluate-sae-{{sae}}.jsonl"
-    wildcard_constraints:
-        sae=one_of(RUN.sae_names),
-    threads: THREADS
-    resources:
-        **needs(),
-    params:
-        out=subpath(output[0], parent=True),
-        work=f"{R}/.work/evaluate-sae-{{sae}}",
-        flags=flags(),
-    shell:
-        "python workflow/scripts/evaluate_sae.py --from-images {input.images} --from-backbone {input.backbone}"
-        " --from-train {input.train} --from-test {input.test} --from-sae {input.sae} --name {wildcards.sae}"
-        " --out {params.out} --work {params.work} --record {output.record}"
-        " {params.flags} > {log} 2>&1"
+# And one evaluates them, beside baselines that are the same for all.
+for GRID, SECTION in RUN.saes.items():
+    if SECTION.sites:
+        continue  # chains, below
+
+    rule:
+        name:
+            f"evaluate_{GRID}"
+        input:
+            images=f"{R}/images/manifest.parquet",
+            backbone=f"{R}/backbones/{SECTION.backbone}/model.safetensors",
+            train=f"{R}/activations/{SECTION.backbone}/train.json",
+            test=f"{R}/activations/{SECTION.backbone}/test.json",
+            saes=expand(SAE_WEIGHTS, sae=RUN.grids[GRID]),
+            configs=expand(SAE_CONFIG, sae=RUN.grids[GRID]),
+            trust=f"{R}/.trust/evaluate-{GRID}",
+            code=code("evaluate_sae.py", f"src/sparsight/sae/{SECTION.kind}.py", RANDOM_SAE),
+        output:
+            expand(f"{R}/saes/{{sae}}/{{of}}", sae=RUN.grids[GRID], of=OF_AN_SAE),
+            record=f"{R}/records/evaluate-{GRID}.json",
+        log:
+            f"{R}/logs/evaluate-{GRID}.log",
+        benchmark:
+            f"{R}/benchmarks/evaluate-{GRID}.jsonl"
+        threads: THREADS
+        resources:
+            **needs(),
+        params:
+            name=GRID,
+            out=subpath(output[0], ancestor=2),
+            work=f"{R}/.work/evaluate-{GRID}",
+            flags=flags(),
+        shell:
+            "python workflow/scripts/evaluate_sae.py --from-images {input.images} --from-backbone {input.backbone}"
+            " --from-train {input.train} --from-test {input.test} --from-saes {input.saes} --name {params.name}"
+            " --out {params.out} --work {params.work} --record {output.record}"
+            " {params.flags} > {log} 2>&1"
 
 
 for CHAIN, SECTION in RUN.chains.items():
@@ -82,7 +85,7 @@ for CHAIN, SECTION in RUN.chains.items():
         name:
             f"evaluate_{CHAIN}"
         input:
-            images=rules.images.output.manifest,
+            images=f"{R}/images/manifest.parquet",
             backbone=f"{R}/backbones/{SECTION.backbone}/model.safetensors",
             train=f"{R}/activations/{SECTION.backbone}/train.json",
             test=f"{R}/activations/{SECTION.backbone}/test.json",

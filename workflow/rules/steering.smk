@@ -6,7 +6,7 @@ wildcard_constraints:
 
 rule steering:
     input:
-        images=rules.images.output.manifest,
+        images=f"{R}/images/manifest.parquet",
         backbone=backbone_of_sae,
         stores=stores_of_steering,
         finder=stores_of_finder,

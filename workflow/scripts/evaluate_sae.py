@@ -1,6 +1,6 @@
-"""Evaluate one SAE on the test split, by itself, beside baselines, and put into the backbone.
+"""Evaluate the SAEs of a section on the test split, by themselves, beside baselines, and put into the backbone.
 
-Writes metrics.json, latents.parquet, baselines.parquet and probing.parquet.
+Writes metrics.json, latents.parquet, baselines.parquet and probing.parquet into the folder of each.
 """
 
 from sparsight import stage
@@ -13,12 +13,12 @@ def main(job: stage.Stage) -> None:
     from sparsight.store import ActivationStore
 
     device = job.device
-    one = sae.load(job.inputs["sae"].parent).to(device)
+    saes = {path.parent.name: sae.load(path.parent).to(device) for path in job.inputs["saes"]}
     backbone, _ = backbones.open_folder(job.inputs["backbone"].parent)
     train, test = (ActivationStore.open(job.inputs[name]) for name in ("train", "test"))
     manifest = Manifest(job.inputs["images"])
     labels, images = manifest.split("train").labels, manifest.split("test")
-    evaluate(one, backbone.to(device), train, test, labels, images, job.seed, job.work, job.record())
+    evaluate(saes, backbone.to(device), train, test, labels, images, job.seed, job.work, job.record())
 
 
 if __name__ == "__main__":
@@ -29,5 +29,5 @@ if __name__ == "__main__":
         backbone="model.safetensors of the backbone stage",
         train="train.json, the manifest of the train split's store",
         test="test.json, the manifest of the test split's store",
-        sae="sae.safetensors of the sae stage",
+        saes=["sae.safetensors of every SAE"],
     )

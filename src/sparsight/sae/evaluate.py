@@ -3,6 +3,8 @@
 Shapes: N rows, D width (d_in), F latents (d_sae).
 """
 
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +30,8 @@ _AVERAGED = (
 
 
 def evaluate(
-    sae: SAE, backbone: Backbone, train: ActivationStore, test: ActivationStore, train_labels: np.ndarray, split: Split,
-    seed: int, work: Work, record: dict[str, Any],
+    saes: Mapping[str, SAE], backbone: Backbone, train: ActivationStore, test: ActivationStore,
+    train_labels: np.ndarray, split: Split, seed: int, work: Work, record: dict[str, Any],
 ) -> None:  # fmt: skip
     """Write ``metrics.json``, ``latents.parquet``, ``baselines.parquet`` and ``probing.parquet`` (docs/evaluation.md).
 
@@ -37,20 +39,25 @@ def evaluate(
     floor, ``mean_instead``: the train mean in the activation's place.
 
     Args:
+        saes: SAEs of one site and one shape, by the name of the folder that receives their files.
         train: store of the train split, which all that is fitted is fitted on.
         test: store of the test split.
         train_labels: int (N,), the classes of the images of the train split.
         split: the images of the test split.
         seed: of the baselines.
     """
-    site = sae.about["site"]
+    (site,) = {sae.about["site"] for sae in saes.values()}
     labels = {"train": train_labels, "test": split.labels}
-    found = measure(sae, site, train, test, labels, len(split.classes), seed)
-    modes = {"spliced": lambda _: _decoded(sae), "mean_instead": lambda _: _means(train, [site])}
-    metrics = {**found.metrics, **spliced(backbone, split, [site], _positions(test, site, backbone), modes)}
-    write_json(work.out / "metrics.json", {**metrics, "record": record})
-    _write_tables(found, work.out)
-    say(_line(metrics))
+    each = measure(list(saes.values()), site, train, test, labels, len(split.classes), seed)
+    modes = {name: partial(_decoded, sae) for name, sae in saes.items()}
+    floor = {"mean_instead": lambda _: _means(train, [site])}
+    in_model = spliced(backbone, split, [site], _positions(test, site, backbone), {**modes, **floor})
+    for name, found in zip(saes, each, strict=True):
+        metrics = {**found.metrics, **in_model.metrics({name: "spliced", "mean_instead": "mean_instead"})}
+        (work.out / name).mkdir(exist_ok=True)
+        write_json(work.out / name / "metrics.json", {**metrics, "record": record})
+        _write_tables(found, work.out / name)
+        say(f"{name}: {_line(metrics)}")
 
 
 def evaluate_chain(
@@ -68,7 +75,7 @@ def evaluate_chain(
     by_site, errors = {}, chain_errors(chain, test)
     labels = {"train": train_labels, "test": split.labels}
     for m, (site, one) in enumerate(chain.saes.items()):
-        found = measure(one, site, train, test, labels, len(split.classes), seed, chain)
+        (found,) = measure([one], site, train, test, labels, len(split.classes), seed, chain)
         own = {("fvu_residual" if key == "fvu" else key): value for key, value in found.metrics.items()}
         by_site[site] = {**own, **errors[site], **(redundancies(chain, m) if m else {})}
         (work.out / site).mkdir(exist_ok=True)
@@ -93,7 +100,8 @@ def evaluate_chain(
     for key in _AVERAGED:
         if values := [one[key] for one in by_site.values() if key in one]:
             metrics[key] = float(np.mean(values))
-    metrics |= spliced(backbone, split, chain.sites, _positions(test, chain.sites[0], backbone), modes)
+    in_model = spliced(backbone, split, chain.sites, _positions(test, chain.sites[0], backbone), modes)
+    metrics |= in_model.metrics({mode: mode for mode in modes})
     write_json(work.out / "metrics.json", {**metrics, "record": record})
     say(_line(metrics))
 
@@ -159,7 +167,7 @@ def _positions(store: ActivationStore, site: str, backbone: Backbone) -> dict[st
     return {group: kinds[group][: len(at)] for group, at in groups.items() if group in kinds}
 
 
-def _decoded(sae: SAE) -> Replacement:
+def _decoded(sae: SAE, clean: Clean) -> Replacement:
     return lambda m, group, h, before: sae(h)
 
 

@@ -3,6 +3,7 @@
 Shapes: B batch, T tokens, D width (d_in), N rows = B x tokens of a group, C classes.
 """
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
@@ -36,12 +37,42 @@ Clean = Sequence[Mapping[str, Tensor]]
 """Per site the rows (N, D) of each token group in a pass without replacements."""
 
 
+@dataclasses.dataclass(frozen=True)
+class Spliced:
+    """What the model answers with activations replaced."""
+
+    right: dict[str, np.ndarray]
+    """On which images, bool (N,), by mode, and ``untouched``; empty where nothing could be replaced."""
+    kl: dict[str, float]
+    """Mean KL(untouched || replaced) of the predictions in nats, by mode."""
+
+    def metrics(self, names: Mapping[str, str]) -> dict[str, float]:
+        """The numbers of modes, by the name that each shall have.
+
+        Returns:
+            ``accuracy_untouched``; per name ``accuracy_<name>`` with 95 % interval ``_lo`` and ``_hi``, the paired
+            difference ``<name>_delta`` with ``_lo`` and ``_hi``, and ``kl_<name>``. Nothing where nothing could be
+            replaced.
+        """
+        if not self.right:
+            return {}
+        untouched = self.right["untouched"]
+        found = {"accuracy_untouched": float(untouched.mean())}
+        for mode, name in names.items():
+            interval = wilson(self.right[mode])
+            found |= {f"accuracy_{name}": interval["accuracy"]}
+            found |= {f"accuracy_{name}_{end}": interval[end] for end in ("lo", "hi")}
+            found |= {f"{name}_{key}": value for key, value in paired(self.right[mode], untouched).items()}
+            found[f"kl_{name}"] = self.kl[mode]
+        return found
+
+
 @torch.no_grad()
 def spliced(
     backbone: Backbone, split: Split, names: Sequence[str], positions: Mapping[str, Sequence[int]],
     modes: Mapping[str, Callable[[Clean], Replacement]],
-) -> dict[str, float]:  # fmt: skip
-    """Accuracy with activations replaced, and the mean KL(untouched || replaced) of the predictions in nats.
+) -> Spliced:  # fmt: skip
+    """What a model answers with activations replaced, and without.
 
     Args:
         split: the images.
@@ -49,15 +80,12 @@ def spliced(
         positions: positions of each token group whose activations are replaced, along the model's token axis.
         modes: by name, from the clean activations of a batch to the replacement.
 
-    Returns:
-        ``accuracy_untouched``; per mode ``accuracy_<mode>`` with 95 % interval ``_lo`` and ``_hi``, the paired
-        difference ``<mode>_delta`` with ``_lo`` and ``_hi``, and ``kl_<mode>``. Empty without positions or a
-        classifier, and where a site is not the residual stream (blocks.<i>.input or .output), which is all that later
-        blocks read.
+    Nothing is replaced without positions or a classifier, and where a site is not the residual stream
+    (blocks.<i>.input or .output), which is all that later blocks read.
     """
     places = [sites.parse(name) for name in names]
     if not positions or not backbone.n_classes or any(part not in ("input", "output") for _, part in places):
-        return {}
+        return Spliced({}, {})
     starts = [int(block or 0) + (part == "output") for block, part in places]
     positions = {group: list(at) for group, at in positions.items()}
     hits: dict[str, list[np.ndarray]] = {name: [] for name in ("untouched", *modes)}
@@ -88,12 +116,5 @@ def spliced(
             hits[name].append(changed.argmax(dim=1).cpu().numpy() == truth)
             log_p, log_q = logits.double().log_softmax(dim=1), changed.double().log_softmax(dim=1)
             kl[name] += float((log_p.exp() * (log_p - log_q)).sum())
-    results = {name: np.concatenate(blocks) for name, blocks in hits.items()}
-    metrics = {"accuracy_untouched": float(results["untouched"].mean())}
-    for name in modes:
-        interval = wilson(results[name])
-        metrics |= {f"accuracy_{name}": interval["accuracy"]}
-        metrics |= {f"accuracy_{name}_{end}": interval[end] for end in ("lo", "hi")}
-        metrics |= {f"{name}_{key}": value for key, value in paired(results[name], results["untouched"]).items()}
-        metrics[f"kl_{name}"] = kl[name] / len(split)
-    return metrics
+    right = {name: np.concatenate(blocks) for name, blocks in hits.items()}
+    return Spliced(right, {name: total / len(split) for name, total in kl.items()})

@@ -70,23 +70,18 @@ class Board:
         }
 
 
-def boards(methods: list[Method], all_components: Method, x_BD: Tensor, d_embedding: int) -> list[Board]:
-    """The boards of the SAE, first of ``methods``, and of what it is compared with; steps are chosen on ``x_BD``.
+def at_own_error(method: Method, x_BD: Tensor, d_embedding: int) -> Board:
+    """The board of a method whose step lets its own squared error on ``x_BD`` rise by 5 %."""
+    x, z = x_BD.cpu().numpy(), method.encode(x_BD)
+    step = None
+    if method.name != "kmeans":
+        step = description.step_for(method, x, z, (1 + RISE) * description.squared_error(method, x, z))
+    return Board(method, step, d_embedding)
 
-    Each method's step lets its own squared error rise by 5 %. ``all_components`` gets the step at which its error is
-    that of the quantised SAE: bits at equal error.
-    """
-    x = x_BD.cpu().numpy()
-    found = []
-    equal_error = 0.0
-    for method in methods:
-        z = method.encode(x_BD)
-        step = None
-        if method.name != "kmeans":
-            step = description.step_for(method, x, z, (1 + RISE) * description.squared_error(method, x, z))
-            if method is methods[0]:
-                equal_error = description.squared_error(method, x, restored(quantised(z, step), step))
-        found.append(Board(method, step, d_embedding))
-    z = all_components.encode(x_BD)
-    step = description.step_for(all_components, x, z, equal_error)
-    return [*found, Board(all_components, step, d_embedding)]
+
+def at_error_of(other: Board, method: Method, x_BD: Tensor, d_embedding: int) -> Board:
+    """The board of a method whose step gives it the error of another one's quantised codes: bits at equal error."""
+    x, z, step = x_BD.cpu().numpy(), other.method.encode(x_BD), other.step
+    assert step is not None
+    error = description.squared_error(other.method, x, restored(quantised(z, step), step))
+    return Board(method, description.step_for(method, x, method.encode(x_BD), error), d_embedding)

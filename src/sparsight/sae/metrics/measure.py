@@ -1,7 +1,8 @@
-"""Everything that is measured of an SAE on stored activations, beside baselines, in three passes over windows.
+"""Everything that is measured of SAEs on stored activations, beside baselines, in three passes over windows.
 
 Train once: moments, and sums of codes by class, which choose the features of the probes. Train again: the chosen
-features, on which the probes are fitted. Test once: all that is reported.
+features, on which the probes are fitted. Test once: all that is reported. SAEs of one shape share the passes, and the
+baselines, which are the same for all of them.
 
 Shapes: D width (d_in), F latents (d_sae).
 """
@@ -17,7 +18,7 @@ from scipy import sparse
 from sparsight.errors import SparsightError
 from sparsight.sae.base import SAE
 from sparsight.sae.metrics import geometry, methods, probing
-from sparsight.sae.metrics.boards import boards
+from sparsight.sae.metrics.boards import Board, at_error_of, at_own_error
 from sparsight.sae.metrics.latents import DENSE, ByClass, Firing, class_columns
 from sparsight.sae.metrics.methods import Method
 from sparsight.sae.metrics.probing import COUNTS, DenseMoments, Probe
@@ -43,14 +44,14 @@ class Measured:
 
 @torch.no_grad()
 def measure(
-    sae: SAE, site: str, train: ActivationStore, test: ActivationStore, labels: Mapping[str, np.ndarray],
+    saes: Sequence[SAE], site: str, train: ActivationStore, test: ActivationStore, labels: Mapping[str, np.ndarray],
     n_classes: int, seed: int, chain: ReSAE | None = None,
-) -> Measured:  # fmt: skip
-    """Measure an SAE on the test split, with everything that is fitted fitted on train.
+) -> list[Measured]:  # fmt: skip
+    """Measure SAEs on the test split, with everything that is fitted fitted on train.
 
     Args:
-        sae: the SAE.
-        site: whose activations it reads.
+        saes: SAEs of one shape (d_in, d_sae, k), such as those of a section.
+        site: whose activations they read.
         train: store of the train split.
         test: store of the test split.
         labels: int (images,) of the splits ``train`` and ``test``.
@@ -58,52 +59,77 @@ def measure(
         seed: of the random dictionary and of k-means.
         chain: whose SAE it is; then what it sees is what the chain's map leaves of the site.
 
+    Returns:
+        What was found of each SAE: the same as if it had been measured alone.
+
     Raises:
         SparsightError: activations of a split that are all the same, or stores and labels of different length.
     """
+    assert len({(sae.d_in, sae.d_sae, sae.k) for sae in saes}) == 1, "baselines have the shape of the SAEs"
     on_train, on_test = (
-        SplitRows(store, site, labels[name], sae, chain) for name, store in (("train", train), ("test", test))
+        SplitRows(store, site, labels[name], saes[0], chain) for name, store in (("train", train), ("test", test))
     )
-    fitted = _fit(sae, on_train, n_classes, seed)
-    own = fitted.compared[0]
-    rows, firing, codes = Moments(["x"]), Firing(sae.d_sae, fitted.unit), ByClass(sae.d_sae, n_classes)
-    held_out = boards(fitted.compared, fitted.all_components, on_test.head(_SAMPLE), on_test.d_embedding)
+    fitted = _fit(saes, on_train, n_classes, seed)
+    head, tokens = on_test.head(_SAMPLE), on_test.tokens
+    rows = Moments(["x"])
+    baselines = [at_own_error(method, head, on_test.d_embedding) for method in fitted.baselines]
+    trials = []
+    for own in fitted.saes:
+        board = at_own_error(own.method, head, on_test.d_embedding)
+        all_components = at_error_of(board, fitted.all_components, head, on_test.d_embedding)
+        firing, codes = Firing(own.sae.d_sae, fitted.unit), ByClass(own.sae.d_sae, n_classes)
+        trials.append(_Trial(own, board, all_components, firing, codes))
     for window in on_test.windows():
         rows.update({"x": window.x})
         x = window.x.cpu().numpy()
         features: dict[str, Any] = dict.fromkeys(("neurons", "pca", "activation"), window.images)
-        for board in held_out:
-            z = board.method.encode(window.x)
-            images = pooled(z, on_test.tokens)
-            board.update(x, z, images, window.embedding)
-            if board.method.name in ("sae", "random"):
-                features[board.method.name] = images
-            if board.method is own:
-                firing.update(z)
-                codes.update(images, window.labels)
+        for baseline in baselines:
+            z = baseline.method.encode(window.x)
+            images = pooled(z, tokens)
+            baseline.update(x, z, images, window.embedding)
+            if baseline.method.name == "random":
+                features["random"] = images
         for probe in fitted.probes:
             probe.update(features[probe.method], window.labels)
+        components = fitted.all_components.encode(window.x)
+        of_images = pooled(components, tokens)
+        for trial in trials:
+            trial.all_components.update(x, components, of_images, window.embedding)
+            z = trial.board.method.encode(window.x)
+            images = pooled(z, tokens)
+            trial.board.update(x, z, images, window.embedding)
+            trial.firing.update(z)
+            trial.codes.update(images, window.labels)
+            for probe in trial.own.probes:
+                probe.update(images, window.labels)
 
     variance = rows.n * _deviation(rows, on_test) ** 2
-    table = [board.row(rows.n, variance) for board in held_out]
-    monosemanticity = held_out[0].monosemanticity
-    latents = _latents(sae, firing, monosemanticity.scores(), class_columns(fitted.codes, codes))
+    of_baselines = [baseline.row(rows.n, variance) for baseline in baselines]
     answers = [probe.row() for probe in fitted.probes]
-    metrics = {
-        "n": rows.n,
-        **_of_baselines(table),
-        "dead_test": int((firing.count == 0).sum()),
-        "dead_train": int((fitted.codes.fired.sum(axis=0) == 0).sum()),
-        "dense_test": int((firing.frequency > DENSE).sum()),
-        "activation_unit": fitted.unit,
-        "macs_encode": sae.macs_encode,
-        "macs_decode": table[0]["macs"] - sae.macs_encode,
-        "monosemanticity_of_all_images": monosemanticity.of_all_images(),
-        "embedding": on_test.embedding_site,
-        **_geometry(sae, latents),
-        **{f"probing_{row['method']}_{row['features']}": row["accuracy"] for row in answers},
-    }
-    return Measured({k: v for k, v in metrics.items() if v is not None}, latents, table, answers)
+    about = {"activation_unit": fitted.unit, "embedding": on_test.embedding_site}
+    return [_measured(trial, rows.n, variance, of_baselines, answers, about) for trial in trials]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Own:
+    """An SAE and what comes from the train split for it."""
+
+    sae: SAE
+    method: Method
+    codes: ByClass
+    probes: list[Probe]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Trial:
+    """An SAE on the test split."""
+
+    own: _Own
+    board: Board
+    all_components: Board
+    """Of PCA at the SAE's error."""
+    firing: Firing
+    codes: ByClass
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,43 +138,69 @@ class _Fitted:
 
     unit: float
     """Square root of E||x - mean||^2."""
-    codes: ByClass
-    """Of the SAE."""
-    compared: list[Method]
-    """The SAE, PCA, the random dictionary, k-means, neurons."""
+    saes: list[_Own]
+    baselines: list[Method]
+    """PCA, the random dictionary, k-means, neurons."""
     all_components: Method
     probes: list[Probe]
+    """On the features of the baselines."""
 
 
-def _fit(sae: SAE, train: SplitRows, n_classes: int, seed: int) -> _Fitted:
-    own = methods.of_sae(sae)
-    control = methods.random_dictionary(sae, train.head(_SAMPLE), derive_seed(seed, "metrics", "random"))
-    coded = [own, control]
-    moments, dense = Moments(["x"]), DenseMoments(sae.d_in, n_classes)
-    codes = {method.name: ByClass(sae.d_sae, n_classes) for method in coded}
+def _fit(saes: Sequence[SAE], train: SplitRows, n_classes: int, seed: int) -> _Fitted:
+    d_in, d_sae, k = saes[0].d_in, saes[0].d_sae, min(saes[0].k, saes[0].d_in)
+    control = methods.random_dictionary(saes[0], train.head(_SAMPLE), derive_seed(seed, "metrics", "random"))
+    coded = [*map(methods.of_sae, saes), control]
+    moments, dense = Moments(["x"]), DenseMoments(d_in, n_classes)
+    codes = [ByClass(d_sae, n_classes) for _ in coded]
     for window in train.windows():
         moments.update({"x": window.x})
         dense.update(window.images, window.labels)
-        for method in coded:
-            codes[method.name].update(pooled(method.encode(window.x), train.tokens), window.labels)
+        for method, sums in zip(coded, codes, strict=True):
+            sums.update(pooled(method.encode(window.x), train.tokens), window.labels)
     unit = _deviation(moments, train)
     covariance, mean, _ = moments.covariance("x", "x")
     components = torch.linalg.eigh(covariance)[1].flip(1)  # the largest first
-    k = min(sae.k, sae.d_in)
-    compared = [
-        own,
+    baselines = [
         methods.pca("pca", mean, components[:, :k]),
         control,
-        methods.kmeans(train.head(_CLUSTER_SAMPLE), sae.d_sae, derive_seed(seed, "metrics", "kmeans")),
+        methods.kmeans(train.head(_CLUSTER_SAMPLE), d_sae, derive_seed(seed, "metrics", "kmeans")),
         methods.neurons(mean, k),
     ]
+    *own_probes, control_probes = _sparse_probes(train, coded, codes)
     probes = [
-        *_sparse_probes(train, coded, codes),
-        *dense.probes("neurons", np.eye(sae.d_in), COUNTS),
+        *control_probes,
+        *dense.probes("neurons", np.eye(d_in), COUNTS),
         *dense.probes("pca", components.cpu().numpy(), COUNTS),
         dense.probe("activation"),
     ]
-    return _Fitted(unit, codes["sae"], compared, methods.pca("pca-all", mean, components), probes)
+    own = [_Own(*each) for each in zip(saes, coded[:-1], codes[:-1], own_probes, strict=True)]
+    return _Fitted(unit, own, baselines, methods.pca("pca-all", mean, components), probes)
+
+
+def _measured(
+    trial: _Trial, n: int, variance: float, of_baselines: list[dict[str, Any]], answers: list[dict[str, Any]],
+    about: dict[str, Any],
+) -> Measured:  # fmt: skip
+    """What is reported of an SAE."""
+    sae = trial.own.sae
+    table = [trial.board.row(n, variance), *of_baselines, trial.all_components.row(n, variance)]
+    monosemanticity = trial.board.monosemanticity
+    latents = _latents(sae, trial.firing, monosemanticity.scores(), class_columns(trial.own.codes, trial.codes))
+    probes = [*(probe.row() for probe in trial.own.probes), *answers]
+    metrics = {
+        "n": n,
+        **_of_baselines(table),
+        "dead_test": int((trial.firing.count == 0).sum()),
+        "dead_train": int((trial.own.codes.fired.sum(axis=0) == 0).sum()),
+        "dense_test": int((trial.firing.frequency > DENSE).sum()),
+        "macs_encode": sae.macs_encode,
+        "macs_decode": table[0]["macs"] - sae.macs_encode,
+        "monosemanticity_of_all_images": monosemanticity.of_all_images(),
+        **about,
+        **_geometry(sae, latents),
+        **{f"probing_{row['method']}_{row['features']}": row["accuracy"] for row in probes},
+    }
+    return Measured({k: v for k, v in metrics.items() if v is not None}, latents, table, probes)
 
 
 def _of_baselines(table: list[dict[str, Any]]) -> dict[str, Any]:
@@ -162,23 +214,22 @@ def _of_baselines(table: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _sparse_probes(split: SplitRows, coded: Sequence[Method], sums: Mapping[str, ByClass]) -> list[Probe]:
+def _sparse_probes(split: SplitRows, coded: Sequence[Method], sums: Sequence[ByClass]) -> list[list[Probe]]:
     """Probes on the codes of each method: a second pass over train, for the codes of what was chosen in the first."""
-    chosen, kept = {}, {}
-    for method in coded:
-        own = sums[method.name]
-        chosen[method.name] = probing.select(own.means, own.mean, own.deviation, max(COUNTS))
-        kept[method.name] = np.unique(chosen[method.name])
-    blocks: dict[str, list[Matrix]] = {method.name: [] for method in coded}
+    chosen = [probing.select(own.means, own.mean, own.deviation, max(COUNTS)) for own in sums]
+    kept = [np.unique(features) for features in chosen]
+    blocks: list[list[Matrix]] = [[] for _ in coded]
     for window in split.windows():
-        for method in coded:
-            z = pooled(method.encode(window.x), split.tokens)
-            blocks[method.name].append(z[:, kept[method.name]])
-    found: list[Probe] = []
-    for name, parts in blocks.items():
-        columns = sparse.vstack(parts, format="csc").astype(np.float64)
-        found += probing.sparse_probes(name, sums[name], chosen[name], columns, kept[name])
-    return found
+        for method, columns, block in zip(coded, kept, blocks, strict=True):
+            block.append(pooled(method.encode(window.x), split.tokens)[:, columns])
+    return [
+        list(
+            probing.sparse_probes(
+                method.name, own, features, sparse.vstack(block, format="csc").astype(np.float64), columns
+            )
+        )
+        for method, own, features, columns, block in zip(coded, sums, chosen, kept, blocks, strict=True)
+    ]
 
 
 def _deviation(moments: Moments, split: SplitRows) -> float:
