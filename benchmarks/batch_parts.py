@@ -9,7 +9,6 @@ forward and a backward pass.
 import argparse
 import os
 import statistics
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -18,6 +17,7 @@ import torch
 import torch.nn.functional as F
 import yaml
 from torch import Tensor
+from turns import take_turns
 
 from sparsight import backbones, machine
 from sparsight.config import Compute
@@ -54,14 +54,7 @@ def main() -> None:
         contestants[f"whole batch, {n} threads an operation"] = partial(shared, n)
     for n in counts:
         contestants[f"{PARTS} parts, {n} at a time"] = partial(parted, Parts(n))
-    seconds: dict[str, list[float]] = {name: [] for name in contestants}
-    for run in contestants.values():
-        run()
-    for _ in range(arguments.rounds):
-        for name, run in contestants.items():
-            start = time.perf_counter()
-            run()
-            seconds[name].append(time.perf_counter() - start)
+    seconds = take_turns(contestants, arguments.rounds)
     print(f"{machine.describe()}, torch {torch.__version__}; batch {arguments.batch}, milliseconds\n")
     print("| | minimum | median |\n|---|---|---|")
     for name, times in seconds.items():

@@ -3,20 +3,21 @@
 The ways take turns; minimum and median over the rounds are printed, with the largest difference of the pixels from
 Pillow's and whether two decodes gave the same bytes. Usage:
 
-    python benchmarks/decode.py [--parquet shared/data/groceries/val.parquet] [--rounds 5]
+    python benchmarks/decode.py [--parquet images.parquet] [--rounds 5]
 """
 
 import argparse
 import io
 import statistics
-import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 import torchvision.io  # noqa: F401  # registers torch.ops.image
 from PIL import Image
+from turns import take_turns
 
 from sparsight import machine
 from sparsight.config import Compute
@@ -67,6 +68,11 @@ def made(form: str, height: int, width: int, count: int = 32) -> list[bytes]:
     return found
 
 
+def decode_all(decode: Callable[[bytes], np.ndarray], images: list[bytes]) -> list[np.ndarray]:
+    """Every image, decoded."""
+    return [decode(data) for data in images]
+
+
 def main() -> None:
     """Print one line per set of images and way."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -86,20 +92,14 @@ def main() -> None:
         source = SOURCES["parquet"](str(arguments.parquet))
         sets[arguments.parquet.as_posix()] = [source.read(item.uri) for item in source.items()]
     for name, images in sets.items():
-        first = {way: [f(data).copy() for data in images] for way, f in WAYS.items()}
-        seconds: dict[str, list[float]] = {way: [] for way in WAYS}
-        same = dict.fromkeys(WAYS, True)
-        for _ in range(arguments.rounds):
-            for way, f in WAYS.items():
-                begin = time.perf_counter()
-                again = [f(data) for data in images]
-                seconds[way].append(time.perf_counter() - begin)
-                same[way] &= all(np.array_equal(a, b) for a, b in zip(first[way], again, strict=True))
-        for way, values in seconds.items():
+        contestants = {way: partial(decode_all, decode, images) for way, decode in WAYS.items()}
+        first, again = ({way: run() for way, run in contestants.items()} for _ in range(2))
+        for way, values in take_turns(contestants, arguments.rounds, warm_up=0).items():
+            same = all(np.array_equal(a, b) for a, b in zip(first[way], again[way], strict=True))
             best, middle = len(images) / min(values), len(images) / statistics.median(values)
             off = np.abs(np.stack(first[way]).astype(int) - np.stack(first["pillow"]))
             print(f"{name:18s} {way:12s} {best:7.0f} / {middle:7.0f} images/s (best / median), up to {off.max()} of "
-                  f"255 from Pillow, {off.mean():.4f} on average, same bytes twice: {same[way]}")  # fmt: skip
+                  f"255 from Pillow, {off.mean():.4f} on average, same bytes twice: {same}")  # fmt: skip
 
 
 if __name__ == "__main__":

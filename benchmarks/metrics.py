@@ -52,7 +52,7 @@ def main() -> None:
         stores = {name: ActivationStore.open(Path(folder, name, "store.zarr")) for name in labels}
         one = sae.create("topk", arguments.width, arguments.d_sae, arguments.k).requires_grad_(False)
         before, start, cpu = machine.peak_memory(), time.perf_counter(), time.process_time()
-        found = measure(one, SITE, stores["train"], stores["test"], labels, CLASSES, 0)
+        (found,) = measure([one], SITE, stores["train"], stores["test"], labels, CLASSES, 0)
         print(f"{time.perf_counter() - start:.1f} s, {time.process_time() - cpu:.1f} CPU s")
     print(f"peak memory {machine.peak_memory():.0f} MB, {before:.0f} before")
     print(f"{len(found.latents)} latents, {len(found.baselines)} methods, {len(found.probing)} probes")

@@ -12,14 +12,16 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
+from functools import partial
 from pathlib import Path
+
+from turns import take_turns
 
 from sparsight import machine
 
 BARE = """
 rule all:
-    input: expand("evaluated/{{section}}-{{seed}}", section=range({sections}), seed=range({seeds})),
+    input: expand("evaluated/{{section}}-{{seed}}.a", section=range({sections}), seed=range({seeds})),
         expand("alike/{{section}}", section=range({sections}))
 
 for section in range({sections}):
@@ -29,13 +31,13 @@ for section in range({sections}):
         output: expand("trained/{{section}}-{{seed}}.{{file}}", section=section, seed=range({seeds}), file=[*"abc"])
         shell: "true"
 
-wildcard_constraints:
-    sae=r"\\d+-\\d+",
-
-rule evaluate:
-    input: [f"source/{{i}}" for i in range(6)], "trained/{{sae}}.a", "trained/{{sae}}.b"
-    output: "evaluated/{{sae}}", ["evaluated/{{sae}}." + file for file in "abcd"]
-    shell: "true"
+    rule:
+        name: f"evaluate_{{section}}"
+        input: [f"source/{{i}}" for i in range(6)],
+            expand("trained/{{section}}-{{seed}}.{{file}}", section=section, seed=range({seeds}), file=[*"ab"])
+        output: [f"evaluated/{{section}}"],
+            expand("evaluated/{{section}}-{{seed}}.{{file}}", section=section, seed=range({seeds}), file=[*"abcd"])
+        shell: "true"
 
 rule compare:
     input: "source/0", "source/1", expand("trained/{{{{section}}}}-{{seed}}.a", seed=range({seeds}))
@@ -64,16 +66,17 @@ def main() -> None:
             "bare": ["--directory", str(bare), "--snakefile", str(bare / "Snakefile"), "--workflow-profile", "none"],
             "default run": ["--forceall"],
         }
-        seconds: dict[str, list[float]] = {name: [] for name in contestants}
-        for _ in range(arguments.rounds):
-            for name, words in contestants.items():
-                start = time.perf_counter()
-                command = [sys.executable, "-m", "snakemake", "--cores", "8", "--dry-run", "--quiet", "all", *words]
-                subprocess.run(command, check=True, capture_output=True)
-                seconds[name].append(time.perf_counter() - start)
+        runs = {name: partial(plan, words) for name, words in contestants.items()}
+        seconds = take_turns(runs, arguments.rounds, warm_up=0)
     print(f"{machine.describe()}\n\n| | minimum, s | median, s |\n|---|---|---|")
     for name, times in seconds.items():
         print(f"| {name} | {min(times):.1f} | {statistics.median(times):.1f} |")
+
+
+def plan(words: list[str]) -> None:
+    """Let Snakemake plan and print nothing."""
+    command = [sys.executable, "-m", "snakemake", "--cores", "8", "--dry-run", "--quiet", "all", *words]
+    subprocess.run(command, check=True, capture_output=True)
 
 
 def sweep(sections: int, seeds: int) -> str:

@@ -10,12 +10,12 @@ that did nothing but search.
 import argparse
 import multiprocessing
 import statistics
-import time
 from collections.abc import Callable
 from functools import partial
 
 import numpy as np
 import torch
+from turns import take_turns
 
 from sparsight import machine
 from sparsight.config import Compute
@@ -45,12 +45,7 @@ def main() -> None:
             "bare product": partial(product, queries, bank),
             "search": partial(retrieval.nearest, queries, bank, arguments.n, _CPU),
         }
-        seconds: dict[str, list[float]] = {name: [] for name in contestants}
-        for _ in range(arguments.rounds):
-            for name, run in contestants.items():
-                start = time.perf_counter()
-                run()
-                seconds[name].append(time.perf_counter() - start)
+        seconds = take_turns(contestants, arguments.rounds, warm_up=0)
         with multiprocessing.get_context("spawn").Pool(1) as pool:
             before, after = pool.apply(memory, (arguments, clusters))
         print(f"{clusters} cluster{'s' * (clusters > 1)}: peak memory {after:.0f} MiB, {before:.0f} before the search")

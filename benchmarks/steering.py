@@ -10,11 +10,11 @@ Shapes: B batch, T tokens, D width (d_in).
 
 import argparse
 import statistics
-import time
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from turns import take_turns
 
 from sparsight import backbones, machine, sae
 from sparsight.config import Compute
@@ -77,16 +77,10 @@ def main() -> None:
 
 def _race(rounds: int, contestants: dict[str, Callable[[], object]]) -> list[float]:
     """Print the times of contestants that take turns; returns the minima."""
-    times: dict[str, list[float]] = {name: [] for name in contestants}
-    for turn in range(rounds + 1):
-        for name, work in contestants.items():
-            start = time.perf_counter()
-            work()
-            if turn:
-                times[name].append(1000 * (time.perf_counter() - start))
-    for name, spent in times.items():
-        print(f"{name:20s}{min(spent):10.1f} / {statistics.median(spent):8.1f} ms")
-    return [min(spent) for spent in times.values()]
+    seconds = take_turns(contestants, rounds)
+    for name, spent in seconds.items():
+        print(f"{name:20s}{1000 * min(spent):10.1f} / {1000 * statistics.median(spent):8.1f} ms")
+    return [min(spent) for spent in seconds.values()]
 
 
 if __name__ == "__main__":
