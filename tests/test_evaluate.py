@@ -17,7 +17,7 @@ from sparsight import config, sae, tables
 from sparsight.backbones import Backbone
 from sparsight.images import Manifest, Split, write_manifest
 from sparsight.sae import SAE
-from sparsight.sae.evaluate import chain_errors, evaluate_chain, redundancies
+from sparsight.sae.evaluate import chain_errors, evaluate, evaluate_chain, redundancies
 from sparsight.sae.metrics.measure import measure
 from sparsight.sae.residual import ReSAE, by_group, fit_maps, fit_moments
 from sparsight.sae.splice import Clean, Replacement, spliced
@@ -207,11 +207,10 @@ def test_replacements_see_the_clean_pass_what_arrives_and_what_was_put_before(sp
     torch.testing.assert_close(seen[3][2], arrives[:, 1:].flatten(0, 1))
 
 
-def test_a_chain_of_perfect_saes_changes_nothing_whatever_the_way_back(split: Split, tmp_path: Path) -> None:
-    """d_sae = 2 d_in with a decoder of +-unit vectors and k = d_in rebuilds everything."""
-    backbone = make_backbone(classes=2)
+def real_store(backbone: Backbone, split: Split, folder: Path) -> ActivationStore:
+    """What the backbone computes of the images at both sites."""
     x = backbone.tokens(backbone.normalize(split.batch(slice(None), backbone.preprocess)))
-    path = write_store(tmp_path, len(split), dict.fromkeys(SITES, (17, D)), "all", dtype="float32")
+    path = write_store(folder, len(split), dict.fromkeys(SITES, (17, D)), "all", dtype="float32")
     group = zarr.open_group(path, mode="r+")
     for block in (1, 2):
         group[f"blocks.{block}.input"][:] = backbone.run_blocks(x, 0, block)[0].numpy()
@@ -219,7 +218,37 @@ def test_a_chain_of_perfect_saes_changes_nothing_whatever_the_way_back(split: Sp
     manifest["token_positions"] = {"class": [0], "register": [], "patches": [1, 17]}
     del manifest["checksum"]
     path.with_suffix(".json").write_text(json.dumps(manifest))
-    store = ActivationStore.open(path)
+    return ActivationStore.open(path)
+
+
+def test_saes_evaluated_together_get_the_files_that_each_gets_alone(split: Split, tmp_path: Path) -> None:
+    backbone = make_backbone(classes=2)
+    store = real_store(backbone, split, tmp_path)
+    saes = {f"s{seed}": random_sae(seed) for seed in range(2)}
+    for one in saes.values():
+        one.about = {"site": SITES[0]}
+
+    def evaluated(saes: Mapping[str, SAE], name: str) -> Path:
+        with Work(tmp_path / f"work-{name}", "key") as work:
+            evaluate(saes, backbone, store, store, split.labels, split, 0, work, {})
+            work.finish(tmp_path / name)
+        return tmp_path / name
+
+    together = evaluated(saes, "together")
+    numbers = []
+    for name, one in saes.items():
+        alone = evaluated({name: one}, f"alone-{name}") / name
+        for made in alone.iterdir():
+            assert made.read_bytes() == (together / name / made.name).read_bytes(), made
+        numbers.append(json.loads((alone / "metrics.json").read_text()))
+    assert numbers[0]["kl_spliced"] != numbers[1]["kl_spliced"] > 0
+    assert numbers[0]["kl_mean_instead"] == numbers[1]["kl_mean_instead"] > 0
+
+
+def test_a_chain_of_perfect_saes_changes_nothing_whatever_the_way_back(split: Split, tmp_path: Path) -> None:
+    """d_sae = 2 d_in with a decoder of +-unit vectors and k = d_in rebuilds everything."""
+    backbone = make_backbone(classes=2)
+    store = real_store(backbone, split, tmp_path)
     chain = random_chain(store)
     for site in SITES:
         one = sae.create("topk", D, 2 * D, D).requires_grad_(False)
