@@ -18,7 +18,7 @@ from conftest import TINY, snakemake, workspace
 from runs import contents, holder, run_in_peace, start
 
 SNAKEMAKE_SHARE = 0.25  # of the kills
-MEAN_SECONDS = 10.0  # between them; now and then there is time enough for the longest stage
+KILLS_A_RUN = 25  # in the time that a run takes which is left alone, so that they come to every part of it
 
 
 def stages(folder: Path) -> dict[int, str]:
@@ -28,14 +28,21 @@ def stages(folder: Path) -> dict[int, str]:
     return {process: name for name in names if (process := holder(folder, name, "lock"))}
 
 
-def disturb(folder: Path, generator: random.Random, most: int) -> Counter[str]:
-    """Give the same command until it succeeds, killing what it is doing; returns how often what was killed."""
+def disturb(folder: Path, generator: random.Random, most: int, mean: float) -> Counter[str]:
+    """Give the same command until it succeeds, killing what it is doing; returns how often what was killed.
+
+    Args:
+        folder: of the run.
+        generator: of moments and stages.
+        most: kills after which the run is left alone.
+        mean: seconds between kills.
+    """
     killed: Counter[str] = Counter()
     while True:
-        run = start(folder)
+        run = start(folder, cores=2)
         while run.poll() is None:
             try:
-                run.wait(generator.expovariate(1 / MEAN_SECONDS) if killed.total() < most else None)
+                run.wait(generator.expovariate(1 / mean) if killed.total() < most else None)
             except subprocess.TimeoutExpired:
                 if generator.random() < SNAKEMAKE_SHARE:
                     run.kill()
@@ -59,9 +66,10 @@ def main(kills: str = "50", seed: str = "0", which: str = "tiny") -> None:
             overlay = Path(parent, "default.yaml")
             overlay.write_text("run: tiny\n")  # params.yaml as it is, under the name that the tests look for
         undisturbed = contents(run_in_peace(workspace(Path(parent, "peace"), overlay)))
+        mean = (time.monotonic() - begin) / KILLS_A_RUN
         while killed.total() < int(kills):
             folder = workspace(Path(parent, f"chaos-{killed.total()}"), overlay)
-            killed += disturb(folder, generator, int(kills) - killed.total())
+            killed += disturb(folder, generator, int(kills) - killed.total(), mean)
             made = contents(folder)
             differing = [name for name in made.keys() | undisturbed if made.get(name) != undisturbed.get(name)]
             left = [path.name for path in (folder / "results" / "tiny" / ".work").iterdir()]

@@ -34,8 +34,8 @@ def holder(folder: Path, stage: str, sign: str) -> int | None:
     return int(match[1]) if match and alive else None
 
 
-def start(folder: Path) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "snakemake", "--configfile", "tiny.yaml", "--cores", "1"]
+def start(folder: Path, cores: int = 1) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "snakemake", "--configfile", "tiny.yaml", "--cores", str(cores)]
     with (folder / "output.txt").open("w") as output:  # not a pipe: what an orphan holds open never ends
         return subprocess.Popen(command, cwd=folder, stdout=output, stderr=subprocess.STDOUT)
 

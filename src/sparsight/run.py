@@ -45,6 +45,17 @@ class Run:
         }
 
     @cached_property
+    def shapes(self) -> dict[tuple[str, ...], list[str]]:
+        """The sections of ``saes`` with the same seeds and sites, by what their folders add to the section's name.
+
+        That is ``-s0``, ``-s1``, of chains ``-s0/blocks.2.input`` and so on.
+        """
+        found: dict[tuple[str, ...], list[str]] = {}
+        for section, names in self.grids.items():
+            found.setdefault(tuple(name.removeprefix(section) for name in names), []).append(section)
+        return found
+
+    @cached_property
     def sae_names(self) -> dict[str, Sae]:
         """Every SAE of one site, by the name of its folder (<section>-s<seed>)."""
         return {f"{name}-s{seed}": s for name, s in self.saes.items() if not s.sites for seed in s.seeds}

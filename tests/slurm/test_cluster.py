@@ -33,11 +33,13 @@ def cluster() -> Iterator[None]:
 
 
 def queue(*states: str) -> list[tuple[str, str, str]]:
-    """Number, state and rule of the jobs in these states; of all jobs, finished ones too, if none is given."""
+    """Number, state and rule:wildcards of the jobs in these states; of all, finished ones too, if none is given."""
     command = ["squeue", "--noheader", "--sort=i", "--format=%i %T %k", "--states", ",".join(states) or "all"]
     lines = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
     jobs = [line.split(maxsplit=2) for line in lines]
-    return [(number, state, re.sub("^rule_|_wildcards_.*", "", comment)) for number, state, comment in jobs]
+    return [
+        (number, state, comment.removeprefix("rule_").replace("_wildcards_", ":")) for number, state, comment in jobs
+    ]
 
 
 def control(*words: str) -> None:
@@ -52,7 +54,7 @@ def test_every_job_goes_through_slurm_and_survives_time_limit_requeue_and_scance
     local = snakemake(peace, "--cores", "2")
     assert local.returncode == 0, local.stderr[-5000:]
 
-    limit = ("--set-resources", "sae_topk:runtime=1")
+    limit = ("--set-resources", "sae_1:runtime=1")
     command = [sys.executable, "-m", "snakemake", "--configfile", "tiny.yaml", *SUBMIT, *limit]
     with (folder / "output.txt").open("w") as output:
         run = subprocess.Popen(command, cwd=folder, stdout=output, stderr=subprocess.STDOUT)
@@ -60,14 +62,14 @@ def test_every_job_goes_through_slurm_and_survives_time_limit_requeue_and_scance
     try:
         while run.poll() is None:
             running = [(number, rule) for number, _, rule in queue("RUNNING")]
-            side_by_side = max(side_by_side, sum(rule == "extract" for _, rule in running))
+            side_by_side = max(side_by_side, sum(rule.startswith("extract:") for _, rule in running))
             if not stopped and (process := holder(folder, "sae-topk", "state/training.jsonl")):
                 os.kill(process, signal.SIGSTOP)  # it gets nowhere until its time is over
                 stopped = process
             for number, rule in running:
-                if rule == "policy" and not requeued and holder(folder, "policy-heads", "lock"):
+                if rule == "policy:heads" and not requeued and holder(folder, "policy-heads", "lock"):
                     control("scontrol", "requeue", requeued := number)
-                elif rule == "evaluate_topk" and not cancelled:
+                elif rule == "evaluate_1:topk" and not cancelled:
                     control("scancel", cancelled := number)
             resumable |= (folder / "results/tiny/.work/sae-topk/state/checkpoint.safetensors").exists()
             time.sleep(0.2)
@@ -77,11 +79,11 @@ def test_every_job_goes_through_slurm_and_survives_time_limit_requeue_and_scance
     said = (folder / "output.txt").read_text()
     assert run.returncode == 0, said[-5000:]
 
-    assert [state for _, state, rule in jobs if rule == "sae_topk"] == ["TIMEOUT", "COMPLETED"] and resumable
-    assert [(number, state) for number, state, rule in jobs if rule == "policy"] == [(requeued, "COMPLETED")]
-    assert (cancelled, "CANCELLED", "evaluate_topk") in jobs
+    assert [state for _, state, rule in jobs if rule == "sae_1:topk"] == ["TIMEOUT", "COMPLETED"] and resumable
+    assert [(number, state) for number, state, rule in jobs if rule == "policy:heads"] == [(requeued, "COMPLETED")]
+    assert (cancelled, "CANCELLED", "evaluate_1:topk") in jobs
     assert side_by_side >= 2
-    submitted = {rule for _, _, rule in jobs}
+    submitted = {rule.partition(":")[0] for _, _, rule in jobs}
     planned = set(re.findall(r"^(?:local)?rule (\w+):$", local.stdout + local.stderr, re.MULTILINE))
     assert planned - submitted == {"all", "configuration", "summary"}
 
@@ -98,6 +100,6 @@ def test_a_job_on_a_gpu_asks_for_a_card_and_gets_it(tmp_path: Path) -> None:
     done = snakemake(folder, *SUBMIT, "--retries", "0", "results/tiny/backbones/vit/model.safetensors")
     assert done.returncode == 1
     assert "compute.device: torch finds no CUDA device" in done.stdout + done.stderr
-    number = next(number for number, state, rule in queue() if (state, rule) == ("FAILED", "backbone"))
+    number = next(number for number, state, rule in queue() if (state, rule) == ("FAILED", "backbone:vit"))
     shown = subprocess.run(["scontrol", "show", "job", number], check=True, capture_output=True, text=True).stdout
     assert "TresPerJob=gres:gpu:1" in shown

@@ -23,22 +23,23 @@ def one_of(names):
     return "|".join(map(re.escape, names)) or "(?!)"
 
 
-def sae_name(wildcards):
-    """The SAE that a job is about, or that its steering result uses."""
-    return getattr(wildcards, "sae", None) or RUN.steering_names[f"{wildcards.steering}-s{wildcards.seed}"]
+# Sections of SAEs on which steering and pruning wait: with these first, no core stands idle at the end of a run.
+STEERED = {sae.rpartition("-s")[0] for sae in RUN.steering_names.values()}
+
+
+def steered_sae(wildcards):
+    """The SAE that a steering result uses."""
+    return RUN.steering_names[f"{wildcards.steering}-s{wildcards.seed}"]
 
 
 def sae_section(wildcards):
-    return RUN.sae_names[sae_name(wildcards)]
-
-
-def sae_code(name):
-    """The file of an SAE's variant, which scripts load by name."""
-    return f"src/sparsight/sae/{RUN.sae_names[name].kind}.py"
+    """The section of SAEs that a job is about, or from which its steering result has its SAE."""
+    own = getattr(wildcards, "section", None)
+    return RUN.saes[own] if own else RUN.sae_names[steered_sae(wildcards)]
 
 
 def store_of(split):
-    """The manifest of the store that an SAE reads."""
+    """The manifest of the store that SAEs read."""
     return lambda wildcards: f"{R}/activations/{sae_section(wildcards).backbone}/{split}.json"
 
 
@@ -78,3 +79,12 @@ def code(script, *extra):
     if workflow.is_main_process:
         write_digest(path, closure(f"workflow/scripts/{script}", *extra))
     return path.as_posix()
+
+
+def variant(section):
+    """The file of an SAE variant, which scripts load by name."""
+    return f"src/sparsight/sae/{section.kind}.py"
+
+
+def code_of_sae(script, *extra):
+    return lambda wildcards: code(script, variant(sae_section(wildcards)), *extra)

@@ -24,10 +24,10 @@ def training_threads(wildcards):
     return 4 * THREADS if trained_here else THREADS
 
 
-def needs(extra_mb=0, gpu=int(RUN.compute.device == "cuda")):
+def needs(extra_mb=lambda wildcards: 0, gpu=int(RUN.compute.device == "cuda")):
     """What a job asks a cluster for: minutes, megabytes, cards. One that failed for want of them gets more."""
     return {
-        "mem_mb": lambda wildcards, attempt: (4000 + extra_mb) * attempt,
+        "mem_mb": lambda wildcards, attempt: (4000 + extra_mb(wildcards)) * attempt,
         "runtime": lambda wildcards, attempt: 240 * attempt,
         "gpu": gpu,
     }

@@ -34,7 +34,7 @@ rule pruning:
         saes=expand(SAE_WEIGHTS, sae=RUN.steered.values()),
         vectors=expand(f"{R}/steering/{{name}}.safetensors", name=RUN.steered),
         trust=f"{R}/.trust/pruning-{{policy}}",
-        code=code("pruning.py", *map(sae_code, RUN.steered.values())),
+        code=code("pruning.py", *(variant(RUN.sae_names[sae]) for sae in RUN.steered.values())),
     output:
         overall=f"{R}/pruning/{{policy}}/overall.parquet",
         per_class=f"{R}/pruning/{{policy}}/per_class.parquet",
@@ -51,6 +51,7 @@ rule pruning:
         f"{R}/logs/pruning-{{policy}}.log",
     benchmark:
         f"{R}/benchmarks/pruning-{{policy}}.jsonl"
+    priority: 3
     threads: THREADS
     resources:
         **needs(),

@@ -2,7 +2,7 @@ RESULTS = {
     "backbones": expand(rules.backbone.output.config, backbone=RUN.backbones),
     "saes": expand(f"{R}/saes/{{sae}}/metrics.json", sae=RUN.sae_names),
     "chains": expand(f"{R}/saes/{{chain}}/metrics.json", chain=RUN.chains),
-    "stabilities": expand(rules.stability.output.stability, grid=RUN.repeated),
+    "stabilities": expand(rules.stability.output.stability, section=RUN.repeated),
     "steerings": expand(f"{R}/steering/{{name}}.parquet", name=RUN.steering_names),
     "transfers": expand(f"{R}/steering/{{name}}/{{other}}.json", name=RUN.transfers, other=RUN.other_images),
     "policies": expand(rules.pruning.output.metrics, policy=RUN.policies),
@@ -49,7 +49,7 @@ rule report:
             "report.py",
             "src/sparsight/report/page.html.j2",
             *expand("src/sparsight/report/captions/{kind}.rst", kind=CATEGORIES),
-            *dict.fromkeys(f"src/sparsight/sae/{section.kind}.py" for section in RUN.saes.values()),
+            *dict.fromkeys(map(variant, RUN.saes.values())),
         ),
     output:
         page=f"{R}/report/index.html",

@@ -1,27 +1,27 @@
 # How much alike the SAEs of a section are over its seeds.
 rule stability:
     input:
-        saes=lambda wildcards: expand(SAE_WEIGHTS, sae=RUN.grids[wildcards.grid]),
-        configs=lambda wildcards: expand(SAE_CONFIG, sae=RUN.grids[wildcards.grid]),
-        trust=f"{R}/.trust/stability-{{grid}}",
-        code=lambda wildcards: code("stability.py", f"src/sparsight/sae/{RUN.saes[wildcards.grid].kind}.py"),
+        saes=lambda wildcards: expand(SAE_WEIGHTS, sae=RUN.grids[wildcards.section]),
+        configs=lambda wildcards: expand(SAE_CONFIG, sae=RUN.grids[wildcards.section]),
+        trust=f"{R}/.trust/stability-{{section}}",
+        code=code_of_sae("stability.py"),
     output:
-        stability=f"{R}/saes/{{grid}}-stability.json",
-        record=f"{R}/records/stability-{{grid}}.json",
+        stability=f"{R}/saes/{{section}}-stability.json",
+        record=f"{R}/records/stability-{{section}}.json",
     log:
-        f"{R}/logs/stability-{{grid}}.log",
+        f"{R}/logs/stability-{{section}}.log",
     benchmark:
-        f"{R}/benchmarks/stability-{{grid}}.jsonl"
+        f"{R}/benchmarks/stability-{{section}}.jsonl"
     wildcard_constraints:
-        grid=one_of(RUN.grids),
+        section=one_of(RUN.grids),
     threads: THREADS
     resources:
         **needs(gpu=0),
     params:
         out=subpath(output[0], parent=True),
-        work=f"{R}/.work/stability-{{grid}}",
+        work=f"{R}/.work/stability-{{section}}",
         flags=flags(),
     shell:
-        "python workflow/scripts/stability.py --from-saes {input.saes} --name {wildcards.grid}"
+        "python workflow/scripts/stability.py --from-saes {input.saes} --name {wildcards.section}"
         " --out {params.out} --work {params.work} --record {output.record}"
         " {params.flags} > {log} 2>&1"

@@ -10,9 +10,9 @@ rule steering:
         backbone=backbone_of_sae,
         stores=stores_of_steering,
         finder=stores_of_finder,
-        sae=lambda wildcards: f"{R}/saes/{sae_name(wildcards)}/sae.safetensors",
+        sae=lambda wildcards: f"{R}/saes/{steered_sae(wildcards)}/sae.safetensors",
         trust=f"{R}/.trust/steering-{{steering}}-s{{seed}}",
-        code=lambda wildcards: code("steering.py", sae_code(sae_name(wildcards))),
+        code=code_of_sae("steering.py"),
     output:
         vectors=f"{R}/steering/{{steering}}-s{{seed}}.safetensors",
         table=f"{R}/steering/{{steering}}-s{{seed}}.parquet",
@@ -23,6 +23,7 @@ rule steering:
         f"{R}/logs/steering-{{steering}}-s{{seed}}.log",
     benchmark:
         f"{R}/benchmarks/steering-{{steering}}-s{{seed}}.jsonl"
+    priority: 2
     threads: THREADS
     resources:
         **needs(),
@@ -43,11 +44,11 @@ rule steering_elsewhere:
     input:
         images=rules.other_images.output.manifest,
         backbone=backbone_of_sae,
-        sae=lambda wildcards: f"{R}/saes/{sae_name(wildcards)}/sae.safetensors",
+        sae=lambda wildcards: f"{R}/saes/{steered_sae(wildcards)}/sae.safetensors",
         vectors=rules.steering.output.vectors,
         home=rules.steering.output.summary,
         trust=f"{R}/.trust/steering-{{steering}}-s{{seed}}-{{other}}",
-        code=lambda wildcards: code("steering_elsewhere.py", sae_code(sae_name(wildcards))),
+        code=code_of_sae("steering_elsewhere.py"),
     output:
         table=f"{R}/steering/{{steering}}-s{{seed}}/{{other}}.parquet",
         summary=f"{R}/steering/{{steering}}-s{{seed}}/{{other}}.json",
