@@ -2,8 +2,8 @@
 
     python benchmarks/planning.py [--sections 250] [--seeds 4] [--rounds 3]
 
-``bare`` is a Snakefile with as many rules, jobs, inputs and outputs as the sweep, by constant paths, without the few
-jobs that gather them: about what Snakemake needs by itself. The three take turns; minimum and median are printed.
+``bare`` is a Snakefile with as many jobs, inputs and outputs as the sweep, without functions and without the few jobs
+that gather them: about what Snakemake needs by itself. The three take turns; minimum and median are printed.
 Nothing is run.
 """
 
@@ -24,24 +24,23 @@ rule all:
     input: expand("evaluated/{{section}}-{{seed}}.a", section=range({sections}), seed=range({seeds})),
         expand("alike/{{section}}", section=range({sections}))
 
-for section in range({sections}):
-    rule:
-        name: f"train_{{section}}"
-        input: [f"source/{{i}}" for i in range(4)]
-        output: expand("trained/{{section}}-{{seed}}.{{file}}", section=section, seed=range({seeds}), file=[*"abc"])
-        shell: "true"
+rule train:
+    input: [f"source/{{i}}" for i in range(4)]
+    output: expand("trained/{{{{section}}}}-{{seed}}.{{file}}", seed=range({seeds}), file=[*"abc"]),
+        "trained/{{section}}"
+    shell: "true"
 
-    rule:
-        name: f"evaluate_{{section}}"
-        input: [f"source/{{i}}" for i in range(6)],
-            expand("trained/{{section}}-{{seed}}.{{file}}", section=section, seed=range({seeds}), file=[*"ab"])
-        output: [f"evaluated/{{section}}"],
-            expand("evaluated/{{section}}-{{seed}}.{{file}}", section=section, seed=range({seeds}), file=[*"abcd"])
-        shell: "true"
+rule evaluate:
+    input: [f"source/{{i}}" for i in range(6)],
+        expand("trained/{{{{section}}}}-{{seed}}.{{file}}", seed=range({seeds}), file=[*"ab"])
+    output: expand("evaluated/{{{{section}}}}-{{seed}}.{{file}}", seed=range({seeds}), file=[*"abcd"]),
+        "evaluated/{{section}}"
+    shell: "true"
 
 rule compare:
-    input: "source/0", "source/1", expand("trained/{{{{section}}}}-{{seed}}.a", seed=range({seeds}))
-    output: "alike/{{section}}"
+    input: [f"source/{{i}}" for i in range(2)],
+        expand("trained/{{{{section}}}}-{{seed}}.{{file}}", seed=range({seeds}), file=[*"ab"])
+    output: "alike/{{section}}", "alike/{{section}}.a"
     shell: "true"
 """
 
