@@ -23,7 +23,7 @@ def one_of(names):
     return "|".join(map(re.escape, names)) or "(?!)"
 
 
-# Sections of SAEs on which steering and pruning wait: with these first, no core stands idle at the end of a run.
+# Sections of SAEs on which steering and pruning wait: these come first, so that fewer cores stand idle at the end.
 STEERED = {sae.rpartition("-s")[0] for sae in RUN.steering_names.values()}
 
 

@@ -1,0 +1,86 @@
+RANDOM_SAE = "src/sparsight/sae/topk.py"  # the variant of the random dictionary that every SAE is compared with
+OF_AN_SAE = ["metrics.json", "latents.parquet", "baselines.parquet", "probing.parquet"]
+
+# Rules are shared as those of training are.
+for NUMBER, (ENDINGS, SECTIONS) in enumerate(RUN.shapes.items(), 1):
+    SAES = expand("{{section}}{ending}", ending=ENDINGS)
+    SHAPE = RUN.saes[SECTIONS[0]]
+
+    if not SHAPE.sites:
+
+        # One job evaluates the SAEs of a section, beside baselines that are the same for all.
+        rule:
+            name:
+                f"evaluate_{NUMBER}"
+            input:
+                images=f"{R}/images/manifest.parquet",
+                backbone=backbone_of_sae,
+                train=store_of("train"),
+                test=store_of("test"),
+                saes=expand(SAE_WEIGHTS, sae=SAES),
+                configs=expand(SAE_CONFIG, sae=SAES),
+                trust=f"{R}/.trust/evaluate-{{section}}",
+                code=code_of_sae("evaluate_sae.py", RANDOM_SAE),
+            output:
+                expand(f"{R}/saes/{{sae}}/{{of}}", sae=SAES, of=OF_AN_SAE),
+                record=f"{R}/records/evaluate-{{section}}.json",
+            log:
+                f"{R}/logs/evaluate-{{section}}.log",
+            benchmark:
+                f"{R}/benchmarks/evaluate-{{section}}.jsonl"
+            wildcard_constraints:
+                section=one_of(SECTIONS),
+            threads: THREADS
+            resources:
+                **needs(),
+            params:
+                out=subpath(output[0], ancestor=2),
+                work=f"{R}/.work/evaluate-{{section}}",
+                flags=flags(),
+            shell:
+                "python workflow/scripts/evaluate_sae.py --from-images {input.images} --from-backbone {input.backbone}"
+                " --from-train {input.train} --from-test {input.test} --from-saes {input.saes}"
+                " --name {wildcards.section}"
+                " --out {params.out} --work {params.work} --record {output.record}"
+                " {params.flags} > {log} 2>&1"
+
+    else:
+        SITES = expand("{{section}}-s{{seed}}/{site}", site=SHAPE.sites)
+
+        rule:
+            name:
+                f"evaluate_chain_{NUMBER}"
+            input:
+                images=f"{R}/images/manifest.parquet",
+                backbone=backbone_of_sae,
+                train=store_of("train"),
+                test=store_of("test"),
+                maps=expand(MAPS, chain="{section}-s{seed}"),
+                saes=expand(SAE_WEIGHTS, sae=SITES),
+                configs=expand(SAE_CONFIG, sae=SITES),
+                trust=f"{R}/.trust/evaluate-{{section}}-s{{seed}}",
+                code=code_of_sae("evaluate_chain.py", RANDOM_SAE),
+            output:
+                chain=f"{R}/saes/{{section}}-s{{seed}}/metrics.json",
+                sites=expand(f"{R}/saes/{{site}}/{{of}}", site=SITES, of=OF_AN_SAE),
+                record=f"{R}/records/evaluate-{{section}}-s{{seed}}.json",
+            log:
+                f"{R}/logs/evaluate-{{section}}-s{{seed}}.log",
+            benchmark:
+                f"{R}/benchmarks/evaluate-{{section}}-s{{seed}}.jsonl"
+            wildcard_constraints:
+                section=one_of(SECTIONS),
+                seed=r"\d+",
+            threads: THREADS
+            resources:
+                **needs(),
+            params:
+                out=subpath(output[0], parent=True),
+                work=f"{R}/.work/evaluate-{{section}}-s{{seed}}",
+                flags=flags(),
+            shell:
+                "python workflow/scripts/evaluate_chain.py --from-images {input.images}"
+                " --from-backbone {input.backbone} --from-train {input.train} --from-test {input.test}"
+                " --from-maps {input.maps} --from-saes {input.saes} --name {wildcards.section}-s{wildcards.seed}"
+                " --out {params.out} --work {params.work} --record {output.record}"
+                " {params.flags} > {log} 2>&1"
