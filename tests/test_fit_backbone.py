@@ -15,6 +15,7 @@ from sparsight import backbones, clip, config
 from sparsight.errors import SparsightError
 from sparsight.fit_backbone import fit
 from sparsight.images import Manifest, write_manifest
+from sparsight.parts import Parts
 from sparsight.recipes import Recipe, correct
 from sparsight.work import Work
 
@@ -59,7 +60,7 @@ def test_recipe_learns_and_its_folder_opens_as_it_was_measured(name: str, manife
         split = manifest.split(part.removesuffix("_held_out"))
         if part.endswith("_held_out"):
             backbone.use_prompts(about["prompt_names"], about["held_out_templates"])
-        assert correct(backbone, split, 8).mean() == measured["accuracy"]
+        assert correct(backbone, split, 8, Parts(1)).mean() == measured["accuracy"]
     assert ("test_held_out" in about["accuracy"]) == (name == "contrastive")
 
 

@@ -37,6 +37,15 @@ def test_gradients_are_those_of_the_whole_batch(rows: int, at_once: int) -> None
     assert unused.grad is None and frozen.grad is None
 
 
+@given(rows=st.integers(1, 70), at_once=st.integers(1, 5))
+def test_outputs_are_those_of_the_whole_batch(rows: int, at_once: int) -> None:
+    net = model()
+    x_BD = torch.randn(rows, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(rows))
+    found = Parts(at_once).forward(net, x_BD)
+    torch.testing.assert_close(found, net(x_BD).detach())
+    assert not found.requires_grad
+
+
 def test_an_error_in_a_part_is_raised() -> None:
     def refuse(x_BD: Tensor) -> Tensor:
         raise RuntimeError("does not fit")

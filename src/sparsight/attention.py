@@ -1,6 +1,6 @@
 """Attention with some heads switched off, per image: masked (the reference) and gathered (not computed).
 
-Shapes: B batch, T tokens, D width, H heads, K kept heads, C channels of a head.
+Shapes: B batch, T tokens, R of them that are read, D width, H heads, K kept heads, C channels of a head.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -111,13 +111,13 @@ class _Narrow:
         return _by_group(x_BTD, self.keep_BH, len(weight), bias, run)
 
 
-def head_outputs(attention: nn.Module, x_BTD: Tensor, **shared: Tensor) -> Tensor:
-    """What each head hands to the output projection, (B, T, H, C).
+def head_outputs(attention: nn.Module, x_BTD: Tensor, n_read: int | None = None, **shared: Tensor) -> Tensor:
+    """What each head hands to the output projection, (B, T, H, C), or of the first ``n_read`` tokens alone.
 
     ``proj(head_outputs.flatten(2))`` is the layer's output; columns h C to (h + 1) C of the projection's
     weight belong to head h. Raises SparsightError as :func:`attend`.
     """
-    return _heads(parts(attention, **shared), x_BTD, None)
+    return _heads(parts(attention, **shared), x_BTD, None, n_read)
 
 
 def parts(attention: nn.Module, **shared: Tensor) -> Layer:
@@ -255,8 +255,8 @@ def _by_group(
     return total_BTD if bias is None else total_BTD + bias
 
 
-def _heads(layer: Layer, x_BTD: Tensor, kept_K: Tensor | None) -> Tensor:
-    """What the kept heads (None: all) hand to the projection, (B, T, K, C)."""
+def _heads(layer: Layer, x_BTD: Tensor, kept_K: Tensor | None, n_read: int | None = None) -> Tensor:
+    """What the kept heads (None: all) hand to the projection, (B, T, K, C), or at the first tokens: (B, R, K, C)."""
     B, T, H = *x_BTD.shape[:2], layer.n_heads
     C = layer.proj.in_features // H
     K = H if kept_K is None else len(kept_K)
@@ -283,6 +283,8 @@ def _heads(layer: Layer, x_BTD: Tensor, kept_K: Tensor | None) -> Tensor:
         q, k = (_rotate(layer, part, rope).type_as(v) for part in (q, k))
     bias = layer.bias_HTT
     bias = bias[kept_K] if bias is not None and kept_K is not None else bias
+    if n_read is not None:  # every token is looked at, from few
+        q, x_BTD, bias = q[:, :, :n_read], x_BTD[:, :n_read], None if bias is None else bias[:, :n_read]
     out_BKTC = F.scaled_dot_product_attention(q, k, v, attn_mask=None if bias is None else bias[None].to(q.dtype))
     if layer.scale_H11 is not None:
         out_BKTC = out_BKTC * (layer.scale_H11 if kept_K is None else layer.scale_H11[kept_K])
@@ -290,7 +292,7 @@ def _heads(layer: Layer, x_BTD: Tensor, kept_K: Tensor | None) -> Tensor:
     if layer.mix is None:
         return out_BTKC
     assert kept_K is None, "attend refuses gathered heads where heads are mixed"
-    return layer.mix(x_BTD, out_BTKC.reshape(B, T, H * C)).view(B, T, H, C)
+    return layer.mix(x_BTD, out_BTKC.flatten(2)).unflatten(2, (H, C))
 
 
 def _rotate(layer: Layer, part_BKTC: Tensor, rope: Tensor) -> Tensor:

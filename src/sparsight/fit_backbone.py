@@ -54,20 +54,16 @@ def fit(
     if section.held_out_templates:
         evaluations["test_held_out"] = (test, section.held_out_templates)
 
-    def accuracies() -> dict[str, dict[str, float]]:
-        found = {}
-        for part, (split, texts) in evaluations.items():
-            if texts:
-                backbone.use_prompts(names, texts)
-            found[part] = wilson(correct(backbone, split, section.batch_size))
-        return found
-
     recipe = _recipe(section, backbone, train, val, names, templates, at_once)
     steps_seed = derive_seed(seed, "backbone", name)
     batches, log_path = RowNumbers(len(train), section.batch_size, steps_seed), work.out / "training.jsonl"
     training.train(recipe, batches, section.epochs, steps_seed, work.state, log_path)
     with recipe.averaged():
-        accuracy = accuracies()
+        accuracy = {}
+        for part, (split, texts) in evaluations.items():
+            if texts:
+                backbone.use_prompts(names, texts)
+            accuracy[part] = wilson(correct(backbone, split, section.batch_size, recipe.parts))
         state = {
             key: value.clone(memory_format=torch.contiguous_format)
             for key, value in backbone.model.state_dict().items()

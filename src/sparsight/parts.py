@@ -1,4 +1,4 @@
-"""A training step in which the parts of a batch run side by side.
+"""Passes in which the parts of a batch run side by side, with and without gradients.
 
 The models that are trained on processors here are small: two cores that share each of their operations wait for each
 other as long as they gain. So each core takes a part of the batch (docs/benchmarks.md has the figures). How a batch is
@@ -27,6 +27,15 @@ class Parts:
 
     def __init__(self, at_once: int) -> None:
         self._pool = ThreadPoolExecutor(min(PARTS, max(1, at_once)))
+
+    def forward(self, forward: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:
+        """What ``forward`` makes of all rows, (B, ...), without gradients; forward and inputs as in :meth:`backward`."""
+
+        def without_gradients(part: Tensor) -> Tensor:
+            with torch.no_grad():  # holds in the thread that says so
+                return forward(part)
+
+        return torch.cat(list(self._pool.map(without_gradients, _split(inputs))))
 
     def backward(
         self, forward: Callable[[Tensor], Tensor], inputs: Tensor, loss: Callable[[Tensor], dict[str, Tensor]],

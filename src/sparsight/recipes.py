@@ -83,7 +83,7 @@ class Recipe:
 
     def on_val(self) -> float:
         """Accuracy on val with the weights as they are now."""
-        return float(correct(self.backbone, self.val, self.section.batch_size).mean())
+        return float(correct(self.backbone, self.val, self.section.batch_size, self.parts).mean())
 
     def averaged(self) -> "_Swap":
         """Inside ``with``, the backbone has the averaged weights, if there are any."""
@@ -184,14 +184,13 @@ def labels_of(split: Split, rows: np.ndarray, like: Tensor) -> Tensor:
     return torch.from_numpy(split.labels[rows]).long().to(like.device)
 
 
-@torch.no_grad()
-def correct(backbone: Backbone, split: Split, batch_size: int) -> np.ndarray:
+def correct(backbone: Backbone, split: Split, batch_size: int, parts: Parts) -> np.ndarray:
     """Whether each image of the split is classified correctly, bool (n,)."""
-    logits = [
-        backbone(backbone.normalize(pixels)).argmax(dim=1).cpu().numpy()
+    predicted = [
+        parts.forward(backbone, backbone.normalize(pixels)).argmax(dim=1).cpu().numpy()
         for pixels in split.batches(backbone.preprocess, batch_size, torch.get_num_threads())
     ]
-    return np.concatenate(logits) == split.labels
+    return np.concatenate(predicted) == split.labels
 
 
 def augment(images_BCHW: Tensor, section: config.Backbone, generator: torch.Generator) -> Tensor:

@@ -56,7 +56,7 @@ class Headwise:
         parts, shared = backbone.tower.parts(last), backbone.tower.shared()[last]
         assert parts.attention is not None, "the policy has decided heads of this block's kind"
         proj = attention.parts(parts.attention, **shared).proj
-        out_BRHC = attention.head_outputs(parts.attention, parts.before(x_BTD), **shared)[:, :R]
+        out_BRHC = attention.head_outputs(parts.attention, parts.before(x_BTD), R, **shared)
         projected = [out @ w.T for out, w in zip(out_BRHC.unbind(2), proj.weight.chunk(H, 1), strict=True)]
         return cls(backbone, x_BTD[:, :R].clone(), torch.stack(projected))
 

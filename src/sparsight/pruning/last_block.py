@@ -10,6 +10,7 @@ Shapes: N images, B batch, T tokens, D width (d_in), L blocks, H heads, M masks,
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -21,6 +22,8 @@ from sparsight.images import Split
 from sparsight.progress import Progress
 from sparsight.pruning.headwise import Headwise, affordable, pack, unpack
 from sparsight.pruning.policy import Given, HeadPolicy
+
+_KEPT = 2**30  # bytes of a split's residual stream that are kept for the next rows; a larger one is computed again
 
 
 @dataclass(frozen=True)
@@ -121,20 +124,40 @@ class _Runs:
 
     @torch.no_grad()
     def edited(self, codes_SN: np.ndarray, edits_SND: Tensor) -> np.ndarray:
-        """Once per image and row, (S, N); masked, because small batches of many masks are quicker so."""
+        """Once per image and row, (S, N).
+
+        Head by head where the classifier reads few tokens, because only these need projection and MLP; otherwise
+        masked, because small batches of many masks are quicker so.
+        """
         predicted_SN = np.empty_like(codes_SN)
         for window, x_BTD in self._windows():
             for s, edit_ND in enumerate(edits_SND):
                 steered_BTD = x_BTD.clone()
                 steered_BTD[:, 0] += edit_ND[window]
-                predicted_SN[s, window] = self._last(steered_BTD, codes_SN[s, window], "masked")
+                predicted_SN[s, window] = self._edited(steered_BTD, codes_SN[s, window])
         return predicted_SN
 
+    def _edited(self, x_BTD: Tensor, codes_B: np.ndarray) -> np.ndarray:
+        backbone = self.backbone
+        if backbone.tower.n_read * backbone.n_heads > x_BTD.shape[1]:  # more than one whole stream
+            return self._last(x_BTD, codes_B, "masked")
+        keep_BH = torch.from_numpy(unpack(codes_B, backbone.n_heads)).to(x_BTD.device)
+        return Headwise.of(backbone, x_BTD).logits(keep_BH).argmax(dim=1).cpu().numpy()
+
     def _windows(self) -> Iterator[tuple[slice, Tensor]]:
+        numbers = len(self.split) * (self.backbone.n_prefix + self.backbone.n_patches) * self.backbone.d_in
+        small = numbers * torch.float32.itemsize <= _KEPT
         done = 0
-        for x_BTD, _ in _prefixes(self.backbone, self.policy, self.split, self.batch_size):
+        for x_BTD in self._kept if small else self._streams():
             yield slice(done, done + len(x_BTD)), x_BTD
             done += len(x_BTD)
+
+    @cached_property
+    def _kept(self) -> list[Tensor]:
+        return list(self._streams())
+
+    def _streams(self) -> Iterator[Tensor]:
+        return (x_BTD for x_BTD, _ in _prefixes(self.backbone, self.policy, self.split, self.batch_size))
 
     def _last(self, x_BTD: Tensor, codes_B: np.ndarray, heads: attention.HeadMode) -> np.ndarray:
         last = self.backbone.n_blocks - 1
