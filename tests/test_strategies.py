@@ -12,10 +12,10 @@ from torch import Tensor
 
 from sparsight import config
 from sparsight.images import Manifest
-from sparsight.pruning import controls, headwise, probe
+from sparsight.pruning import controls, headwise, last_block, probe
 from sparsight.pruning.headwise import Headwise, pack, unpack
 from sparsight.pruning.last_block import arrive
-from sparsight.pruning.policy import Given
+from sparsight.pruning.policy import Given, HeadPolicy
 from sparsight.pruning.strategies import KINDS, LABELS, NONE, Row
 from sparsight.steering import latents
 from sparsight.steering.controls import mean_difference_edit, random_edit
@@ -65,6 +65,29 @@ def test_the_table_and_the_direct_way_predict_the_same(
     codes = np.concatenate([codes, np.random.default_rng(0).integers(64, size=(9, len(test)), dtype=np.int32)])
     predicted = table.predict(codes)
     assert len(np.unique(predicted)) == 2 and np.array_equal(predicted, direct.predict(codes))
+
+
+@pytest.mark.parametrize("options", VITS, ids=["plain", "pooled", "qk-norm, layer scale, registers", "3 heads"])
+@pytest.mark.parametrize("kept", [0, 2**30], ids=["stream computed again", "stream kept"])
+def test_edited_class_tokens_are_seen_by_the_last_block(
+    manifest: Manifest, options: dict[str, Any], kept: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(last_block, "_KEPT", kept)
+    backbone, test = two_classes(**options), manifest.split("test")
+    H, generator = backbone.n_heads, torch.Generator().manual_seed(0)
+    policy = HeadPolicy(48, H, [1, 2]).requires_grad_(False)
+    policy.weight.normal_(generator=generator)
+    codes_SN = np.random.default_rng(0).integers(2**H, size=(3, len(test)), dtype=np.int32)
+    edits_SND = 3 * torch.randn(3, len(test), 48, generator=generator)
+    arrival = arrive(backbone, policy, test, 7)
+    x_BTD = last_inputs(backbone, manifest, "test", policy)
+    for _ in range(2):  # the second time from what was kept
+        got_SN = arrival.predict_edited(codes_SN, edits_SND)
+        for got_N, codes_N, edit_ND in zip(got_SN, codes_SN, edits_SND, strict=True):
+            whole = torch.cat([x_BTD[:, :1] + edit_ND[:, None], x_BTD[:, 1:]], dim=1)
+            keep = Given(torch.from_numpy(unpack(codes_N, H)))
+            assert np.array_equal(got_N, backbone.classify(backbone.run_blocks(whole, 2, 3, keep)[0]).argmax(dim=1))
+    assert len(np.unique(got_SN)) == 2
 
 
 def test_class_latents_are_those_of_the_largest_mean_difference(manifest: Manifest) -> None:

@@ -111,7 +111,7 @@ class _Narrow:
         return _by_group(x_BTD, self.keep_BH, len(weight), bias, run)
 
 
-def head_outputs(attention: nn.Module, x_BTD: Tensor, n_read: int | None = None, **shared: Tensor) -> Tensor:
+def head_outputs(attention: nn.Module, x_BTD: Tensor, n_read: int | None = None, /, **shared: Tensor) -> Tensor:
     """What each head hands to the output projection, (B, T, H, C), or of the first ``n_read`` tokens alone.
 
     ``proj(head_outputs.flatten(2))`` is the layer's output; columns h C to (h + 1) C of the projection's
