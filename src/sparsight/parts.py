@@ -29,7 +29,7 @@ class Parts:
         self._pool = ThreadPoolExecutor(min(PARTS, max(1, at_once)))
 
     def forward(self, forward: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:
-        """What ``forward`` makes of all rows, (B, ...), without gradients; the arguments are those of :meth:`backward`."""
+        """What ``forward`` makes of all rows, (B, ...), without gradients; arguments as of :meth:`backward`."""
 
         def without_gradients(part: Tensor) -> Tensor:
             with torch.no_grad():  # holds in the thread that says so
