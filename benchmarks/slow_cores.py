@@ -50,11 +50,13 @@ def main() -> None:
 
 def _place(groups: set[str], quota: int) -> set[str]:
     """Give every thread its own group, named by its number, and remove those that are empty. The groups there are."""
-    threads = set(_threads(_ROOT))
+    threads, full = set(_threads(_ROOT)), set()
     for group in groups:
         inside = _threads(_ROOT / group)
         threads.update(inside)
-        if not inside:
+        if inside:
+            full.add(group)
+        else:
             (_ROOT / group).rmdir()
     for thread in threads:
         folder = _ROOT / thread
@@ -63,7 +65,7 @@ def _place(groups: set[str], quota: int) -> set[str]:
         (folder / "cpu.cfs_quota_us").write_text(str(quota))
         with contextlib.suppress(ProcessLookupError):  # it has ended
             (folder / "tasks").write_text(thread)
-    return threads
+    return threads | full
 
 
 def _threads(group: Path) -> list[str]:
