@@ -60,9 +60,10 @@ def _place(groups: set[str], quota: int) -> set[str]:
             (_ROOT / group).rmdir()
     for thread in threads:
         folder = _ROOT / thread
-        folder.mkdir(exist_ok=True)
-        (folder / "cpu.cfs_period_us").write_text(str(_PERIOD))
-        (folder / "cpu.cfs_quota_us").write_text(str(quota))
+        if not folder.exists():  # to set a quota again would fill it up
+            folder.mkdir()
+            (folder / "cpu.cfs_period_us").write_text(str(_PERIOD))
+            (folder / "cpu.cfs_quota_us").write_text(str(quota))
         with contextlib.suppress(ProcessLookupError):  # it has ended
             (folder / "tasks").write_text(thread)
     return threads | full
