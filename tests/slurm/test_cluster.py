@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,8 @@ SUBMIT = (
 
 @pytest.fixture(scope="module", autouse=True)
 def cluster() -> Iterator[None]:
+    if find_spec("snakemake_executor_plugin_slurm") is None:
+        pytest.fail("Snakemake's SLURM plugin is not installed: uv run --group slurm pytest -m slurm")
     script = str(ROOT / "tests" / "slurm" / "cluster.sh")
     try:
         subprocess.run(["bash", script, "up"], check=True)
