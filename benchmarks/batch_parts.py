@@ -21,7 +21,8 @@ from turns import take_turns
 
 from sparsight import backbones, machine
 from sparsight.config import Compute
-from sparsight.parts import PARTS, Parts
+from sparsight.config.inputs import parts_of
+from sparsight.parts import Parts
 from sparsight.stage import prepare_torch
 
 
@@ -48,12 +49,12 @@ def main() -> None:
     def parted(parts: Parts) -> None:
         parts.backward(model, images, loss, model.parameters())
 
-    counts = [n for n in (1, 2, 4) if n <= (os.cpu_count() or 1)]
+    counts = [n for n in (1, 2, 4, 8) if n <= (os.cpu_count() or 1)]
     contestants: dict[str, Callable[[], None]] = {}
     for n in counts:
         contestants[f"whole batch, {n} threads an operation"] = partial(shared, n)
     for n in counts:
-        contestants[f"{PARTS} parts, {n} at a time"] = partial(parted, Parts(n))
+        contestants[f"{parts_of(arguments.batch)} parts, {n} at a time"] = partial(parted, Parts(n))
     seconds = take_turns(contestants, arguments.rounds)
     print(f"{machine.describe()}, torch {torch.__version__}; batch {arguments.batch}, milliseconds\n")
     print("| | minimum | median |\n|---|---|---|")

@@ -92,7 +92,7 @@ def test_killed_and_continued_gives_the_bytes_of_a_run_that_was_not(
 def test_parts_at_the_same_time_give_the_bytes_of_one_after_the_other(
     name: str, manifest: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sparsight.parts._ROWS", 2)
+    monkeypatch.setattr("sparsight.config.inputs._ROWS", 2)
     one, many = (run(RECIPES[name], manifest, tmp_path / str(n), n) for n in (1, 4))
     for file in ("model.safetensors", "config.json", "training.jsonl"):
         assert (one / file).read_bytes() == (many / file).read_bytes(), file

@@ -14,8 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import Tensor
 
-PARTS = 4  # eight cost a quarter more processor time (a batch of 64): starting an operation is what counts then
-_ROWS = 8  # at least, for the same reason
+from sparsight.config.inputs import parts_of
 
 
 class Parts:
@@ -26,15 +25,11 @@ class Parts:
     """
 
     def __init__(self, at_once: int) -> None:
-        self._pool = ThreadPoolExecutor(min(PARTS, max(1, at_once)))
+        self._pool = ThreadPoolExecutor(max(1, at_once))
 
     def forward(self, forward: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:
         """What ``forward`` makes of all rows, (B, ...), without gradients; arguments as of :meth:`backward`."""
-
-        def without_gradients(part: Tensor) -> Tensor:
-            with torch.no_grad():  # holds in the thread that says so
-                return forward(part)
-
+        without_gradients = torch.no_grad()(forward)  # a `with` would hold in this thread alone
         return torch.cat(list(self._pool.map(without_gradients, _split(inputs))))
 
     def backward(
@@ -71,4 +66,4 @@ class Parts:
 
 def _split(inputs: Tensor) -> tuple[Tensor, ...]:
     """The parts; one on a GPU, which fills itself."""
-    return inputs.chunk(1 if inputs.is_cuda else max(1, min(PARTS, len(inputs) // _ROWS)))
+    return inputs.chunk(1 if inputs.is_cuda else parts_of(len(inputs)))

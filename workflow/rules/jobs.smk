@@ -19,9 +19,9 @@ onerror:
 
 
 def training_threads(wildcards):
-    """Up to four parts of a batch train side by side (sparsight.parts); a GPU takes a batch whole."""
-    trained_here = RUN.backbones[wildcards.backbone].epochs and RUN.compute.device == "cpu"
-    return 4 * THREADS if trained_here else THREADS
+    """The parts of a batch train side by side (sparsight.parts); a GPU takes a batch whole."""
+    section = RUN.backbones[wildcards.backbone]
+    return section.parts * THREADS if section.epochs and RUN.compute.device == "cpu" else THREADS
 
 
 def needs(extra_mb=lambda wildcards: 0, gpu=int(RUN.compute.device == "cuda")):
