@@ -64,10 +64,12 @@ def random_policy() -> HeadPolicy:
     return policy.requires_grad_(False)
 
 
-def fit(section: config.Policy, backbone: Backbone, manifest: Manifest, folder: Path) -> tuple[HeadPolicy, list[Any]]:
+def fit(
+    section: config.Policy, backbone: Backbone, manifest: Manifest, folder: Path, at_once: int = 2
+) -> tuple[HeadPolicy, list[Any]]:
     """The policy and its log."""
     with Work(folder / "work", "key") as work:
-        train.fit(section, backbone, manifest, "heads", 0, work, {})
+        train.fit(section, backbone, manifest, "heads", 0, work, at_once, {})
         work.finish(folder)
     return HeadPolicy.load(folder), [json.loads(line) for line in (folder / "training.jsonl").read_text().splitlines()]
 
@@ -113,6 +115,32 @@ def test_training_moves_the_evaluated_usage_to_the_target(manifest: Manifest, tm
         assert log[-1]["val_usage_policy_blocks"] == pytest.approx(target, abs=0.12)
         steps = [line for line in log if "usage_evaluated" in line]
         assert any(line["usage_evaluated"] != line["usage_sampled"] for line in steps)
+
+
+@pytest.mark.parametrize(
+    "change", [{}, {"blocks": "last"}, {"backbone_lr": 1e-3}, {"couple_mlp": True}], ids=lambda change: str(*change)
+)
+def test_parts_at_the_same_time_give_the_bytes_of_one_after_the_other(
+    change: dict[str, Any], manifest: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sparsight.config.inputs._ROWS", 2)
+    section = config.Policy("vit", target=0.5, epochs=2, batch_size=7, **change)
+    for at_once in (1, 4):
+        fit(section, make_backbone(classes=2), manifest, tmp_path / str(at_once), at_once)
+    for file in ("policy.safetensors", "config.json", "training.jsonl"):
+        assert (tmp_path / "1" / file).read_bytes() == (tmp_path / "4" / file).read_bytes(), file
+
+
+def test_a_step_in_parts_is_the_step_of_the_whole_batch(
+    manifest: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    section, logs = config.Policy("vit", target=0.5, epochs=2, batch_size=7), []
+    for rows in (1, 100):
+        monkeypatch.setattr("sparsight.config.inputs._ROWS", rows)
+        logs.append(fit(section, make_backbone(classes=2), manifest, tmp_path / str(rows))[1])
+    assert logs[0] != logs[1], "sums in another order"
+    for part, whole in zip(*logs, strict=True):
+        assert part == pytest.approx(whole, rel=1e-3, abs=1e-4)
 
 
 def test_without_noise_training_decides_as_evaluation_does(manifest: Manifest, tmp_path: Path) -> None:

@@ -86,7 +86,7 @@ def test_tables_of_the_evaluation_follow_the_contract(manifest: Manifest, tmp_pa
     backbone = two_classes()
     both = [steered(backbone, manifest, s) for s in (0, 1)]
     with Work(tmp_path / "w", "key") as work:
-        evaluate.evaluate(SECTION, backbone, random_policy(), both, manifest, 0, work, {})
+        evaluate.evaluate(SECTION, backbone, random_policy(), both, manifest, 0, work, 2, {})
         work.finish(tmp_path / "out")
     read = {path.stem: tables.read(path) for path in (tmp_path / "out").glob("*.parquet")}
     overall, per_class, per_head = read["overall"], read["per_class"], read["per_head"]
@@ -154,10 +154,10 @@ def test_a_policy_or_an_sae_of_another_model_is_refused(manifest: Manifest, tmp_
     narrow = make_backbone(classes=2, embed_dim=36, num_heads=6)
     with Work(tmp_path / "w", "key") as work:
         with pytest.raises(SparsightError, match=r"another model \(width 48, 6 heads, 3 blocks\) than this .*width 36"):
-            evaluate.evaluate(SECTION, narrow, random_policy(), [one], manifest, 0, work, {})
+            evaluate.evaluate(SECTION, narrow, random_policy(), [one], manifest, 0, work, 2, {})
         one.sae.about["site"] = "blocks.1.input"
         with pytest.raises(SparsightError, match=r"the SAE reads blocks\.1\.input.* steered at blocks\.2\.input"):
-            evaluate.evaluate(SECTION, backbone, random_policy(), [one], manifest, 0, work, {})
+            evaluate.evaluate(SECTION, backbone, random_policy(), [one], manifest, 0, work, 2, {})
     with pytest.raises(SparsightError, match="the head policy is for a model of width 48, not 36"):
         narrow(torch.zeros(1, 1, 16, 16), policy=random_policy())
 

@@ -79,7 +79,7 @@ def test_edited_class_tokens_are_seen_by_the_last_block(
     policy.weight.normal_(generator=generator)
     codes_SN = np.random.default_rng(0).integers(2**H, size=(3, len(test)), dtype=np.int32)
     edits_SND = 3 * torch.randn(3, len(test), 48, generator=generator)
-    arrival = arrive(backbone, policy, test, 7)
+    arrival = arrive(backbone, policy, test, 7, at_once=3)
     x_BTD = last_inputs(backbone, manifest, "test", policy)
     for _ in range(2):  # the second time from what was kept
         got_SN = arrival.predict_edited(codes_SN, edits_SND)

@@ -19,6 +19,7 @@ rule extract:
         f"{R}/logs/extract-{{backbone}}-{{split}}-{{part}}.log",
     benchmark:
         f"{R}/benchmarks/extract-{{backbone}}-{{split}}-{{part}}.jsonl"
+    priority: 1
     threads: THREADS
     resources:
         **needs(),

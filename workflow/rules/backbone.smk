@@ -13,7 +13,7 @@ rule backbone:
         f"{R}/logs/backbone-{{backbone}}.log",
     benchmark:
         f"{R}/benchmarks/backbone-{{backbone}}.jsonl"
-    threads: training_threads
+    threads: lambda wildcards: side_by_side(RUN.backbones[wildcards.backbone].cores)
     resources:
         **needs(),
     params:

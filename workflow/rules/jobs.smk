@@ -18,10 +18,9 @@ onerror:
         print(f"error: the disk of {R} is full; make room and give the same command again", file=sys.stderr)
 
 
-def training_threads(wildcards):
-    """The parts of a batch train side by side (sparsight.parts); a GPU takes a batch whole."""
-    section = RUN.backbones[wildcards.backbone]
-    return section.parts * THREADS if section.epochs and RUN.compute.device == "cpu" else THREADS
+def side_by_side(passes):
+    """The threads of a job that can run so many passes of a model side by side; on a GPU they would gain nothing."""
+    return passes * THREADS if RUN.compute.device == "cpu" else THREADS
 
 
 def needs(extra_mb=lambda wildcards: 0, gpu=int(RUN.compute.device == "cuda")):

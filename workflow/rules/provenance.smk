@@ -3,9 +3,11 @@ import dataclasses
 from sparsight.work import write_json
 
 
-# The run's whole configuration: defaults, params.yaml and overlays in one file.
+# The run's whole configuration: defaults, params.yaml and overlays in one file. It waits for the images so that it holds no
+# core at the moment when a backbone wants all of them, and a smaller one would go first.
 rule configuration:
     input:
+        images=f"{R}/images/manifest.parquet",
         trust=f"{R}/.trust/configuration",
     output:
         f"{R}/configuration.json",

@@ -13,7 +13,8 @@ rule policy:
         f"{R}/logs/policy-{{policy}}.log",
     benchmark:
         f"{R}/benchmarks/policy-{{policy}}.jsonl"
-    threads: THREADS
+    priority: 3
+    threads: lambda wildcards: side_by_side(RUN.policies[wildcards.policy].cores)
     resources:
         **needs(),
     params:
@@ -22,7 +23,7 @@ rule policy:
         flags=lambda wildcards: flags(RUN.policies[wildcards.policy]),
     shell:
         "python workflow/scripts/policy.py --from-images {input.images} --from-backbone {input.backbone}"
-        " --name {wildcards.policy} --out {params.out} --work {params.work} --record {output.record}"
+        " --name {wildcards.policy} --cores {threads} --out {params.out} --work {params.work} --record {output.record}"
         " {params.flags} > {log} 2>&1"
 
 
@@ -52,7 +53,7 @@ rule pruning:
     benchmark:
         f"{R}/benchmarks/pruning-{{policy}}.jsonl"
     priority: 3
-    threads: THREADS
+    threads: lambda wildcards: side_by_side(1 if RUN.policies[wildcards.policy].couple_mlp else 4)
     resources:
         **needs(),
     params:
@@ -62,6 +63,7 @@ rule pruning:
     shell:
         "python workflow/scripts/pruning.py --from-images {input.images} --from-backbone {input.backbone}"
         " --from-policy {input.policy} --from-saes {input.saes} --from-vectors {input.vectors} --name {wildcards.policy}"
+        " --cores {threads}"
         " --out {params.out} --work {params.work} --record {output.record}"
         " {params.flags} > {log} 2>&1"
 

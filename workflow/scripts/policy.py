@@ -11,8 +11,8 @@ def main(job: stage.Stage) -> None:
 
     device = job.device
     backbone, _ = backbones.open_folder(job.inputs["backbone"].parent)
-    manifest = Manifest(job.inputs["images"])
-    fit(job.config, backbone.to(device), manifest, job.name, job.seed, job.work, job.record())
+    manifest, at_once = Manifest(job.inputs["images"]), job.cores // job.compute.threads
+    fit(job.config, backbone.to(device), manifest, job.name, job.seed, job.work, at_once, job.record())
 
 
 if __name__ == "__main__":

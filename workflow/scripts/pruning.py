@@ -15,8 +15,8 @@ def main(job: stage.Stage) -> None:
     policy = HeadPolicy.load(job.inputs["policy"].parent).to(device)
     pairs = zip(job.inputs["saes"], job.inputs["vectors"], strict=True)
     steered = [Steered.load(weights.parent, vectors, device) for weights, vectors in pairs]
-    manifest = Manifest(job.inputs["images"])
-    evaluate(job.config, backbone.to(device), policy, steered, manifest, job.seed, job.work, job.record())
+    manifest, at_once = Manifest(job.inputs["images"]), job.cores // job.compute.threads
+    evaluate(job.config, backbone.to(device), policy, steered, manifest, job.seed, job.work, at_once, job.record())
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ from typing import Any, Literal, get_args
 
 from sparsight import sae, sites
 from sparsight.config.checks import not_negative, positive, rising
+from sparsight.config.inputs import parts_of
 from sparsight.errors import SparsightError
 
 Strategy = Literal[
@@ -137,6 +138,19 @@ class Policy:
             *(["backbone_lr"] if self.backbone_lr is not None else []),
         )
         not_negative(self, "usage_weight")
+
+    @property
+    def at_last_block(self) -> bool:
+        """Whether training needs no more of an image than what enters the last block."""
+        return self.blocks == "last" and self.backbone_lr is None
+
+    @property
+    def cores(self) -> int:
+        """That training can use: parts of a batch side by side, where they pass the whole model.
+
+        One where MLPs are coupled: they are narrowed in the model itself, which one pass at a time can have.
+        """
+        return 1 if self.at_last_block or self.couple_mlp else parts_of(self.batch_size)
 
 
 @dataclass(frozen=True)

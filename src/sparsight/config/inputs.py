@@ -140,9 +140,9 @@ class Backbone:
     """Augmentation: mirror half of the images."""
 
     @property
-    def parts(self) -> int:
-        """Into which a batch is parted in training; several may run side by side."""
-        return parts_of(self.batch_size)
+    def cores(self) -> int:
+        """That training can use: parts of a batch side by side."""
+        return parts_of(self.batch_size) if self.epochs else 1
 
     @property
     def depth(self) -> int | None:

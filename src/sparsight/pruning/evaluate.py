@@ -58,9 +58,12 @@ class Steered:
 
 def evaluate(
     section: config.Pruning, backbone: Backbone, policy: HeadPolicy, steered: list[Steered], manifest: Manifest,
-    seed: int, work: Work, record: dict[str, Any],
+    seed: int, work: Work, at_once: int, record: dict[str, Any],
 ) -> None:  # fmt: skip
     """Write the tables of docs/pruning.md, ``head_latents.safetensors`` and ``metrics.json`` to ``work.out``.
+
+    Args:
+        at_once: passes of the last block that run side by side; no result depends on it.
 
     Raises:
         SparsightError: a policy or an SAE for another model.
@@ -71,7 +74,7 @@ def evaluate(
     whole, backbone = backbone, policy.own(backbone)
     names = manifest.classes
     train, val, test = (
-        arrive(backbone, policy, manifest.split(part), section.batch_size) for part in ("train", "val", "test")
+        arrive(backbone, policy, manifest.split(part), section.batch_size, at_once) for part in ("train", "val", "test")
     )
     linear = probe.fit(train.cls_ND, train.labels, len(names))
     strategies = _strategies(section, policy, steered, train, _routes(linear, train), len(names), seed)

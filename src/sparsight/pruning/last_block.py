@@ -9,8 +9,9 @@ Shapes: N images, B batch, T tokens, D width (d_in), L blocks, H heads, M masks,
 """
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
 import numpy as np
 import torch
@@ -74,8 +75,12 @@ class Arrival:
 
 
 @torch.no_grad()
-def arrive(backbone: Backbone, policy: HeadPolicy, split: Split, batch_size: int) -> Arrival:
-    """Run the pruned model on a split up to its last block, and tabulate that block where this is cheap."""
+def arrive(backbone: Backbone, policy: HeadPolicy, split: Split, batch_size: int, at_once: int = 1) -> Arrival:
+    """Run the pruned model on a split up to its last block, and tabulate that block where this is cheap.
+
+    Args:
+        at_once: edits of a batch whose last block is run side by side, later; no result depends on it.
+    """
     last, tabulated = backbone.n_blocks - 1, affordable(backbone)
     cls, kept, skipped, table = [], [], [], []
     with Progress(len(split), "images") as progress:
@@ -89,7 +94,8 @@ def arrive(backbone: Backbone, policy: HeadPolicy, split: Split, batch_size: int
                 table.append(torch.cat(parts, dim=1).to(torch.int32).cpu().numpy())
             progress(len(x_BTD))
     cls_ND = torch.cat(cls)
-    runs = _Runs(backbone, policy, split, batch_size)
+    at_once = 1 if backbone.couples_mlp else at_once  # narrowed in the model itself, which one pass at a time can have
+    runs = _Runs(backbone, policy, split, batch_size, ThreadPoolExecutor(at_once))
     return Arrival(
         split.labels, cls_ND, policy.logits(last, cls_ND), np.concatenate(kept), np.concatenate(skipped),
         np.concatenate(table) if tabulated else None, runs,
@@ -104,6 +110,7 @@ class _Runs:
     policy: HeadPolicy
     split: Split
     batch_size: int
+    pool: ThreadPoolExecutor
 
     @torch.no_grad()
     def masked(self, codes_SN: np.ndarray) -> np.ndarray:
@@ -129,16 +136,16 @@ class _Runs:
         Head by head where the classifier reads few tokens, because only these need projection and MLP; otherwise
         masked, because small batches of many masks are quicker so.
         """
-        predicted_SN = np.empty_like(codes_SN)
-        for window, x_BTD in self._windows():
-            for s, edit_ND in enumerate(edits_SND):
-                steered_BTD = x_BTD.clone()
-                steered_BTD[:, 0] += edit_ND[window]
-                predicted_SN[s, window] = self._edited(steered_BTD, codes_SN[s, window])
-        return predicted_SN
+        predicted = [
+            np.stack(list(self.pool.map(partial(self._edited, x_BTD), codes_SN[:, window], edits_SND[:, window])))
+            for window, x_BTD in self._windows()
+        ]
+        return np.concatenate(predicted, axis=1)
 
-    def _edited(self, x_BTD: Tensor, codes_B: np.ndarray) -> np.ndarray:
-        backbone = self.backbone
+    @torch.no_grad()  # in each thread
+    def _edited(self, x_BTD: Tensor, codes_B: np.ndarray, edit_BD: Tensor) -> np.ndarray:
+        backbone, x_BTD = self.backbone, x_BTD.clone()
+        x_BTD[:, 0] += edit_BD
         if backbone.tower.n_read * backbone.n_heads > x_BTD.shape[1]:  # more than one whole stream
             return self._last(x_BTD, codes_B, "masked")
         keep_BH = torch.from_numpy(unpack(codes_B, backbone.n_heads)).to(x_BTD.device)

@@ -18,7 +18,7 @@ from sparsight.seeds import derive_seed
 from sparsight.work import write_json
 
 _BATCH, _SMALLEST_BATCH = 64, 8  # images a forward pass; a large model gets fewer
-_ROUNDS = 15
+_ROUNDS = 7
 _FEWEST_ROUNDS = 3  # and one to warm up
 _SECONDS = 60.0  # for one model; after the fewest rounds, no more are begun
 

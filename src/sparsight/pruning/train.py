@@ -20,6 +20,7 @@ from sparsight.backbones import Backbone
 from sparsight.batches import RowNumbers
 from sparsight.errors import SparsightError
 from sparsight.images import Manifest, Split
+from sparsight.parts import Parts
 from sparsight.progress import say
 from sparsight.pruning.passes import AtLastBlock, Passes, Whole
 from sparsight.pruning.policy import Given, HeadPolicy
@@ -28,10 +29,13 @@ from sparsight.work import Work
 
 
 def fit(
-    section: config.Policy, backbone: Backbone, manifest: Manifest, name: str, seed: int, work: Work,
+    section: config.Policy, backbone: Backbone, manifest: Manifest, name: str, seed: int, work: Work, at_once: int,
     record: dict[str, Any],
 ) -> None:  # fmt: skip
     """Write ``policy.safetensors``, ``config.json`` and ``training.jsonl`` to ``work.out``.
+
+    Args:
+        at_once: parts of a batch that train at the same time (:class:`sparsight.parts.Parts`); no result depends on it.
 
     Raises:
         SparsightError: a backbone without a class token, or whose heads cannot be switched.
@@ -48,12 +52,12 @@ def fit(
     backbone = policy.own(backbone)
     _check_heads(backbone, blocks, name)
     passes: Passes
-    if section.blocks == "last" and not finetuned and AtLastBlock.fits(backbone, len(train) + len(val)):
+    if section.at_last_block and AtLastBlock.fits(backbone, len(train) + len(val)):
         say("only the last block is decided: every image passes the blocks before it once")
         passes = AtLastBlock(backbone, train, val, section.batch_size)
     else:
         passes = Whole(backbone, train, val, blocks, section.batch_size)
-    loop = _Training(section, policy, backbone, passes, train, val)
+    loop = _Training(section, policy, backbone, passes, train, val, Parts(min(at_once, section.cores)))
     seed = derive_seed(seed, "policy", name)
     batches, log_path = RowNumbers(len(train), section.batch_size, seed), work.out / "training.jsonl"
     training.train(loop, batches, section.epochs, seed, work.state, log_path)
@@ -80,9 +84,10 @@ class _Training:
     """See :class:`sparsight.training.Trainable`."""
 
     def __init__(
-        self, section: config.Policy, policy: HeadPolicy, backbone: Backbone, passes: Passes, train: Split, val: Split
-    ) -> None:
-        self.section, self.policy, self.backbone, self.passes = section, policy, backbone, passes
+        self, section: config.Policy, policy: HeadPolicy, backbone: Backbone, passes: Passes, train: Split, val: Split,
+        parts: Parts,
+    ) -> None:  # fmt: skip
+        self.section, self.policy, self.backbone, self.passes, self.parts = section, policy, backbone, passes, parts
         self.train_labels, self.val_labels = train.labels, val.labels
         self.mean_PD, self.std_PD = passes.statistics()
         self.trained = nn.ModuleDict({"policy": policy})
@@ -96,20 +101,38 @@ class _Training:
         section = self.section
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak"] * training.warmup_cosine(progress)
-        sampled = _Sampled(self, generator)
-        logits = self.passes.logits(rows, sampled)
-        cross_entropy = F.cross_entropy(logits, torch.from_numpy(self.train_labels[rows]).long().to(logits.device))
-        usage = torch.stack(sampled.evaluated).mean()
-        loss = cross_entropy + section.usage_weight * (usage - section.target).square()
-        self.optimizer.zero_grad()
-        loss.backward()
+        noise_BPH = self._noise(len(rows), generator)
+        n_heads = noise_BPH[0].numel()
+
+        def forward(places_B: Tensor) -> Tensor:
+            """Of some images of the batch the class logits, and what of each head is evaluated and sampled."""
+            sampled = _Sampled(self, noise_BPH[places_B])
+            logits_BC = self.passes.logits(rows[places_B.cpu().numpy()], sampled)
+            return torch.cat([logits_BC, *sampled.evaluated, *sampled.sampled], dim=1)
+
+        def loss(outputs: Tensor) -> dict[str, Tensor]:
+            logits_BC, evaluated, sampled = outputs.tensor_split([-2 * n_heads, -n_heads], dim=1)
+            labels_B = torch.from_numpy(self.train_labels[rows]).long().to(logits_BC.device)
+            cross_entropy, usage = F.cross_entropy(logits_BC, labels_B), evaluated.mean()
+            return {
+                "loss": cross_entropy + section.usage_weight * (usage - section.target).square(),
+                "cross_entropy": cross_entropy,
+                "usage_evaluated": usage,
+                "usage_sampled": sampled.mean(),
+            }
+
+        places_B = torch.arange(len(rows), device=noise_BPH.device)
+        scalars = self.parts.backward(forward, places_B, loss, self.trained.parameters())
         self.optimizer.step()
-        return {
-            "loss": loss,
-            "cross_entropy": cross_entropy,
-            "usage_evaluated": usage,
-            "usage_sampled": torch.stack(sampled.sampled).mean(),
-        }
+        return scalars
+
+    def _noise(self, n_images: int, generator: torch.Generator) -> Tensor:
+        """Per image, block and head the difference of two Gumbel variables, which is logistic; or none, (B, P, H)."""
+        like_PH = self.policy.bias
+        if self.section.noise == "none":
+            return like_PH.new_zeros(n_images, *like_PH.shape)
+        u_PBH = torch.rand(len(like_PH), n_images, like_PH.shape[1], generator=generator).clamp(1e-6, 1 - 1e-6)
+        return (torch.log(u_PBH) - torch.log1p(-u_PBH)).transpose(0, 1).to(like_PH.device)
 
     def epoch_end(self) -> dict[str, float]:
         predicted, usage = self.passes.on_val(self.folded())
@@ -135,12 +158,17 @@ class _Training:
 
 
 class _Sampled:
-    """The policy as training sees it: straight-through samples (Gumbel-sigmoid) on standardised class tokens."""
+    """The policy as training sees it: straight-through samples (Gumbel-sigmoid) on standardised class tokens.
 
-    def __init__(self, loop: _Training, generator: torch.Generator) -> None:
-        self.loop, self.generator = loop, generator
+    Args:
+        noise_BPH: of the images that pass the model with it.
+    """
+
+    def __init__(self, loop: _Training, noise_BPH: Tensor) -> None:
+        self.loop, self.noise_BPH = loop, noise_BPH
         self.sampled: list[Tensor] = []
         self.evaluated: list[Tensor] = []
+        """Per decided block the masks as they are used, without gradients, and as evaluation has them, (B, H) each."""
 
     def decide(self, block: int, cls_BD: Tensor) -> Tensor | None:
         policy, tau = self.loop.policy, self.loop.section.temperature
@@ -148,17 +176,10 @@ class _Sampled:
             return None
         p = policy.blocks.index(block)
         logits = policy.logits(block, (cls_BD - self.loop.mean_PD[p]) / self.loop.std_PD[p])
-        mask = _straight_through(torch.sigmoid((logits + self._noise(logits)) / tau))
-        self.sampled.append(mask.detach().mean())
-        self.evaluated.append(_straight_through(torch.sigmoid(logits / tau)).mean())
+        mask = _straight_through(torch.sigmoid((logits + self.noise_BPH[:, p]) / tau))
+        self.sampled.append(mask.detach())
+        self.evaluated.append(_straight_through(torch.sigmoid(logits / tau)))
         return mask
-
-    def _noise(self, logits: Tensor) -> Tensor | float:
-        """The difference of two Gumbel variables, which is logistic."""
-        if self.loop.section.noise == "none":
-            return 0.0
-        u = torch.rand(logits.shape, generator=self.generator).clamp(1e-6, 1 - 1e-6).to(logits.device)
-        return torch.log(u) - torch.log1p(-u)
 
 
 def _straight_through(soft: Tensor) -> Tensor:
