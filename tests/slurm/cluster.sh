@@ -51,7 +51,7 @@ EnforcePartLimits=ALL
 MinJobAge=7200
 KillWait=10
 GresTypes=gpu
-# A backbone asks for four processors, whatever this machine has.
+# Training asks for several processors, whatever this machine has.
 SlurmdParameters=config_overrides
 NodeName=$HOST NodeAddr=127.0.0.1 CPUs=$(( $(nproc) > 4 ? $(nproc) : 4 )) RealMemory=$(awk '/MemTotal/ {print int($2 / 1100)}' /proc/meminfo) Gres=gpu:1
 PartitionName=main Nodes=$HOST Default=YES MaxTime=INFINITE State=UP
