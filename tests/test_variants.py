@@ -247,19 +247,24 @@ def test_auxk_reaches_the_encoder_of_dead_latents_only(kind: str) -> None:
         assert touched.any() and not touched[~one.dead].any()
 
 
+@pytest.mark.parametrize("aux_k", [2, F])  # some of the dead latents, all of them
 @pytest.mark.parametrize("kind", ["topk", "switch"])
-def test_auxk_takes_the_largest_dead_latents(kind: str) -> None:
+def test_auxk_takes_the_largest_dead_latents(kind: str, aux_k: int) -> None:
     """Against the definition: the top aux_k dead latents model the detached residual, error over its variance."""
     one, x = perturbed(kind), activations()
-    one.aux_k = 2
+    one.aux_k = aux_k
+    assert 2 < one.dead.sum() < F
     out = one.loss(x)
-    pre = plain.everything(setting(one), parameters(one), x)
-    top = pre.masked_fill(~one.dead, -torch.inf).topk(2, dim=1)
+    p = parameters(one)
+    pre = plain.everything(setting(one), p, x)
+    top = pre.masked_fill(~one.dead, -torch.inf).topk(aux_k, dim=1)
     e = (x - out.x_hat).detach()
-    e_hat = torch.einsum("bk,bkd->bd", top.values.relu(), one.W_dec[top.indices])
+    e_hat = torch.einsum("bk,bkd->bd", top.values.relu(), p["W_dec"][top.indices])
     expected = (e_hat - e).square().sum() / (e - e.mean(dim=0)).square().sum()
     torch.testing.assert_close(out.aux, expected)
     torch.testing.assert_close(out.total, out.reconstruction + out.aux / 32 + out.penalty)
+    ours = torch.autograd.grad(out.aux, [one.W_enc, one.W_dec])
+    torch.testing.assert_close(ours, torch.autograd.grad(expected, [p["W_enc"], p["W_dec"]]))
 
 
 @pytest.mark.parametrize("kind", ["batchtopk", "matryoshka"])

@@ -152,8 +152,9 @@ class SAE(nn.Module, ABC):
     def _from_dead(self, x: Tensor, dead: Tensor) -> Tensor:
         """What the ``aux_k`` largest pre-activations among the dead latents, ReLU'd, decode to, (B, D), no bias."""
         W_enc, W_dec = self.W_enc.T.index_select(0, dead).T, self.W_dec.index_select(0, dead)
-        codes = kernels.topk(x - self.b_dec, W_enc, self.b_enc[dead], min(self.aux_k, len(dead)))
-        return kernels.decode(*codes, W_dec)
+        if len(dead) <= self.aux_k:  # all of them: nothing to choose, and so few that whole products are quicker
+            return torch.addmm(self.b_enc[dead], x - self.b_dec, W_enc).relu() @ W_dec
+        return kernels.decode(*kernels.topk(x - self.b_dec, W_enc, self.b_enc[dead], self.aux_k), W_dec)
 
     def validate(self, x: Tensor | np.ndarray) -> Tensor:
         """The activations (B, D) as a tensor of this SAE's type, on its device.
