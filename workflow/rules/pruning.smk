@@ -53,7 +53,7 @@ rule pruning:
     benchmark:
         f"{R}/benchmarks/pruning-{{policy}}.jsonl"
     priority: 3
-    threads: lambda wildcards: side_by_side(1 if RUN.policies[wildcards.policy].couple_mlp else 4)
+    threads: lambda wildcards: side_by_side(1 if RUN.policies[wildcards.policy].couple_mlp else 2)
     resources:
         **needs(),
     params:
