@@ -15,6 +15,7 @@ from sparsight import records, schema
 from sparsight.config import Compute
 from sparsight.errors import SparsightError, reason
 from sparsight.gpu_slots import take_card
+from sparsight.progress import say
 from sparsight.work import Work, write_json
 
 if TYPE_CHECKING:
@@ -91,6 +92,7 @@ def run(main: Callable[[Stage], None], description: str, config: type | None = N
     arguments = parser.parse_args()
     try:
         _run(main, config, {name: getattr(arguments, f"from_{name}") for name in inputs}, arguments)
+        say(f"processor time: {sum(os.times()[:4]):.1f} s")  # Snakemake's benchmarks look now and then only
     except SparsightError as error:
         sys.exit(f"error: {error}")
     except OSError as error:
