@@ -124,11 +124,12 @@ def test_an_empty_store_is_refused(tmp_path: Path) -> None:
         train(path, tmp_path / "out")
 
 
-def test_a_constant_site_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("rms", [1.0, 1.0 + 1e-15, 1.0 - 1e-15])  # rounded either way
+def test_a_constant_site_is_refused(rms: float, tmp_path: Path) -> None:
     path = write_store(tmp_path, 16, {SITE: (4,)}, dtype="float32")
     manifest = json.loads(path.with_suffix(".json").read_text())
     del manifest["checksum"]
-    manifest["sites"][SITE] |= {"mean": [1.0] * 4, "rms": 1.0}
+    manifest["sites"][SITE] |= {"mean": [1.0] * 4, "rms": rms}
     path.with_suffix(".json").write_text(json.dumps(manifest))
     with pytest.raises(SparsightError, match="is constant or not finite; there is nothing to learn"):
         train(path, tmp_path / "out")
@@ -182,10 +183,11 @@ def test_a_chain_trains_every_site_on_what_the_maps_leave(tokens_store: Path, tm
     assert (about["name"], about["site"], about["position"]) == ("grid-s1", SITES[1], 1)
 
 
-def test_a_map_that_leaves_nothing_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("factor", [2, 0.3, -1.7, 1e3])  # what rounding leaves may be above or below 0
+def test_a_map_that_leaves_nothing_is_refused(factor: float, tmp_path: Path) -> None:
     path = write_store(tmp_path / "store", 64, dict.fromkeys(SITES[:2], (D,)), dtype="float32")
     group = zarr.open_group(path, mode="r+")
-    group[SITES[1]][:] = 2 * np.asarray(group[SITES[0]][:]) + 1
+    group[SITES[1]][:] = factor * np.asarray(group[SITES[0]][:]) + 1
     store = ActivationStore.open(path)
     moments = fit_moments(by_group(store, SITES[:2], torch.device("cpu")), SITES[:2])
     chain = ReSAE(list(SITES[:2]), {}, fit_maps(SITES[:2], moments, ridge=0.0))

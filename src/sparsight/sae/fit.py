@@ -107,7 +107,7 @@ def _moments(store: ActivationStore, site: str) -> _Statistics:
     about = store.manifest["sites"][site]
     mean = np.array(about["mean"])
     variance = about["rms"] ** 2 - float(np.square(mean).mean())
-    if not np.isfinite(variance) or variance <= 0:
+    if not np.isfinite(variance) or variance <= 1e-10 * about["rms"] ** 2:  # what is less is rounding
         raise SparsightError(f"{store.path}: site {site!r} is constant or not finite; there is nothing to learn")
     return {site: (mean, float(np.sqrt(variance)))}
 

@@ -155,10 +155,12 @@ class ReSAE:
             parts = []
             for group, sums in moments.items():
                 before = (self.sites[m - 1], self.maps[group][m - 1]) if m else ()
-                parts.append([sums.n / total * value for value in sums.spread(site, *before)])
-            mean, square = (torch.stack(values).sum(dim=0) for values in zip(*parts, strict=True))
+                of_site = sums.spread(site)[1]
+                parts.append([sums.n / total * value for value in (*sums.spread(site, *before), of_site)])
+            mean, square, whole = (torch.stack(values).sum(dim=0) for values in zip(*parts, strict=True))
             variance = float(square - mean.square().sum()) / len(mean)
-            if not variance > 1e-10 * float(square) / len(mean):
+            # A difference of sums of this size: what is less is rounding.
+            if not variance > 1e-10 * float(whole) / len(mean):
                 raise SparsightError(f"ReSAE: nothing is left to learn at site {site!r}: its residual does not vary")
             out[site] = mean, variance**0.5
         return out
