@@ -131,6 +131,9 @@ def test_provenance_says_what_was_run_where_and_what_every_job_took(run_folder: 
     assert about["jobs"].keys() == {path.stem for path in (run / "logs").iterdir()} - {"provenance", "configuration"}
     took = about["jobs"]["backbone-vit"]
     assert took["seconds"] > 1 and took["cpu_seconds"] > 1 and took["peak_memory_mb"] > 100
+    for name in about["jobs"]:
+        last = (run / "logs" / f"{name}.log").read_text().splitlines()[-1]
+        assert re.fullmatch(r"processor time: \d+\.\d s", last), name
 
 
 def test_snakemake_s_own_report_has_every_figure_with_its_caption(run_folder: Path) -> None:
