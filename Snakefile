@@ -4,9 +4,9 @@
 #   snakemake --cores 2 --configfile my.yaml       an overlay: only what differs from params.yaml
 import sys
 
-from sparsight.errors import SparsightError
-from sparsight.run import check_writable, load_run
-from sparsight.schema import to_flags
+from sparsight.common.errors import SparsightError
+from sparsight.config.schema import to_flags
+from sparsight.pipeline.run import check_writable, load_run
 
 
 configfile: "params.yaml"

@@ -19,11 +19,12 @@ import yaml
 from torch import Tensor
 from turns import take_turns
 
-from sparsight import backbones, machine
+from sparsight import backbones
+from sparsight.common import machine
 from sparsight.config import Compute
-from sparsight.config.inputs import parts_of
-from sparsight.parts import Parts
-from sparsight.stage import prepare_torch
+from sparsight.config.compute import n_microbatches
+from sparsight.pipeline.stage import prepare_torch
+from sparsight.training.microbatches import MicroBatches
 
 
 def main() -> None:
@@ -46,7 +47,7 @@ def main() -> None:
         loss(model(images))["loss"].backward()
         torch.set_num_threads(1)
 
-    def parted(parts: Parts) -> None:
+    def parted(parts: MicroBatches) -> None:
         parts.backward(model, images, loss, model.parameters())
 
     counts = [n for n in (1, 2, 4, 8) if n <= (os.cpu_count() or 1)]
@@ -54,7 +55,7 @@ def main() -> None:
     for n in counts:
         contestants[f"whole batch, {n} threads an operation"] = partial(shared, n)
     for n in counts:
-        contestants[f"{parts_of(arguments.batch)} parts, {n} at a time"] = partial(parted, Parts(n))
+        contestants[f"{n_microbatches(arguments.batch)} parts, {n} at a time"] = partial(parted, MicroBatches(n))
     seconds = take_turns(contestants, arguments.rounds)
     print(f"{machine.describe()}, torch {torch.__version__}; batch {arguments.batch}, milliseconds\n")
     print("| | minimum | median |\n|---|---|---|")

@@ -19,12 +19,12 @@ import torchvision.io  # noqa: F401  # registers torch.ops.image
 from PIL import Image
 from turns import take_turns
 
-from sparsight import machine
+from sparsight.common import machine
 from sparsight.config import Compute
-from sparsight.preprocess import Preprocess
-from sparsight.sources import SOURCES
-from sparsight.sources.base import decode_file
-from sparsight.stage import prepare_torch
+from sparsight.images.preprocess import Preprocess
+from sparsight.images.sources import SOURCES
+from sparsight.images.sources.base import decode_file
+from sparsight.pipeline.stage import prepare_torch
 
 SIZE = 224
 PREPROCESS = Preprocess((SIZE, SIZE), 3, (0.5,) * 3, (0.5,) * 3)

@@ -26,16 +26,18 @@ import pyarrow as pa
 import torch
 from PIL import Image
 
-from sparsight import backbones, config, machine
-from sparsight.backbones import Backbone
+from sparsight import backbones, config
+from sparsight.activations.extract import extract, precision
+from sparsight.backbones.backbone import Backbone
+from sparsight.common import machine
+from sparsight.common.slices import row_slices
+from sparsight.common.work import Work
 from sparsight.config import Compute
-from sparsight.extract import extract, precision
-from sparsight.images import Manifest, Split, write_manifest
-from sparsight.preprocess import Preprocess
-from sparsight.sources.packaged import Mnist5000
-from sparsight.stage import prepare_torch
-from sparsight.windows import in_order
-from sparsight.work import Work
+from sparsight.images.manifest import Manifest, write_manifest
+from sparsight.images.preprocess import Preprocess
+from sparsight.images.sources.packaged import Mnist5000
+from sparsight.images.split import Split
+from sparsight.pipeline.stage import prepare_torch
 
 MODELS: dict[str, tuple[str, dict[str, int], int, int]] = {
     # architecture, its options, images, batch size
@@ -88,7 +90,7 @@ def speed(name: str, compute: Compute, rounds: int) -> None:
     height, width = backbone.preprocess.size
     pixels = np.random.default_rng(0).integers(0, 255, (n, height, width, 3), dtype=np.uint8)
     split = Decoded(pixels)
-    batches = [backbone.normalize(pixels[rows]) for rows in in_order(n, batch_size)]
+    batches = [backbone.normalize(pixels[rows]) for rows in row_slices(n, batch_size)]
     print(f"{machine.describe()}, torch {torch.__version__}")
     print(f"{compute.threads} threads, {compute.device}, {compute.precision}")
     print(f"{architecture} at {height} px, {n} images in batches of {batch_size}")

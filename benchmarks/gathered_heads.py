@@ -18,11 +18,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparsight import backbones, machine
-from sparsight.attention import attend
-from sparsight.backbones import Backbone
+from sparsight import backbones
+from sparsight.backbones.attention import attend
+from sparsight.backbones.backbone import Backbone
+from sparsight.common import machine
 from sparsight.config import Compute
-from sparsight.stage import prepare_torch
+from sparsight.pipeline.stage import prepare_torch
 
 MODELS = {"ViT-S/16": "timm/vit_small_patch16_224", "ViT-B/16": "timm/vit_base_patch16_224"}
 

@@ -19,12 +19,13 @@ os.environ.setdefault("GOMP_SPINCOUNT", "20000")  # as the stages do
 import numpy as np
 import torch
 
-from sparsight import machine, sae
+from sparsight import sae
+from sparsight.activations.store import ActivationStore
+from sparsight.activations.writer import Plan, StoreWriter, finish_store
+from sparsight.common import machine
 from sparsight.config import Compute
+from sparsight.pipeline.stage import prepare_torch
 from sparsight.sae.metrics.measure import measure
-from sparsight.stage import prepare_torch
-from sparsight.store import ActivationStore
-from sparsight.store_writer import Plan, StoreWriter, finish_store
 
 SITE = "blocks.1.input"
 CLASSES = 100

@@ -16,8 +16,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from sparsight import machine
-from sparsight.sources import SOURCES
+from sparsight.common import machine
+from sparsight.images.sources import SOURCES
 
 
 def make(path: Path, images: int, n_bytes: int, group: int) -> None:

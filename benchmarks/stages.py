@@ -16,7 +16,7 @@ import sys
 import time
 from pathlib import Path
 
-from sparsight import machine
+from sparsight.common import machine
 
 
 def main() -> None:

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 from turns import take_turns
 
-from sparsight import backbones, machine, sae
+from sparsight import backbones, sae
+from sparsight.common import machine
 from sparsight.config import Compute
-from sparsight.stage import prepare_torch
+from sparsight.pipeline.stage import prepare_torch
 from sparsight.steering import vs2
 from sparsight.steering.edits import keep_norm
 from sparsight.steering.evaluate import cost

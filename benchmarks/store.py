@@ -29,12 +29,12 @@ import torch
 import zarr
 from safetensors.numpy import load_file, save_file
 
-from sparsight import machine
-from sparsight.batches import StoreBatches
-from sparsight.store import ActivationStore
-from sparsight.store_writer import Plan, StoreWriter, finish_store
-from sparsight.windows import in_order
-from sparsight.work import write_json
+from sparsight.activations.store import ActivationStore
+from sparsight.activations.writer import Plan, StoreWriter, finish_store
+from sparsight.common import machine
+from sparsight.common.files import write_json
+from sparsight.common.slices import row_slices
+from sparsight.training.batches import StoreBatches
 
 SITE, BATCH, SHARD = "blocks.5.input", 4096, 32768
 
@@ -79,7 +79,7 @@ class Bench:
         self.n = megabytes * 10**6 // (2 * width) // SHARD * SHARD
         self.bytes = self.n * width * 2
         self.x = np.random.default_rng(0).standard_normal((self.n, width), np.float32).astype(np.float16)
-        self.shards = list(in_order(self.n, SHARD))
+        self.shards = list(row_slices(self.n, SHARD))
 
     def write_store(self) -> None:
         """Ours, with checksums, digests and manifest."""
@@ -135,13 +135,13 @@ class Bench:
     def read_memmap(self) -> Iterator[np.ndarray]:
         """Copies of slices."""
         m = np.memmap(self.folder / "x.bin", np.float16, "r", shape=self.x.shape)
-        for s in in_order(self.n, BATCH):
+        for s in row_slices(self.n, BATCH):
             yield np.array(m[s])
 
     def read_zarr(self, name: str) -> Iterator[np.ndarray]:
         """Slices through zarr-python."""
         array = zarr.open_array(self.folder / name, mode="r")
-        for s in in_order(self.n, BATCH):
+        for s in row_slices(self.n, BATCH):
             yield np.asarray(array[s])
 
     def read_safetensors(self) -> Iterator[np.ndarray]:
@@ -164,20 +164,20 @@ class Bench:
     def take(self) -> Iterator[np.ndarray]:
         """np.take of the same batches from the array in memory: the bar."""
         order = np.random.default_rng(0).permutation(self.n)
-        for s in in_order(self.n, BATCH):
+        for s in row_slices(self.n, BATCH):
             yield np.take(self.x, order[s], axis=0)
 
     def memmap_rows(self) -> Iterator[np.ndarray]:
         """Random rows of the plain file."""
         m = np.memmap(self.folder / "x.bin", np.float16, "r", shape=self.x.shape)
         order = np.random.default_rng(0).permutation(self.n)
-        for s in in_order(self.n, BATCH):
+        for s in row_slices(self.n, BATCH):
             yield m[order[s]]
 
     def reservoir(self) -> Iterator[torch.Tensor]:
         """16 batches long, fed in order from the array in memory."""
         buffer = Reservoir(16 * BATCH, self.width)
-        windows = in_order(self.n, BATCH)
+        windows = row_slices(self.n, BATCH)
         for s in windows:
             buffer.put(torch.from_numpy(self.x[s]))
             if buffer.size == len(buffer.rows):
@@ -262,9 +262,9 @@ def speed(arguments: argparse.Namespace, folder: Path) -> None:
 
 MEMORY = """
 import sys
-from sparsight import machine
-from sparsight.batches import StoreBatches
-from sparsight.store import ActivationStore
+from sparsight.activations.store import ActivationStore
+from sparsight.common import machine
+from sparsight.training.batches import StoreBatches
 
 rows = ActivationStore.open(sys.argv[1]).rows("{site}")
 for batch in StoreBatches({{"x": rows}}, {batch}, 0, 2 * rows.chunk_images * 2 * rows.shape[1]).epoch(0):

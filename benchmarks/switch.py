@@ -17,9 +17,9 @@ from contestants import LR, Dense, Sparsight
 from torch import Tensor
 
 import sparsight as ss
-from sparsight import machine
+from sparsight.common import machine
 from sparsight.config import Compute
-from sparsight.stage import prepare_torch
+from sparsight.pipeline.stage import prepare_torch
 
 _WARM_UP = 2
 

@@ -4,7 +4,8 @@ import dataclasses
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
-from sparsight import config, schema
+from sparsight import config
+from sparsight.config import schema
 
 SECTIONS = {
     "compute": config.Compute,

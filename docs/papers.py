@@ -15,8 +15,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import yaml
 
-from sparsight.errors import SparsightError
-from sparsight.statistics import mean_of_seeds
+from sparsight.common.errors import SparsightError
+from sparsight.common.intervals import mean_of_seeds
 
 ROOT = Path(__file__).parent.parent
 PAPERS, MEASURED = ROOT / "experiments" / "papers.yaml", ROOT / "experiments" / "measured.json"

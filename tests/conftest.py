@@ -20,12 +20,12 @@ import torch
 from PIL import Image
 
 from sparsight import backbones, config
-from sparsight.backbones import Backbone
+from sparsight.activations.writer import Plan, StoreWriter, finish_store, shard_size
+from sparsight.backbones.backbone import Backbone
 from sparsight.config import Compute
-from sparsight.images import Manifest, write_manifest
+from sparsight.images.manifest import Manifest, write_manifest
+from sparsight.pipeline.stage import prepare_torch
 from sparsight.sae import SAE, Trainer
-from sparsight.stage import prepare_torch
-from sparsight.store_writer import Plan, StoreWriter, finish_store, shard_size
 
 pytest_plugins = ["runs"]
 ROOT = Path(__file__).parent.parent

@@ -14,9 +14,9 @@ import pytest
 from PIL import Image
 
 from sparsight import config
-from sparsight.images import Manifest, write_manifest
-from sparsight.preprocess import Preprocess
-from sparsight.sources import SOURCES, Source
+from sparsight.images.manifest import Manifest, write_manifest
+from sparsight.images.preprocess import Preprocess
+from sparsight.images.sources import SOURCES, Source
 
 Expected = dict[str, tuple[str, str | None]]
 RGB = Preprocess((8, 8), 3, (0.5,) * 3, (0.5,) * 3)
@@ -87,7 +87,7 @@ def count_reads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         return plain(self, i, **options)
 
     monkeypatch.setattr(pq.ParquetFile, "read_row_group", counted)
-    monkeypatch.setattr("sparsight.sources.parquet._CACHE_BYTES", 1)
+    monkeypatch.setattr("sparsight.images.sources.parquet._CACHE_BYTES", 1)
     return reads
 
 

@@ -8,16 +8,16 @@ from conftest import make_backbone, make_folder
 from torch import Tensor
 
 from sparsight import config, sae
-from sparsight.backbones import Backbone
-from sparsight.images import Manifest, write_manifest
-from sparsight.pruning import evaluate, outcomes, probe, strategies
+from sparsight.backbones.backbone import Backbone
+from sparsight.images.manifest import Manifest, write_manifest
+from sparsight.pruning import evaluate, linear_probe, outcomes, strategies
 from sparsight.pruning.evaluate import Steered
-from sparsight.pruning.last_block import arrive
+from sparsight.pruning.last_block import last_block_inputs
 from sparsight.pruning.outcomes import Outcome
 from sparsight.pruning.policy import HeadPolicy
 from sparsight.pruning.strategies import Row
 from sparsight.sae import SAE
-from sparsight.steering import latents
+from sparsight.steering import class_latents
 
 SECTION = config.Pruning(
     steering="s", strengths=(1.0, 2.0, 30.0), latents=(1, 4), bias_strengths=(1.0, 5.0), batch_size=7
@@ -64,7 +64,7 @@ def last_inputs(backbone: Backbone, manifest: Manifest, split: str, policy: Head
 def steered(backbone: Backbone, manifest: Manifest, seed: int) -> Steered:
     one, train = random_sae(seed), manifest.split("train")
     x = last_inputs(backbone, manifest, "train")[:, 0].numpy()
-    return Steered(f"sae-s{seed}", one, latents.find(one, x, train.labels, 2, 5, seed))
+    return Steered(f"sae-s{seed}", one, class_latents.find(one, x, train.labels, 2, 5, seed))
 
 
 class Study:
@@ -73,14 +73,14 @@ class Study:
     def __init__(self, manifest: Manifest, saes: int = 2, **options: Any) -> None:
         self.backbone, self.policy, self.manifest = two_classes(**options), random_policy(), manifest
         both = [steered(self.backbone, manifest, s) for s in range(saes)]
-        train = arrive(self.backbone, self.policy, manifest.split("train"), 7)
-        self.train, self.probe = train, probe.fit(train.cls_ND, train.labels, 2)
+        train = last_block_inputs(self.backbone, self.policy, manifest.split("train"), 7)
+        self.train, self.probe = train, linear_probe.fit(train.cls_ND, train.labels, 2)
         self.unpruned_train = last_inputs(self.backbone, manifest, "train")[:, 0]
         self.routes_train = evaluate._routes(self.probe, train)
         self.strategies = evaluate._strategies(SECTION, self.policy, both, train, self.routes_train, 2, 0)
-        self.test = arrive(self.backbone, self.policy, manifest.split("test"), 7)
+        self.test = last_block_inputs(self.backbone, self.policy, manifest.split("test"), 7)
         self.routes = evaluate._routes(self.probe, self.test)
-        self.rows = strategies.every_row(SECTION, 6, self.strategies.dictionaries)
+        self.rows = strategies.every_row(SECTION, 6, self.strategies.effects_by_sae)
 
     def run(self, rows: list[Row]) -> dict[Row, Outcome]:
         return dict(outcomes.run(self.strategies, rows, self.test, self.routes))

@@ -11,10 +11,11 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor
 
-from sparsight import backbones, macs
-from sparsight.attention import HeadMode, attend
-from sparsight.backbones import Backbone
-from sparsight.errors import SparsightError
+from sparsight import backbones
+from sparsight.backbones import macs
+from sparsight.backbones.attention import HeadMode, attend
+from sparsight.backbones.backbone import Backbone
+from sparsight.common.errors import SparsightError
 
 
 def images(n: int = 7) -> Tensor:

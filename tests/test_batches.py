@@ -9,9 +9,9 @@ from conftest import write_store
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparsight.batches import Batch, RowNumbers, StoreBatches
-from sparsight.errors import SparsightError
-from sparsight.store import ActivationStore
+from sparsight.activations.store import ActivationStore
+from sparsight.common.errors import SparsightError
+from sparsight.training.batches import Batch, RowNumbers, StoreBatches
 
 N, TOKENS, D = 301, 3, 8
 IMAGE_BYTES = 2 * TOKENS * D * 2  # two sites in float16

@@ -11,8 +11,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from sparsight import backbones, checkpoints
-from sparsight.errors import SparsightError
+from sparsight import backbones
+from sparsight.backbones import weights
+from sparsight.common.errors import SparsightError
 
 TIMM: dict[str, Any] = {"embed_dim": 48, "depth": 2, "num_heads": 3, "img_size": 32, "patch_size": 8}
 CLIP: dict[str, Any] = {
@@ -102,13 +103,13 @@ def test_files_that_hold_no_weights_are_refused(value: Any, message: str, tmp_pa
     path = tmp_path / "w.pt"
     path.write_bytes(value) if isinstance(value, bytes) else torch.save(value, path)
     with pytest.raises(SparsightError, match=message):
-        checkpoints.read(path)
+        weights.read_weights(path)
 
 
 def test_averaged_weights_are_preferred_and_half_precision_is_widened(tmp_path: Path) -> None:
     plain, average = {"w": torch.zeros(2)}, {"w": torch.ones(2, dtype=torch.float16)}
     torch.save({"model": plain, "model_ema": average, "args": {"lr": 0.1}}, tmp_path / "w.pt")
-    (value,) = checkpoints.read(tmp_path / "w.pt").values()
+    (value,) = weights.read_weights(tmp_path / "w.pt").values()
     assert torch.equal(value, torch.ones(2)) and value.dtype == torch.float32
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from sparsight import closure
+from sparsight.pipeline import code_digest
 
 SCRIPTS = sorted(path.name for path in (ROOT / "workflow" / "scripts").glob("*.py"))
 
@@ -33,7 +33,7 @@ def test_the_code_of_a_stage_is_what_its_script_can_import(
     finder.run_script(str(at_run_time / "workflow" / "scripts" / script))
     places = [getattr(module, "__file__", None) for module in finder.modules.values()]
     imported = {Path(place).relative_to(at_run_time).as_posix() for place in places if place}
-    found = set(closure.files(f"workflow/scripts/{script}"))
+    found = set(code_digest.files(f"workflow/scripts/{script}"))
     assert imported <= found
     assert {path for path in found - imported if "/kernels/" not in path} == set(), "kernels are chosen at run time"
 
@@ -43,14 +43,14 @@ def test_a_digest_changes_with_any_of_its_files(tmp_path: Path) -> None:
     for second, path in enumerate(code):
         path.write_text("x = 1\n")
         os.utime(path, (1000 + second, 1000 + second))
-    closure.write_digest(marked, map(str, code))
+    code_digest.write_digest(marked, map(str, code))
     first = marked.read_text()
     assert marked.stat().st_mtime == 1001, "no newer than the code, for results that were made elsewhere"
-    closure.write_digest(marked, map(str, code))
+    code_digest.write_digest(marked, map(str, code))
     assert marked.stat().st_mtime == 1001
     code[1].write_text("x = 2\n")
     os.utime(code[1], (500, 500))
-    closure._digest.cache_clear()
-    closure.write_digest(marked, map(str, code))
+    code_digest._digest.cache_clear()
+    code_digest.write_digest(marked, map(str, code))
     assert marked.read_text() != first and marked.stat().st_mtime > 1001, "however old the changed file looks"
     assert [path.name for path in marked.parent.iterdir()] == ["mark"]

@@ -14,11 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from snakemake.utils import update_config
 
-from sparsight import schema
-from sparsight.config import Activations, Backbone, Compute, Images, Policy, Pruning, Report, Sae, Steering
-from sparsight.config.inputs import members
-from sparsight.errors import SparsightError
-from sparsight.run import load_run
+from sparsight.common.errors import SparsightError
+from sparsight.config import Activations, Backbone, Compute, Images, Policy, Pruning, Report, Sae, Steering, schema
+from sparsight.config.images import members
+from sparsight.pipeline.run import load_run
 
 PARAMS = yaml.safe_load((ROOT / "params.yaml").read_text())
 CLIP = {

@@ -27,7 +27,7 @@ from snakemake.cli import get_argument_parser
 from snakemake.utils import update_config
 from source_files import table
 
-from sparsight.run import load_run
+from sparsight.pipeline.run import load_run
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 LANGUAGES = {"python", "yaml", "sh", "text"}
@@ -36,7 +36,7 @@ BLOCK = re.compile(r"^```(.*)\n((?:.*\n)*?)```$", re.MULTILINE)
 INLINE = re.compile(r"`((?:uv run|uv sync|python|snakemake|dvc|pytest) [^`<]+)`")
 # Python that another test runs: page and first line of the block -> the test file, which reads it from the page.
 ELSEWHERE = {
-    ("extending.md", "# src/sparsight/sae/inhibited.py"): "test_extending.py",
+    ("extending.md", "# src/sparsight/sae/variants/inhibited.py"): "test_extending.py",
     ("extending.md", "# tests/plain.py"): "test_extending.py",
     ("pruning.md", "import json"): "test_export.py",
 }

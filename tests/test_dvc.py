@@ -15,8 +15,8 @@ from conftest import ROOT, write_store
 from snakemake.utils import update_config
 from test_trust import FOLLOWS_SAE, SMALL
 
-from sparsight.records import VOLATILE
-from sparsight.store import ActivationStore, verify
+from sparsight.activations.store import ActivationStore, verify
+from sparsight.pipeline.records import VOLATILE
 
 ENVIRONMENT = os.environ | {
     "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",  # dvc calls snakemake

@@ -13,19 +13,20 @@ import zarr
 from conftest import make_backbone, write_store
 from PIL import Image
 
-from sparsight import backbones, config, sae, tables
-from sparsight.backbones import Backbone
-from sparsight.errors import SparsightError
-from sparsight.images import Manifest, write_manifest
-from sparsight.preprocess import Preprocess
+from sparsight import backbones, config, sae
+from sparsight.activations.store import ActivationStore
+from sparsight.backbones.backbone import Backbone
+from sparsight.common import tables
+from sparsight.common.errors import SparsightError
+from sparsight.common.work import Work
+from sparsight.images.manifest import Manifest, write_manifest
+from sparsight.images.preprocess import Preprocess
 from sparsight.sae import SAE
 from sparsight.steering import vs2
 from sparsight.steering.edits import Batch
-from sparsight.steering.elsewhere import steer_elsewhere
 from sparsight.steering.evaluate import gate_curve, steer
 from sparsight.steering.runner import NONE, Outcome, Row, check_images
-from sparsight.store import ActivationStore
-from sparsight.work import Work
+from sparsight.steering.transfer import steer_elsewhere
 
 CLIP = {
     "embed_dim": 16, "vision.width": 24, "vision.layers": 2, "vision.head_width": 8, "vision.patch_size": 8,

@@ -13,16 +13,19 @@ from conftest import make_backbone, make_folder, write_store
 from sklearn.metrics.pairwise import cosine_similarity
 from torch import Tensor
 
-from sparsight import config, sae, tables
-from sparsight.backbones import Backbone
-from sparsight.images import Manifest, Split, write_manifest
+from sparsight import config, sae
+from sparsight.activations.store import ActivationStore
+from sparsight.backbones.backbone import Backbone
+from sparsight.common import tables
+from sparsight.common.work import Work
+from sparsight.images.manifest import Manifest, write_manifest
+from sparsight.images.split import Split
 from sparsight.sae import SAE
 from sparsight.sae.evaluate import chain_errors, evaluate, evaluate_chain, redundancies
 from sparsight.sae.metrics.measure import measure
-from sparsight.sae.residual import ReSAE, by_group, fit_maps, fit_moments
-from sparsight.sae.splice import Clean, Replacement, spliced
-from sparsight.store import ActivationStore
-from sparsight.work import Work
+from sparsight.sae.metrics.splice import Clean, Replacement, spliced
+from sparsight.sae.moments import by_group, fit_moments
+from sparsight.sae.resae import ReSAE, fit_maps
 
 D, F, K = 48, 96, 4
 SITES = ["blocks.1.input", "blocks.2.input"]

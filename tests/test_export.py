@@ -10,10 +10,10 @@ import torch
 from conftest import ROOT, make_backbone
 from torch import nn
 
-from sparsight.backbones import Backbone
-from sparsight.errors import SparsightError
+from sparsight.backbones.backbone import Backbone
+from sparsight.common.errors import SparsightError
+from sparsight.common.work import Work
 from sparsight.pruning.export import export, parse
-from sparsight.work import Work
 
 SIZES = {"img_size": 16, "patch_size": 4, "in_chans": 1, "embed_dim": 48, "depth": 3, "num_heads": 6}
 

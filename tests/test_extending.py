@@ -15,7 +15,7 @@ def test_the_variant_of_the_docs_keeps_the_contract(tmp_path: Path) -> None:
         source = ROOT / name
         shutil.copytree(source, tmp_path / name) if source.is_dir() else shutil.copy(source, tmp_path)
     blocks = re.findall(r"```python\n# (\S+)\n(.*?)```", (ROOT / "docs" / "extending.md").read_text(), re.DOTALL)
-    assert [path for path, _ in blocks] == ["src/sparsight/sae/inhibited.py", "tests/plain.py"]
+    assert [path for path, _ in blocks] == ["src/sparsight/sae/variants/inhibited.py", "tests/plain.py"]
     for path, code in blocks:
         with (tmp_path / path).open("a") as file:
             file.write(code)

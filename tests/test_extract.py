@@ -12,13 +12,14 @@ import zarr
 from conftest import make_backbone, make_folder
 
 from sparsight import backbones, config
+from sparsight.activations.extract import extract
+from sparsight.activations.store import ActivationStore, verify
+from sparsight.activations.writer import StoreWriter, finish_store
+from sparsight.common.errors import SparsightError
+from sparsight.common.work import Work
 from sparsight.config import Compute
-from sparsight.errors import SparsightError
-from sparsight.extract import extract
-from sparsight.images import Manifest, Split, write_manifest
-from sparsight.store import ActivationStore, verify
-from sparsight.store_writer import StoreWriter, finish_store
-from sparsight.work import Work
+from sparsight.images.manifest import Manifest, write_manifest
+from sparsight.images.split import Split
 
 SITES = ("blocks.1.input", "blocks.2.attn", "embedding")
 
@@ -119,9 +120,9 @@ import os, random, signal, sys, time
 from pathlib import Path
 sys.path.insert(0, sys.argv[2])
 import conftest, test_extract
-from sparsight.images import Manifest
-from sparsight.stage import prepare_torch
-from sparsight.store_writer import StoreWriter
+from sparsight.activations.writer import StoreWriter
+from sparsight.images.manifest import Manifest
+from sparsight.pipeline.stage import prepare_torch
 
 # Nothing has run in parallel in this process yet, so that its forks are sound.
 folder, write = Path(sys.argv[1]), StoreWriter.write

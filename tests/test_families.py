@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from sparsight import backbones
-from sparsight.attention import parts
-from sparsight.backbones import Backbone
-from sparsight.errors import SparsightError
-from sparsight.pruning.headwise import Headwise, unpack
+from sparsight.backbones.attention import read_layer
+from sparsight.backbones.backbone import Backbone
+from sparsight.common.errors import SparsightError
+from sparsight.pruning.head_outputs import HeadOutputs
+from sparsight.pruning.masks import unpack
 
 SMALL: dict[str, Any] = {"embed_dim": 48, "depth": 2, "num_heads": 3, "img_size": 32, "patch_size": 8, "num_classes": 5}
 CLIP: dict[str, Any] = {
@@ -211,7 +212,7 @@ def test_heads_sum_through_the_projection_to_the_attention(case: Case) -> None:
     heads_BTHC = backbone.head_outputs(x, 1)
     block = backbone.tower.parts(1)
     assert block.attention is not None
-    proj = parts(block.attention, **backbone.tower.shared()[1]).proj
+    proj = read_layer(block.attention, **backbone.tower.shared()[1]).proj
     B, T, H, C = heads_BTHC.shape
     assert (3, backbone.n_prefix + backbone.n_patches, backbone.n_heads) == (B, T, H)
     columns = proj.weight.view(-1, H, C)
@@ -308,7 +309,7 @@ def test_every_mask_of_the_last_block_is_what_masking_gives(case: Case, coupled:
     backbone.couples_mlp = coupled
     H, last = backbone.n_heads, backbone.n_blocks - 1
     stream, _ = backbone.run_blocks(backbone.tokens(x), 0, last)
-    got = torch.cat(list(Headwise.of(backbone, stream).every()), dim=1)
+    got = torch.cat(list(HeadOutputs.of(backbone, stream).every()), dim=1)
     assert got.shape[:2] == (len(x), 2**H)
     for code in range(0, 2**H, max(1, 2**H // 8)):
         mask = torch.ones(len(x), last + 1, H, dtype=torch.bool)

@@ -14,14 +14,15 @@ from conftest import write_store
 from safetensors.numpy import load_file
 
 from sparsight import config, sae
-from sparsight.batches import StoreBatches
-from sparsight.errors import SparsightError
+from sparsight.activations.store import ActivationStore
+from sparsight.common.errors import SparsightError
+from sparsight.common.seeds import derive_seed
+from sparsight.common.work import Work
 from sparsight.sae import Trainer
 from sparsight.sae.fit import fit
-from sparsight.sae.residual import ReSAE, affine, by_group, fit_maps, fit_moments, load_chain
-from sparsight.seeds import derive_seed
-from sparsight.store import ActivationStore
-from sparsight.work import Work
+from sparsight.sae.moments import by_group, fit_moments
+from sparsight.sae.resae import ReSAE, affine, fit_maps, load_chain
+from sparsight.training.batches import StoreBatches
 
 SITE, N, D = "blocks.0.input", 4096, 32
 

@@ -11,13 +11,14 @@ import torch
 from conftest import make_folder
 from safetensors.torch import load_file, save_file
 
-from sparsight import backbones, clip, config
-from sparsight.errors import SparsightError
-from sparsight.fit_backbone import fit
-from sparsight.images import Manifest, write_manifest
-from sparsight.parts import Parts
-from sparsight.recipes import Recipe, correct
-from sparsight.work import Work
+from sparsight import backbones, config
+from sparsight.backbones import open_clip
+from sparsight.backbones.fit import fit
+from sparsight.backbones.recipes import Recipe, correct
+from sparsight.common.errors import SparsightError
+from sparsight.common.work import Work
+from sparsight.images.manifest import Manifest, write_manifest
+from sparsight.training.microbatches import MicroBatches
 
 VIT = {"img_size": 16, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 3}
 CLIP = {
@@ -45,9 +46,9 @@ def manifest(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
     return Manifest(folder / "m.parquet")
 
 
-def run(section: config.Backbone, manifest: Manifest, folder: Path, at_once: int = 2) -> Path:
+def run(section: config.Backbone, manifest: Manifest, folder: Path, n_parallel: int = 2) -> Path:
     with Work(folder, "key") as work:
-        fit(section, manifest, "net", 0, work, torch.device("cpu"), at_once, {})
+        fit(section, manifest, "net", 0, work, torch.device("cpu"), n_parallel, {})
         return work.out
 
 
@@ -60,7 +61,7 @@ def test_recipe_learns_and_its_folder_opens_as_it_was_measured(name: str, manife
         split = manifest.split(part.removesuffix("_held_out"))
         if part.endswith("_held_out"):
             backbone.use_prompts(about["prompt_names"], about["held_out_templates"])
-        assert correct(backbone, split, 8, Parts(1)).mean() == measured["accuracy"]
+        assert correct(backbone, split, 8, MicroBatches(1)).mean() == measured["accuracy"]
     assert ("test_held_out" in about["accuracy"]) == (name == "contrastive")
 
 
@@ -147,13 +148,13 @@ def test_prompts_are_computed_once_and_again_when_texts_or_weights_change(
     out = run(RECIPES["contrastive"], manifest, tmp_path / "w")
     about = json.loads((out / "config.json").read_text())
     read: list[list[str]] = []
-    plain = clip.encode_text
+    plain = open_clip.encode_text
 
     def encode(model: Any, name: str, texts: list[str]) -> torch.Tensor:
         read.append(texts)
         return plain(model, name, texts)
 
-    monkeypatch.setattr(clip, "encode_text", encode)
+    monkeypatch.setattr(open_clip, "encode_text", encode)
     kept = backbones.open_folder(out)[0].prompts_CE
     assert kept is not None and not read
     assert torch.equal(kept, load_file(out / "prompts.safetensors")["prompts"])

@@ -14,9 +14,9 @@ from conftest import make_folder
 from PIL import Image
 
 from sparsight import config
-from sparsight.errors import SparsightError
-from sparsight.images import Manifest, write_manifest
-from sparsight.preprocess import Preprocess
+from sparsight.common.errors import SparsightError
+from sparsight.images.manifest import Manifest, write_manifest
+from sparsight.images.preprocess import Preprocess
 
 GREY = Preprocess((16, 16), 1, (0.5,), (0.5,))
 

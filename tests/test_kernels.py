@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from sparsight import kernels
-from sparsight.errors import SparsightError
+from sparsight.common.errors import SparsightError
 from sparsight.kernels import cpu, dense, screening
 
 no_triton = pytest.mark.skipif(find_spec("triton") is None, reason="PyTorch comes without Triton on this system")

@@ -12,15 +12,16 @@ import torch
 from conftest import make_backbone, make_manifest
 from torch import Tensor
 
-from sparsight import config, sae, tables
-from sparsight.backbones import Backbone
-from sparsight.images import Manifest
+from sparsight import config, sae
+from sparsight.backbones.backbone import Backbone
+from sparsight.common import tables
+from sparsight.common.work import Work
+from sparsight.images.manifest import Manifest
 from sparsight.sae import SAE
-from sparsight.steering import controls, latents
-from sparsight.steering.at_site import AtSite, attribution
+from sparsight.steering import class_latents, controls
 from sparsight.steering.edits import Batch
 from sparsight.steering.evaluate import steer
-from sparsight.work import Work
+from sparsight.steering.intervention import Intervention, attribution
 
 D, F, K, M = 48, 96, 6, 4
 SITE = "blocks.1.output"
@@ -49,7 +50,7 @@ def stream(backbone: Backbone, manifest: Manifest, split: str = "train") -> Tens
 
 def test_attribution_is_the_slope_of_the_class_logit_along_each_latent(backbone: Backbone, manifest: Manifest) -> None:
     one, train = make_sae(), manifest.split("train")
-    got = attribution(AtSite(one, backbone), one, train, 2)
+    got = attribution(Intervention(one, backbone), one, train, 2)
     double, x = make_backbone(classes=2).double(), stream(backbone, manifest).double()
     labels, z = torch.from_numpy(train.labels).long(), one.encode(x[:, 0].float()).dense().double()
 
@@ -67,9 +68,9 @@ def test_attribution_is_the_slope_of_the_class_logit_along_each_latent(backbone:
     assert (got[:, z.sum(dim=0) == 0] == 0).all()
 
 
-def find(backbone: Backbone, manifest: Manifest, ranking: Any = "mean-difference") -> latents.ClassLatents:
+def find(backbone: Backbone, manifest: Manifest, ranking: Any = "mean-difference") -> class_latents.ClassLatents:
     x, labels = stream(backbone, manifest)[:, 0].numpy(), manifest.split("train").labels
-    return latents.find(make_sae(), x, labels, 2, M, 0, ranking)
+    return class_latents.find(make_sae(), x, labels, 2, M, 0, ranking)
 
 
 def test_latents_are_ranked_by_what_was_asked_for(backbone: Backbone, manifest: Manifest) -> None:
@@ -117,10 +118,10 @@ def test_options_reach_the_tables(
     with Work(tmp_path / "w", "key") as work:
         steer(section, make_sae(), backbone, stores, {}, manifest, "s", 0, work, {})
         work.finish(tmp_path / "out")
-    found = latents.ClassLatents.load(tmp_path / "out" / "s.safetensors", torch.device("cpu"))
+    found = class_latents.ClassLatents.load(tmp_path / "out" / "s.safetensors", torch.device("cpu"))
     ranking: Any = options["ranking"]
     if ranking == "attribution":
-        ranking = attribution(AtSite(make_sae(), backbone), make_sae(), manifest.split("train"), 2)
+        ranking = attribution(Intervention(make_sae(), backbone), make_sae(), manifest.split("train"), 2)
     assert torch.equal(found.latents, find(backbone, manifest, ranking).latents)
     edit = controls.edits(make_sae(), found, section.edit)["class-latents"]
     x, truth = stream(backbone, manifest, "val"), torch.from_numpy(manifest.split("val").labels).long()

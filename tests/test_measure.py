@@ -17,15 +17,16 @@ from sklearn.decomposition import PCA
 from sklearn.linear_model import Ridge
 from sklearn.preprocessing import StandardScaler
 
-from sparsight import sae, tables
-from sparsight.errors import SparsightError
+from sparsight import sae
+from sparsight.activations.store import ActivationStore
+from sparsight.common import tables
+from sparsight.common.errors import SparsightError
+from sparsight.common.intervals import wilson
 from sparsight.sae import SAE
-from sparsight.sae.metrics import probing, windows
-from sparsight.sae.metrics.latents import ByClass
+from sparsight.sae.metrics import probing, split_rows
+from sparsight.sae.metrics.firing import ByClass
 from sparsight.sae.metrics.measure import Measured, measure
 from sparsight.sae.metrics.monosemanticity import Monosemanticity, unit_rows
-from sparsight.statistics import wilson
-from sparsight.store import ActivationStore
 
 D, F, K, T, C = 24, 64, 4, 3, 4
 SITE = "blocks.1.input"
@@ -229,7 +230,7 @@ def test_windows_change_nothing_and_equal_runs_give_equal_bytes(
         for turn, one in enumerate((found, again)):
             tables.write(tmp_path / f"{name}-{turn}.parquet", getattr(one, name))
         assert (tmp_path / f"{name}-0.parquet").read_bytes() == (tmp_path / f"{name}-1.parquet").read_bytes()
-    monkeypatch.setattr(windows, "_ENTRIES", 70 * F)
+    monkeypatch.setattr(split_rows, "_ENTRIES", 70 * F)
     parts = measure([make()], SITE, *stores, labels, C, 0)[0]
     for part, whole in zip([parts.metrics, *parts.latents], [found.metrics, *found.latents], strict=True):
         assert part.keys() == whole.keys()

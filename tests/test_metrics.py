@@ -18,11 +18,11 @@ from sklearn.metrics.pairwise import cosine_similarity
 
 from sparsight import sae
 from sparsight.sae import DenseCodes, SparseCodes
-from sparsight.sae.metrics import description, geometry, methods
-from sparsight.sae.metrics.boards import at_error_of, at_own_error
-from sparsight.sae.metrics.latents import EDGES, ByClass, Firing, class_columns
+from sparsight.sae.metrics import baselines, description_length, geometry
+from sparsight.sae.metrics.firing import EDGES, ByClass, Firing, class_columns
 from sparsight.sae.metrics.monosemanticity import Monosemanticity, unit_rows
-from sparsight.sae.metrics.sparse import from_codes, pooled, times
+from sparsight.sae.metrics.reconstruction import at_error_of, at_own_error
+from sparsight.sae.metrics.sparse_codes import from_codes, pooled, times
 from sparsight.sae.metrics.stability import write_stability
 
 SEEDS = st.integers(0, 2**32 - 1)
@@ -165,12 +165,12 @@ def test_monosemanticity_of_extremes() -> None:
 def test_bits_are_scipy_s_entropies(seed: int, step: float) -> None:
     z = random_codes(np.random.default_rng(seed), 60)
     z[:, 3] *= -1
-    bits = description.Bits(F)
+    bits = description_length.Bits(F)
     for at in windows(60):
-        symbols = description.quantised(sparse.csr_array(z[at]), step)
+        symbols = description_length.quantised(sparse.csr_array(z[at]), step)
         bits.update(symbols)
         expected = np.rint(z[at].astype(np.float64) / step) * step
-        np.testing.assert_allclose(description.restored(symbols, step).toarray(), expected, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(description_length.restored(symbols, step).toarray(), expected, rtol=1e-5, atol=1e-6)
     rounded = np.rint(z.astype(np.float64) / step)
     expected = sum(entropy(np.unique(column, return_counts=True)[1], base=2) for column in rounded.T)
     assert bits.per_activation() == pytest.approx(expected, abs=1e-9)
@@ -178,7 +178,7 @@ def test_bits_are_scipy_s_entropies(seed: int, step: float) -> None:
 
 def test_bits_of_a_choice_are_the_entropy_of_the_choice() -> None:
     chosen = np.array([0, 1, 1, 2, 2, 2, 2, 2])
-    bits = description.Bits(4)
+    bits = description_length.Bits(4)
     bits.update(sparse.csr_array(np.eye(4)[chosen]))
     assert bits.of_the_choice() == pytest.approx(entropy([1, 2, 5], base=2))
     assert bits.per_activation() > bits.of_the_choice()
@@ -186,20 +186,22 @@ def test_bits_of_a_choice_are_the_entropy_of_the_choice() -> None:
 
 def test_step_is_the_largest_that_keeps_to_the_target() -> None:
     x = activations(200)
-    method = methods.of_sae(sae.create("topk", D, F, K).requires_grad_(False))
+    method = baselines.of_sae(sae.create("topk", D, F, K).requires_grad_(False))
     z = method.encode(x)
-    own = description.squared_error(method, x.numpy(), z)
+    own = description_length.squared_error(method, x.numpy(), z)
 
     def error(step: float) -> float:
-        return description.squared_error(method, x.numpy(), description.restored(description.quantised(z, step), step))
+        return description_length.squared_error(
+            method, x.numpy(), description_length.restored(description_length.quantised(z, step), step)
+        )
 
-    step = description.step_for(method, x.numpy(), z, 1.05 * own)
+    step = description_length.step_for(method, x.numpy(), z, 1.05 * own)
     assert own < error(step) <= 1.05 * own < error(step * 2 ** (26 / 2**16))
     nothing = sparse.csr_array(z.shape, dtype=np.float32)
-    assert description.step_for(method, x.numpy(), nothing, own) == 1.0
-    generous = description.step_for(method, x.numpy(), z, 1e9)
-    assert description.quantised(z, generous).nnz == 0, "an error that all may have takes no bits"
-    finest = description.step_for(method, x.numpy(), z, 0.0)
+    assert description_length.step_for(method, x.numpy(), nothing, own) == 1.0
+    generous = description_length.step_for(method, x.numpy(), z, 1e9)
+    assert description_length.quantised(z, generous).nnz == 0, "an error that all may have takes no bits"
+    finest = description_length.step_for(method, x.numpy(), z, 0.0)
     assert error(finest) == pytest.approx(own, rel=1e-4), "an error that none can have takes the finest step"
 
 
@@ -208,9 +210,9 @@ def test_bits_of_pca_are_taken_at_the_error_of_the_quantised_sae() -> None:
     mean, components = x.mean(dim=0), torch.linalg.eigh(torch.cov(x.T))[1]
     random = sae.create("topk", D, F, K).requires_grad_(False)
     random.set_center(mean)
-    one = methods.of_sae(random)
+    one = baselines.of_sae(random)
     own = at_own_error(one, x, D)
-    found = [own, at_error_of(own, methods.pca("all", mean, components), x, D)]
+    found = [own, at_error_of(own, baselines.pca("all", mean, components), x, D)]
     for board in found:
         z = board.method.encode(x)
         board.update(x.numpy(), z, z, unit_rows(x.numpy()))
@@ -229,7 +231,7 @@ def test_pca_is_that_of_scikit_learn() -> None:
     x, other = activations(100), activations(50, seed=1)
     reference = PCA(K).fit(x.double().numpy())
     mean, covariance = x.double().mean(dim=0), torch.cov(x.double().T)
-    method = methods.pca("pca", mean, torch.linalg.eigh(covariance)[1].flip(1)[:, :K])
+    method = baselines.pca("pca", mean, torch.linalg.eigh(covariance)[1].flip(1)[:, :K])
     expected = reference.inverse_transform(reference.transform(other.double().numpy()))
     np.testing.assert_allclose(method.decode(method.encode(other)), expected, rtol=1e-4, atol=1e-4)
     assert method.encode(other).shape == (50, K)
@@ -237,21 +239,21 @@ def test_pca_is_that_of_scikit_learn() -> None:
 
 def test_k_means_gives_the_nearest_centre_and_the_same_ones_every_time() -> None:
     x = activations(200)
-    one, again, other = (methods.kmeans(x, 16, seed) for seed in (1, 1, 2))
+    one, again, other = (baselines.kmeans(x, 16, seed) for seed in (1, 1, 2))
     assert np.array_equal(one.rows, again.rows) and not np.array_equal(one.rows, other.rows)
     nearest = pairwise_distances_argmin(x.numpy(), one.rows)
     np.testing.assert_allclose(one.decode(one.encode(x)), one.rows[nearest], rtol=1e-6)
     within = np.square(x.numpy() - one.rows[nearest]).sum()
     assert within < 0.6 * np.square(x.numpy() - x.numpy().mean(axis=0)).sum()
-    assert len(methods.kmeans(x, 5000, 0).rows) == 200 // 8, "8 rows a centre"
-    assert len(methods.kmeans(x[:3], 5000, 0).rows) == 1
-    few = methods.kmeans(x[:3].repeat(40, 1), 15, 0)  # more centres than there are different rows
+    assert len(baselines.kmeans(x, 5000, 0).rows) == 200 // 8, "8 rows a centre"
+    assert len(baselines.kmeans(x[:3], 5000, 0).rows) == 1
+    few = baselines.kmeans(x[:3].repeat(40, 1), 15, 0)  # more centres than there are different rows
     np.testing.assert_allclose(few.decode(few.encode(x[:3])), x[:3].numpy(), rtol=1e-4)
 
 
 def test_neurons_are_the_dimensions_farthest_from_their_mean() -> None:
     x = activations(30)
-    method = methods.neurons(x.mean(dim=0), K)
+    method = baselines.neurons(x.mean(dim=0), K)
     centred = (x - x.mean(dim=0)).numpy()
     kept = np.abs(centred) >= np.sort(np.abs(centred), axis=1)[:, [-K]]
     np.testing.assert_allclose(method.decode(method.encode(x)), x.mean(dim=0).numpy() + centred * kept, atol=1e-5)
@@ -259,7 +261,7 @@ def test_neurons_are_the_dimensions_farthest_from_their_mean() -> None:
 
 def test_the_random_dictionary_has_the_best_length_and_is_drawn_from_its_seed() -> None:
     x, like = activations(400), sae.create("relu", D, F, K)
-    one, again, other = (methods.random_dictionary(like, x, seed) for seed in (1, 1, 2))
+    one, again, other = (baselines.random_dictionary(like, x, seed) for seed in (1, 1, 2))
     assert np.array_equal(one.rows, again.rows) and not np.array_equal(one.rows, other.rows)
     norms = np.linalg.norm(one.rows, axis=1)
     assert np.ptp(norms) < 1e-5 and (one.encode(x).toarray() > 0).sum(axis=1).max() == K

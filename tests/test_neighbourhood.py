@@ -15,17 +15,18 @@ import zarr
 from conftest import make_backbone, make_manifest, write_store
 from torch import Tensor
 
-from sparsight import config, sae, tables
-from sparsight.backbones import Backbone
-from sparsight.errors import SparsightError
-from sparsight.images import Manifest
+from sparsight import config, sae
+from sparsight.activations.store import ActivationStore
+from sparsight.backbones.backbone import Backbone
+from sparsight.common import tables
+from sparsight.common.errors import SparsightError
+from sparsight.common.seeds import derive_seed
+from sparsight.common.work import Work
+from sparsight.images.manifest import Manifest
 from sparsight.sae import SAE
-from sparsight.seeds import derive_seed
 from sparsight.steering.edits import Batch
 from sparsight.steering.evaluate import steer
-from sparsight.steering.neighbourhood import Neighbourhood
-from sparsight.store import ActivationStore
-from sparsight.work import Work
+from sparsight.steering.vs2pp import NeighbourSteering
 
 D, F, K = 48, 96, 6
 SITE = "blocks.2.output"
@@ -71,9 +72,9 @@ def make_sae() -> SAE:
     return one
 
 
-def around(n: int, backbone: Backbone, stores: Stores, manifest: Manifest) -> Neighbourhood:
+def around(n: int, backbone: Backbone, stores: Stores, manifest: Manifest) -> NeighbourSteering:
     labels = {split: manifest.split(split).labels for split in SPLITS}
-    return Neighbourhood(n, make_sae(), backbone, stores, stores, labels, derive_seed(0, "steering", "n-s0"))
+    return NeighbourSteering(n, make_sae(), backbone, stores, stores, labels, derive_seed(0, "steering", "n-s0"))
 
 
 def nearest(stores: Stores, n: int) -> np.ndarray:

@@ -16,7 +16,7 @@ from conftest import ROOT
 from scipy import stats
 from snakemake.utils import update_config
 
-from sparsight.errors import SparsightError
+from sparsight.common.errors import SparsightError
 
 PAPERS: Any = yaml.safe_load((ROOT / "experiments" / "papers.yaml").read_text())
 

@@ -11,8 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 from source_files import RGB, Expected, check, count_reads, manifest, picture, table
 
-from sparsight.errors import SparsightError
-from sparsight.sources import SOURCES
+from sparsight.common.errors import SparsightError
+from sparsight.images.sources import SOURCES
 
 
 @pytest.mark.parametrize("columns", [{}, {"image": "img", "label": "fine_label"}])
@@ -41,7 +41,7 @@ def test_parquet_reads_each_row_group_once_per_window_of_a_random_order(
     table(tmp_path / "all.parquet", [(picture(i), 0) for i in range(200)], ["a"])
     metadata = pq.ParquetFile(tmp_path / "all.parquet").metadata
     n_bytes = sum(metadata.row_group(i).total_byte_size for i in range(40))
-    monkeypatch.setattr("sparsight.sources.parquet._WINDOW_BYTES", n_bytes // n_windows + 1)
+    monkeypatch.setattr("sparsight.images.sources.parquet._WINDOW_BYTES", n_bytes // n_windows + 1)
     reads = count_reads(monkeypatch)
     order = np.random.default_rng(0).permutation(200)
     uris = [f"all.parquet:{i}" for i in order]

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from sparsight.parts import Parts
+from sparsight.training.microbatches import MicroBatches
 
 
 def model() -> nn.Module:
@@ -14,8 +14,8 @@ def model() -> nn.Module:
     return nn.Sequential(nn.Linear(5, 7), nn.GELU(), nn.LayerNorm(7), nn.Linear(7, 3)).double()
 
 
-@given(rows=st.integers(1, 70), at_once=st.integers(1, 5))
-def test_gradients_are_those_of_the_whole_batch(rows: int, at_once: int) -> None:
+@given(rows=st.integers(1, 70), n_parallel=st.integers(1, 5))
+def test_gradients_are_those_of_the_whole_batch(rows: int, n_parallel: int) -> None:
     net, scale = model(), torch.tensor(1.5, dtype=torch.float64, requires_grad=True)
     unused, frozen = torch.ones(2, requires_grad=True), torch.ones(2)
     parameters = [*net.parameters(), scale]
@@ -27,7 +27,7 @@ def test_gradients_are_those_of_the_whole_batch(rows: int, at_once: int) -> None
 
     for parameter in (*parameters, unused):
         parameter.grad = torch.full_like(parameter, 9.0)  # of a step before
-    scalars = Parts(at_once).backward(net, x_BD, loss, [*parameters, unused, frozen])
+    scalars = MicroBatches(n_parallel).backward(net, x_BD, loss, [*parameters, unused, frozen])
     expected = loss(net(x_BD))
     wanted = torch.autograd.grad(expected["loss"], parameters)
     for name, value in expected.items():
@@ -37,11 +37,11 @@ def test_gradients_are_those_of_the_whole_batch(rows: int, at_once: int) -> None
     assert unused.grad is None and frozen.grad is None
 
 
-@given(rows=st.integers(1, 70), at_once=st.integers(1, 5))
-def test_outputs_are_those_of_the_whole_batch(rows: int, at_once: int) -> None:
+@given(rows=st.integers(1, 70), n_parallel=st.integers(1, 5))
+def test_outputs_are_those_of_the_whole_batch(rows: int, n_parallel: int) -> None:
     net = model()
     x_BD = torch.randn(rows, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(rows))
-    found = Parts(at_once).forward(net, x_BD)
+    found = MicroBatches(n_parallel).forward(net, x_BD)
     torch.testing.assert_close(found, net(x_BD).detach())
     assert not found.requires_grad
 
@@ -51,4 +51,4 @@ def test_an_error_in_a_part_is_raised() -> None:
         raise RuntimeError("does not fit")
 
     with pytest.raises(RuntimeError, match="does not fit"):
-        Parts(2).backward(refuse, torch.ones(32, 2), lambda x: {"loss": x.sum()}, [])
+        MicroBatches(2).backward(refuse, torch.ones(32, 2), lambda x: {"loss": x.sum()}, [])

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from source_files import RGB, is_picture, manifest, picture, put
 
-from sparsight.errors import SparsightError
-from sparsight.sources.base import decode_file
+from sparsight.common.errors import SparsightError
+from sparsight.images.sources.base import decode_file
 
 
 def folder(path: Path) -> Path:

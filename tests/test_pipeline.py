@@ -21,8 +21,8 @@ from runs import contents, holder, start
 from safetensors.numpy import load_file
 from snakemake.utils import update_config
 
-from sparsight import trust
-from sparsight.run import load_run
+from sparsight.pipeline import staleness
+from sparsight.pipeline.run import load_run
 
 BACKBONES, SPLITS = ("vit", "clip"), ("train", "val", "test")
 SAES = ("topk-s0", "switch-s0", "switch-s1", "final-s0")
@@ -87,7 +87,7 @@ def test_one_command_makes_every_promised_file_and_leaves_no_working_state(run_f
         "metrics.json",
         "curves.json",
         "configuration.json",
-        *(f"records/{stage}.json" for stage, _ in trust.stages(load_run(tiny())) if stage != "configuration"),
+        *(f"records/{stage}.json" for stage, _ in staleness.stages(load_run(tiny())) if stage != "configuration"),
     }
     stores = {name for name in made if ".zarr/" in name}
     assert made - stores | {name for name in stores if name.count("/") == 3 and "zarr.json" in name} == promised
@@ -154,7 +154,7 @@ def test_planning_imports_no_heavy_library(tmp_path: Path) -> None:
     command = [sys.executable, "-X", "importtime", "-m", "snakemake", "--configfile", "tiny.yaml", "--dry-run"]
     done = subprocess.run(command, cwd=workspace(tmp_path / "w"), capture_output=True, text=True, check=True)
     imported = set(re.findall(r"^import time:.*\| +([\w.]+)$", done.stderr, re.MULTILINE))
-    assert "sparsight.run" in imported and not {"torch", "timm", "zarr", "open_clip"} & imported
+    assert "sparsight.pipeline.run" in imported and not {"torch", "timm", "zarr", "open_clip"} & imported
 
 
 FVU_BY_HAND = """

@@ -16,23 +16,24 @@ from timm.layers import Attention
 from torch import Tensor, nn
 
 from sparsight import config
-from sparsight.backbones import Backbone
-from sparsight.errors import SparsightError
-from sparsight.images import Manifest, write_manifest
+from sparsight.backbones.backbone import Backbone
+from sparsight.common.errors import SparsightError
+from sparsight.common.files import write_json
+from sparsight.common.work import Work
+from sparsight.images.manifest import Manifest, write_manifest
 from sparsight.pruning import train
-from sparsight.pruning.passes import AtLastBlock, Whole
-from sparsight.pruning.policy import Given, HeadPolicy
+from sparsight.pruning.policy import FixedMask, HeadPolicy
+from sparsight.pruning.policy_inputs import AtLastBlock, Whole
 from sparsight.pruning.train import _straight_through, _Training
-from sparsight.work import Work, write_json
 
 SCRIPT = str(ROOT / "workflow" / "scripts" / "policy.py")
 
 # The stage's own script; it writes a checkpoint after every third step and is killed in the step that it is told.
 KILLED = """
 import itertools, os, runpy, signal, sys
-from sparsight.stage import set_threads
+from sparsight.pipeline.stage import set_threads
 set_threads(1)
-from sparsight import training
+from sparsight.training import loop
 from sparsight.pruning import train
 
 step, at, steps, asked = train._Training.step, int(sys.argv[1]), itertools.count(1), itertools.count(1)
@@ -43,7 +44,7 @@ def mortal(self, *rest):
     return step(self, *rest)
 
 train._Training.step = mortal
-training._Checkpoint.due = property(lambda self: next(asked) % 3 == 0)
+loop._Checkpoint.due = property(lambda self: next(asked) % 3 == 0)
 sys.argv = sys.argv[2:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
@@ -65,11 +66,11 @@ def random_policy() -> HeadPolicy:
 
 
 def fit(
-    section: config.Policy, backbone: Backbone, manifest: Manifest, folder: Path, at_once: int = 2
+    section: config.Policy, backbone: Backbone, manifest: Manifest, folder: Path, n_parallel: int = 2
 ) -> tuple[HeadPolicy, list[Any]]:
     """The policy and its log."""
     with Work(folder / "work", "key") as work:
-        train.fit(section, backbone, manifest, "heads", 0, work, at_once, {})
+        train.fit(section, backbone, manifest, "heads", 0, work, n_parallel, {})
         work.finish(folder)
     return HeadPolicy.load(folder), [json.loads(line) for line in (folder / "training.jsonl").read_text().splitlines()]
 
@@ -125,8 +126,8 @@ def test_parts_at_the_same_time_give_the_bytes_of_one_after_the_other(
 ) -> None:
     monkeypatch.setattr("sparsight.config.inputs._ROWS", 2)
     section = config.Policy("vit", target=0.5, epochs=2, batch_size=7, **change)
-    for at_once in (1, 4):
-        fit(section, make_backbone(classes=2), manifest, tmp_path / str(at_once), at_once)
+    for n_parallel in (1, 4):
+        fit(section, make_backbone(classes=2), manifest, tmp_path / str(n_parallel), n_parallel)
     for file in ("policy.safetensors", "config.json", "training.jsonl"):
         assert (tmp_path / "1" / file).read_bytes() == (tmp_path / "4" / file).read_bytes(), file
 
@@ -160,7 +161,7 @@ def test_a_policy_of_the_last_block_leaves_the_others_whole(manifest: Manifest, 
     assert list(masks) == [2]
 
 
-class AtBlock2(Given):
+class AtBlock2(FixedMask):
     """Masks for block 2 alone."""
 
     def decide(self, block: int, cls_BD: Tensor) -> Tensor | None:  # type: ignore[override]

@@ -5,8 +5,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from sparsight import progress
-from sparsight.progress import Progress
+from sparsight.common import progress
+from sparsight.common.progress import Progress
 
 
 def follow(monkeypatch: pytest.MonkeyPatch, stream: io.StringIO) -> str:

@@ -13,16 +13,18 @@ from safetensors.torch import load_file
 from studies import SECTION, Study, last_inputs, random_policy, random_sae, steered, two_class_images, two_classes
 from torch import Tensor
 
-from sparsight import config, tables
-from sparsight.errors import SparsightError
-from sparsight.images import Manifest
-from sparsight.pruning import classes, evaluate, outcomes
-from sparsight.pruning.headwise import unpack
-from sparsight.pruning.last_block import arrive
+from sparsight import config
+from sparsight.common import tables
+from sparsight.common.errors import SparsightError
+from sparsight.common.work import Work
+from sparsight.images.manifest import Manifest
+from sparsight.pruning import evaluate, outcomes, per_class
+from sparsight.pruning.last_block import last_block_inputs
+from sparsight.pruning.masks import unpack
+from sparsight.pruning.selection import points
 from sparsight.pruning.strategies import KINDS, LABELS, NONE, Row
-from sparsight.steering import latents
+from sparsight.steering import class_latents
 from sparsight.steering.evaluate import steer
-from sparsight.work import Work
 
 
 @pytest.fixture
@@ -32,11 +34,11 @@ def manifest(tmp_path: Path) -> Manifest:
 
 def test_class_configurations_follow_val_and_are_counted_on_all_test_images(manifest: Manifest) -> None:
     study = Study(manifest)
-    val = arrive(study.backbone, study.policy, manifest.split("val"), 7)
+    val = last_block_inputs(study.backbone, study.policy, manifest.split("val"), 7)
     routes = evaluate._routes(study.probe, val)
     rows = [row for row in study.rows if row.target < 0]
     on_val = dict(outcomes.run(study.strategies, rows, val, routes))
-    chosen = classes.configurations(on_val, val, 2, 0.2)
+    chosen = per_class.configurations(on_val, val, 2, 0.2)
     assert set(chosen) == {name for name, kind in KINDS.items() if kind.by_class}
     for strategy, own in chosen.items():
         for c, one in own.items():
@@ -44,7 +46,7 @@ def test_class_configurations_follow_val_and_are_counted_on_all_test_images(mani
             candidates = [
                 (group, np.mean([on_val[row].hits[mine].mean() for row in group]),
                  np.mean([on_val[row].usage[mine].mean() for row in group]))
-                for (name, labels), found in outcomes.points(on_val).items()
+                for (name, labels), found in points(on_val).items()
                 if (name, labels) == (strategy, "oracle") for group in (point.rows for point in found)
             ]  # fmt: skip
             floor = none.hits[mine].mean() - 0.2 - 1e-9
@@ -54,7 +56,7 @@ def test_class_configurations_follow_val_and_are_counted_on_all_test_images(mani
                 assert accuracy >= floor and usage == pytest.approx(min(allowed))
             assert one.selected == (accuracy >= floor and usage <= 0.5 * none.usage[mine].mean())
     none = study.run([NONE])[NONE]
-    made = classes.evaluate(study.strategies, chosen, study.test, none, study.routes, ["a", "b"], SECTION, 0)
+    made = per_class.evaluate(study.strategies, chosen, study.test, none, study.routes, ["a", "b"], SECTION, 0)
     labels = study.test.labels
     for subset, counted in zip(made.subsets, made.false_positives, strict=True):
         c = subset["class"]
@@ -181,7 +183,7 @@ def test_in_stream_steering_equals_editing_the_input_of_the_last_block(manifest:
         steer(section, one, backbone, stores, {}, manifest, "s", 0, work, {})
         work.finish(tmp_path / "out")
     table = tables.read(tmp_path / "out" / "s.parquet")
-    found = latents.ClassLatents.load(tmp_path / "out" / "s.safetensors", torch.device("cpu"))
+    found = class_latents.ClassLatents.load(tmp_path / "out" / "s.safetensors", torch.device("cpu"))
     val = manifest.split("val")
     x, truth = last_inputs(backbone, manifest, "val"), torch.tensor(val.labels).long()
 
@@ -194,7 +196,7 @@ def test_in_stream_steering_equals_editing_the_input_of_the_last_block(manifest:
         (found_row,) = [r for r in table if all(r[k] == v for k, v in wanted.items())]
         return found_row
 
-    edit = latents.class_edit(one, one.encode(x[:, 0]).dense(), truth, found)
+    edit = class_latents.class_edit(one, one.encode(x[:, 0]).dense(), truth, found)
     for strength in section.strengths:
         got = row(method="class-latents", labels="oracle", split="val", strength=strength)["accuracy"]
         assert got == pytest.approx(accuracy(x[:, 0] + (strength - 1) * edit))

@@ -17,13 +17,15 @@ import yaml
 from conftest import write_store
 from runs import TINY_RUN
 
-from sparsight import sae, tables
-from sparsight.report.latents import top_images
-from sparsight.report.pruning import _verdicts
-from sparsight.run import load_run
-from sparsight.sae.residual import ReSAE, by_group, fit_moments
-from sparsight.sae.seen import SeenRows
-from sparsight.store import ActivationStore
+from sparsight import sae
+from sparsight.activations.store import ActivationStore
+from sparsight.common import tables
+from sparsight.pipeline.run import load_run
+from sparsight.report.chapters.latents import top_images
+from sparsight.report.chapters.pruning import _verdicts
+from sparsight.sae.inputs import SaeInputs
+from sparsight.sae.moments import by_group, fit_moments
+from sparsight.sae.resae import ReSAE
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
@@ -193,7 +195,7 @@ def test_top_images_are_those_of_sorting_all_of_them(tmp_path: Path, tokens: str
             A, c = chain.maps[group][0]
             out[:, at] = out[:, at] - before[:, at] @ A.float().T - c.float()
         x = out.flatten(0, 1)
-    values, images = top_images(one, SeenRows(store, sites[1], torch.device("cpu"), chain), 700, 9)
+    values, images = top_images(one, SaeInputs(store, sites[1], torch.device("cpu"), chain), 700, 9)
     per_image = one.encode(x).dense().detach().numpy().reshape(700, -1, 12).max(axis=1)
     for latent in range(12):
         found = per_image[images[latent], latent]

@@ -11,9 +11,10 @@ from safetensors.numpy import load_file
 from torch import Tensor
 
 from sparsight import sae
-from sparsight.errors import SparsightError
+from sparsight.common.errors import SparsightError
 from sparsight.sae import Trainer
-from sparsight.sae.residual import Activations, Moments, ReSAE, affine, fit_moments, load_chain
+from sparsight.sae.moments import Activations, Moments, fit_moments
+from sparsight.sae.resae import ReSAE, affine, load_chain
 
 N, D, F, K = 300, 10, 24, 4
 SITES = ["blocks.1.input", "blocks.2.input", "blocks.3.input"]

@@ -26,22 +26,23 @@ SECTION = {
 # script then steps slowly, marks every step it takes, and writes a checkpoint after every fourth.
 FORKS = """
 import itertools, os, runpy, sys, time
-from sparsight.stage import set_threads
+from sparsight.pipeline.stage import set_threads
 set_threads(1)  # nothing runs in parallel here, so that forks are sound
 import torch
-from sparsight import training
-from sparsight.sae import fit, topk, train
+from sparsight.sae import fit, trainer
+from sparsight.sae.variants import topk
+from sparsight.training import loop
 torch.optim.Adam([torch.zeros(1)])  # the first optimiser imports for seconds
 
-marks, step, calls = open(sys.argv[1], "a"), train.Trainer.step, itertools.count(1)
+marks, step, calls = open(sys.argv[1], "a"), trainer.Trainer.step, itertools.count(1)
 
 def slow(self, *rest):
     print(".", end="", file=marks, flush=True)
     time.sleep(0.01)
     return step(self, *rest)
 
-train.Trainer.step = slow
-training._Checkpoint.due = property(lambda self: next(calls) % 4 == 0)
+trainer.Trainer.step = slow
+loop._Checkpoint.due = property(lambda self: next(calls) % 4 == 0)
 sys.argv = sys.argv[2:]
 for _ in sys.stdin:
     child = os.fork()

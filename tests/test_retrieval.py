@@ -17,10 +17,10 @@ from hypothesis import strategies as st
 
 import sparsight as ss
 from sparsight import kernels
-from sparsight.errors import SparsightError
+from sparsight.activations.store import ActivationStore, Rows
+from sparsight.common.errors import SparsightError
 from sparsight.steering import retrieval
-from sparsight.steering.retrieval import Neighbours
-from sparsight.store import ActivationStore, Rows
+from sparsight.steering.nearest import Neighbours, nearest
 
 CPU = torch.device("cpu")
 BLOCKS = st.fixed_dictionaries({
@@ -42,7 +42,7 @@ def plain(queries: np.ndarray, bank: np.ndarray, n: int) -> tuple[np.ndarray, np
 
 
 def check(queries: np.ndarray, bank: np.ndarray, n: int) -> None:
-    found, (indices, similarity) = retrieval.nearest(queries, bank, n, CPU), plain(queries, bank, n)
+    found, (indices, similarity) = nearest(queries, bank, n, CPU), plain(queries, bank, n)
     assert np.array_equal(found.indices, indices) and np.array_equal(found.similarity, similarity)
     assert (found.indices.dtype, found.similarity.dtype) == (torch.int64, torch.float32)
 
@@ -96,7 +96,7 @@ def test_bank_is_read_once_window_by_window(tmp_path: Path) -> None:
         return np.asarray(self._array.read(first, last))
 
     with mock.patch.object(Rows, "images", images), mock.patch.multiple(retrieval, _WINDOW=16, _ENCODED=32):
-        found = retrieval.nearest(queries, rows, 7, CPU)
+        found = nearest(queries, rows, 7, CPU)
         assert read == [(0, 16), (16, 32), (32, 48), (48, 50)]
         del read[:]
         ours = retrieval.embedding_steering(rows, found, torch.ones(5, 7, dtype=torch.bool))
@@ -112,19 +112,19 @@ def test_row_without_a_direction_is_named(name: str, bad: float) -> None:
     arrays = {"queries": np.ones((40, 3), np.float32), "bank": np.ones((40, 3), np.float32)}
     arrays[name][33] = bad
     with mock.patch.multiple(retrieval, _WINDOW=16), pytest.raises(SparsightError, match=f"row 33 of the {name} is"):
-        retrieval.nearest(arrays["queries"], arrays["bank"], 2, CPU)
+        nearest(arrays["queries"], arrays["bank"], 2, CPU)
 
 
 def test_wrong_sizes_are_refused() -> None:
     for n in (0, 5):
         with pytest.raises(SparsightError, match=f"{n} neighbours out of a bank of 4 rows; ask for 1 to 4"):
-            retrieval.nearest(ONE, OTHER, n, CPU)
+            nearest(ONE, OTHER, n, CPU)
     with pytest.raises(SparsightError, match="queries of width 2, bank of width 3"):
-        retrieval.nearest(ONE, np.ones((4, 3)), 1, CPU)
+        nearest(ONE, np.ones((4, 3)), 1, CPU)
 
 
 def test_huge_and_tiny_rows_have_the_direction_that_they_have() -> None:
-    found = retrieval.nearest(1e-30 * ONE, 1e30 * OTHER, 4, CPU)
+    found = nearest(1e-30 * ONE, 1e30 * OTHER, 4, CPU)
     assert found.indices.tolist() == [[1, 2, 0, 3]]
     assert found.similarity.tolist() == [pytest.approx([1, 0.8, 0.6, -1])]
 
@@ -156,7 +156,7 @@ def test_vector_of_one_oracle_neighbour_is_the_one_computed_by_hand(query_label:
         sae.W_enc.copy_(torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 2.0]]))
         sae.W_dec.copy_(torch.tensor([[0.5, 0.5, 0.0], [9.0, 9.0, 9.0], [0.0, 0.5, 0.5]]))
     bank, embeddings = np.array([[3.0, 3.0, 3.0], [5.0, 0.5, 1.0]], np.float32), np.array([[1.0, -1.0], [1.0, 1.0]])
-    found = retrieval.nearest(np.array([[2.0, 1.0]]), embeddings, 1, CPU)
+    found = nearest(np.array([[2.0, 1.0]]), embeddings, 1, CPU)
     true_labels, gamma = torch.tensor([8, 7]), 1.5
     of_query = retrieval.positives(true_labels[found.indices], torch.tensor([query_label]))
     assert ((gamma - 1) * retrieval.contrast(sae, bank, found, of_query)).tolist() == [added]
@@ -185,9 +185,9 @@ def test_every_backend_gives_the_same(backend: str, monkeypatch: pytest.MonkeyPa
     generator = np.random.default_rng(3)
     bank = np.concatenate([ONE.repeat(16, axis=0), generator.standard_normal((40, 2))])  # later windows add nothing
     monkeypatch.setattr(retrieval, "_WINDOW", 16)
-    expected = retrieval.nearest(ONE, bank, 4, CPU)
+    expected = nearest(ONE, bank, 4, CPU)
     monkeypatch.setenv("SPARSIGHT_KERNELS", backend)
-    found = retrieval.nearest(ONE, bank, 4, CPU)
+    found = nearest(ONE, bank, 4, CPU)
     assert found.indices.tolist() == expected.indices.tolist() == [[0, 1, 2, 3]]
     assert retrieval.embedding_steering(bank, found, torch.ones(1, 4, dtype=torch.bool)).tolist() == [[3.0, 4.0]]
 

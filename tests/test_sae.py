@@ -12,9 +12,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from sparsight import sae
-from sparsight.errors import SparsightError
+from sparsight.common.errors import SparsightError
 from sparsight.sae import SAE, DenseCodes, SparseCodes, Trainer
-from sparsight.sae.prototypes import Prototypes
+from sparsight.sae.class_means import ClassMeans
 
 D, F, K = 12, 40, 5
 
@@ -237,7 +237,7 @@ def test_pass_term_and_means_equal_their_definition() -> None:
     one, x, y = trained("topk"), activations(), torch.arange(64) % 3
     codes = one.encode(x)
     assert isinstance(codes, SparseCodes)
-    prototypes = Prototypes(F, torch.device("cpu"))
+    prototypes = ClassMeans(F, torch.device("cpu"))
     assert float(prototypes.term(codes, y).detach()) == 0, "no class has a mean yet"
     prototypes.learn(codes, y)
     z = codes.dense().detach()

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sparsight import sae
-from sparsight.errors import SparsightError
+from sparsight.common.errors import SparsightError
 from sparsight.sae import SAE, Trainer, saelens
 
 D, F, K = 12, 40, 5

@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
+from sparsight.common.intervals import mean_of_seeds
 from sparsight.config import Sae
-from sparsight.report import saes
-from sparsight.report.sections import Comparison, comparisons
-from sparsight.statistics import mean_of_seeds
+from sparsight.report.chapters import saes
+from sparsight.report.comparisons import Comparison, comparisons
 
 
 @settings(deadline=None)

@@ -6,8 +6,8 @@ import pytest
 from source_files import Expected, check, cub, manifest, put
 
 from sparsight import config
-from sparsight.errors import SparsightError
-from sparsight.sources import SOURCES
+from sparsight.common.errors import SparsightError
+from sparsight.images.sources import SOURCES
 
 
 def test_every_source_has_a_name_in_the_configuration() -> None:

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from pytest import approx
 from scipy import stats
 
-from sparsight.statistics import bootstrap, loss_bound, paired, wilson
+from sparsight.common.intervals import bootstrap, loss_bound, paired, wilson
 
 
 @given(n=st.integers(1, 300), data=st.data())

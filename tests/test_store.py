@@ -16,10 +16,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from zarr.codecs import Crc32cCodec
 
-from sparsight.errors import SparsightError
-from sparsight.shards import RawArray, ZarrArray, open_array
-from sparsight.store import ActivationStore, Rows, verify
-from sparsight.store_writer import Plan, StoreWriter, shard_size
+from sparsight.activations.shards import RawArray, ZarrArray, open_array
+from sparsight.activations.store import ActivationStore, Rows, verify
+from sparsight.activations.writer import Plan, StoreWriter, shard_size
+from sparsight.common.errors import SparsightError
 
 SHAPES = {"blocks.1.input": (5, 8), "embedding": (8,)}
 

@@ -11,13 +11,14 @@ from studies import Study, last_inputs, random_policy, random_sae, steered, two_
 from torch import Tensor
 
 from sparsight import config
-from sparsight.images import Manifest
-from sparsight.pruning import controls, headwise, last_block, probe
-from sparsight.pruning.headwise import Headwise, pack, unpack
-from sparsight.pruning.last_block import arrive
-from sparsight.pruning.policy import Given, HeadPolicy
+from sparsight.images.manifest import Manifest
+from sparsight.pruning import controls, head_outputs, last_block, linear_probe
+from sparsight.pruning.head_outputs import HeadOutputs
+from sparsight.pruning.last_block import last_block_inputs
+from sparsight.pruning.masks import pack, unpack
+from sparsight.pruning.policy import FixedMask, HeadPolicy
 from sparsight.pruning.strategies import KINDS, LABELS, NONE, Row
-from sparsight.steering import latents
+from sparsight.steering import class_latents
 from sparsight.steering.controls import mean_difference_edit, random_edit
 
 
@@ -44,7 +45,7 @@ def test_every_mask_of_the_table_has_the_logits_of_masking(manifest: Manifest, o
     H = backbone.n_heads
     images = backbone.normalize(manifest.split("test").batch(slice(0, 5), backbone.preprocess))
     x, _ = backbone.run_blocks(backbone.tokens(images), 0, 2)
-    got = torch.cat(list(Headwise.of(backbone, x).every()), dim=1)
+    got = torch.cat(list(HeadOutputs.of(backbone, x).every()), dim=1)
     assert got.shape == (5, 2**H, 2)
     for code in range(2**H):
         mask = torch.ones(5, 3, H, dtype=torch.bool)
@@ -57,9 +58,9 @@ def test_the_table_and_the_direct_way_predict_the_same(
     manifest: Manifest, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     backbone, policy, test = two_classes(**options), random_policy(), manifest.split("test")
-    table = arrive(backbone, policy, test, 7)
-    monkeypatch.setattr(headwise, "_AFFORDABLE", 0)
-    direct = arrive(backbone, policy, test, 7)
+    table = last_block_inputs(backbone, policy, test, 7)
+    monkeypatch.setattr(head_outputs, "_AFFORDABLE", 0)
+    direct = last_block_inputs(backbone, policy, test, 7)
     assert table.tabulated and not direct.tabulated
     codes = np.repeat(np.arange(64, dtype=np.int32)[:, None], len(test), axis=1)
     codes = np.concatenate([codes, np.random.default_rng(0).integers(64, size=(9, len(test)), dtype=np.int32)])
@@ -79,13 +80,13 @@ def test_edited_class_tokens_are_seen_by_the_last_block(
     policy.weight.normal_(generator=generator)
     codes_SN = np.random.default_rng(0).integers(2**H, size=(3, len(test)), dtype=np.int32)
     edits_SND = 3 * torch.randn(3, len(test), 48, generator=generator)
-    arrival = arrive(backbone, policy, test, 7, at_once=3)
+    last = last_block_inputs(backbone, policy, test, 7, n_parallel=3)
     x_BTD = last_inputs(backbone, manifest, "test", policy)
     for _ in range(2):  # the second time from what was kept
-        got_SN = arrival.predict_edited(codes_SN, edits_SND)
+        got_SN = last.predict_edited(codes_SN, edits_SND)
         for got_N, codes_N, edit_ND in zip(got_SN, codes_SN, edits_SND, strict=True):
             whole = torch.cat([x_BTD[:, :1] + edit_ND[:, None], x_BTD[:, 1:]], dim=1)
-            keep = Given(torch.from_numpy(unpack(codes_N, H)))
+            keep = FixedMask(torch.from_numpy(unpack(codes_N, H)))
             assert np.array_equal(got_N, backbone.classify(backbone.run_blocks(whole, 2, 3, keep)[0]).argmax(dim=1))
     assert len(np.unique(got_SN)) == 2
 
@@ -96,8 +97,8 @@ def test_class_latents_are_those_of_the_largest_mean_difference(manifest: Manife
     x = last_inputs(backbone, manifest, "train")[:, 0]
     one = random_sae(0)
     z = one.encode(x).dense().numpy()
-    found = latents.find(one, x.numpy(), train.labels, 2, 5, 0)
-    ranked = Study(manifest).strategies.dictionaries["sae-s0"].ranked_CM
+    found = class_latents.find(one, x.numpy(), train.labels, 2, 5, 0)
+    ranked = Study(manifest).strategies.effects_by_sae["sae-s0"].ranked_CM
     for c in (0, 1):
         difference = z[train.labels == c].mean(axis=0) - z[train.labels != c].mean(axis=0)
         assert found.latents[c].tolist() == np.argsort(-difference, kind="stable")[:5].tolist()
@@ -119,7 +120,7 @@ def test_class_edit_is_the_difference_of_two_decodings(manifest: Manifest) -> No
     for row, c in enumerate(classes):
         gain[row, one.found.latents[c]] = 7.0
     expected = (gain * z) @ one.sae.W_dec - z @ one.sae.W_dec
-    got = (7.0 - 1) * latents.class_edit(one.sae, z, classes, one.found)
+    got = (7.0 - 1) * class_latents.class_edit(one.sae, z, classes, one.found)
     assert expected.norm() > 0
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
 
@@ -138,7 +139,7 @@ def test_controls_have_the_size_they_are_given(manifest: Manifest) -> None:
 
 def by_definition(study: Study, row: Row, cls: Tensor, c: int) -> tuple[Tensor, Tensor]:
     """Head logits (H,) of one image under a row that amplifies or replaces, and what was added to the token (D,)."""
-    own = (study.strategies.scrambled if row.strategy == "random-sae" else study.strategies.dictionaries)[row.sae]
+    own = (study.strategies.scrambled if row.strategy == "random-sae" else study.strategies.effects_by_sae)[row.sae]
     z = own.sae.encode(cls).dense()[0]
     if row.strategy == "reconstruct":
         return study.policy.logits(2, own.sae(cls))[0], torch.zeros(48)
@@ -218,7 +219,7 @@ def test_every_row_equals_its_definition_run_image_by_image(manifest: Manifest) 
                 predicted = int(backbone.classify(x).argmax())
             elif row.strategy == "class-latents-in-stream":
                 whole = torch.cat([cls[:, None] + edit, x[:, 1:]], dim=1)
-                taken = Given(torch.from_numpy(unpack(np.array([code]), 6)))
+                taken = FixedMask(torch.from_numpy(unpack(np.array([code]), 6)))
                 predicted = int(backbone.classify(backbone.run_blocks(whole, 2, 3, taken)[0]).argmax())
             assert got[row].predicted[n] == predicted and got[row].hits[n] == (predicted == test.labels[n]), row
             assert got[row].usage[n] == pytest.approx(bin(code).count("1") / 6)
@@ -227,7 +228,7 @@ def test_every_row_equals_its_definition_run_image_by_image(manifest: Manifest) 
 
 def test_the_closed_form_is_the_measured_change_of_the_head_logits(manifest: Manifest) -> None:
     study = Study(manifest, saes=1)
-    one, x = study.strategies.dictionaries["sae-s0"], study.test.cls_ND
+    one, x = study.strategies.effects_by_sae["sae-s0"], study.test.cls_ND
     z, classes = one.encode(x), torch.from_numpy(study.routes["oracle"])
     gain = torch.ones_like(z)
     for n, c in enumerate(classes):
@@ -271,7 +272,7 @@ def test_controls_are_fitted_on_train_as_they_say(manifest: Manifest) -> None:
 def test_static_subsets_without_a_table_keep_the_heads_with_the_largest_mean_logits(
     manifest: Manifest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(headwise, "_AFFORDABLE", 0)
+    monkeypatch.setattr(head_outputs, "_AFFORDABLE", 0)
     study = Study(manifest)
     for c in (0, 1):
         order = study.train.logits_NH[study.train.labels == c].mean(dim=0).argsort(descending=True).tolist()
@@ -283,7 +284,7 @@ def test_the_probe_is_the_minimum_of_its_loss() -> None:
     generator = torch.Generator().manual_seed(0)
     x, y = torch.randn(200, 6, generator=generator) * 3 + 7, torch.randint(3, (200,), generator=generator)
     x[:, 0] += 5 * y
-    found = probe.fit(x, y.numpy(), 3)
+    found = linear_probe.fit(x, y.numpy(), 3)
     std = x.double().std(dim=0, correction=0)
     weight, bias = (found.weight_CD * std).requires_grad_(), found.bias_C.clone().requires_grad_()
     centred = x.double() / std

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from torch import Tensor
 
-from sparsight.backbones import Backbone
+from sparsight.backbones.backbone import Backbone
 from sparsight.pruning import timing
 
 

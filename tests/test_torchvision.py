@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from source_files import Expected, check, manifest, put
 
-from sparsight.errors import SparsightError
+from sparsight.common.errors import SparsightError
 
 
 def cifar(root: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> Expected:

@@ -11,9 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from sparsight import training
-from sparsight.batches import RowNumbers
-from sparsight.errors import SparsightError
+from sparsight.common.errors import SparsightError
+from sparsight.training import loop as training_loop
+from sparsight.training.batches import RowNumbers
 
 EPOCHS, PER_EPOCH = 60, 11
 TOTAL = EPOCHS * PER_EPOCH  # a log line every three steps, and at the end of an epoch
@@ -43,16 +43,16 @@ class Loop:
         return {"weight": self.model.weight.sum().item()}
 
     def state(self) -> dict[str, torch.Tensor]:
-        return training.module_state(self.model) | training.optimizer_state(self.optimizer)
+        return training_loop.module_state(self.model) | training_loop.optimizer_state(self.optimizer)
 
     def restore(self, state: dict[str, torch.Tensor]) -> None:
-        training.restore_module(self.model, state)
-        training.restore_optimizer(self.optimizer, state)
+        training_loop.restore_module(self.model, state)
+        training_loop.restore_optimizer(self.optimizer, state)
 
 
 def train(loop: Loop, folder: Path) -> None:
     folder.mkdir(exist_ok=True)
-    training.train(loop, RowNumbers(103, 10, seed=0), EPOCHS, 0, folder, folder / "training.jsonl")
+    training_loop.train(loop, RowNumbers(103, 10, seed=0), EPOCHS, 0, folder, folder / "training.jsonl")
 
 
 def result(loop: Loop, folder: Path) -> dict[str, bytes]:
@@ -101,7 +101,7 @@ def test_a_second_sigterm_while_the_checkpoint_is_written_does_no_harm(
         save_file(state, path)
 
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
-        patch.setattr(training, "save_file", impatient)
+        patch.setattr(training_loop, "save_file", impatient)
         train(Loop(terminate_in(7)), tmp_path)
     loop = Loop()
     train(loop, tmp_path)
@@ -116,8 +116,8 @@ def test_killed_while_a_checkpoint_is_written_it_continues_from_the_one_before(
         raise KeyboardInterrupt
 
     def due(step: int) -> None:
-        patch.setattr(training._Checkpoint, "due", step % 8 == 0)
-        patch.setattr(training, "save_file", half if step == 16 else save_file)
+        patch.setattr(training_loop._Checkpoint, "due", step % 8 == 0)
+        patch.setattr(training_loop, "save_file", half if step == 16 else save_file)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         train(Loop(due), tmp_path)
@@ -130,7 +130,7 @@ def test_interrupted_between_checkpoints_it_repeats_the_steps_since_the_last(
     undisturbed: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupt(step: int) -> None:
-        patch.setattr(training._Checkpoint, "due", step % 8 == 0)
+        patch.setattr(training_loop._Checkpoint, "due", step % 8 == 0)
         if step == last:
             raise KeyboardInterrupt
 
@@ -160,7 +160,7 @@ def test_a_loss_that_turns_nan_is_told_with_the_last_good_checkpoint(
     def spoil(step: int) -> None:
         loop.factor = np.nan if step >= 50 else 1.0
 
-    monkeypatch.setattr(training._Checkpoint, "due", due)
+    monkeypatch.setattr(training_loop._Checkpoint, "due", due)
     loop = Loop(spoil)
     with pytest.raises(SparsightError, match=message):
         train(loop, tmp_path)

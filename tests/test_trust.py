@@ -14,9 +14,11 @@ import yaml
 from conftest import ROOT, snakemake, workspace
 from snakemake.utils import update_config
 
-from sparsight import records, schema, trust
-from sparsight.run import Run, load_run
-from sparsight.work import write_json
+from sparsight.common.digests import file_digest
+from sparsight.common.files import write_json
+from sparsight.config import schema
+from sparsight.pipeline import records, staleness
+from sparsight.pipeline.run import Run, load_run
 
 PARAMS = yaml.safe_load((ROOT / "params.yaml").read_text())
 SMALL = """
@@ -48,7 +50,7 @@ def write_record(run: Run, stage: str, section: Any, inputs: list[Path], outputs
     path = run.folder / "records" / f"{stage}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     settings = records.settings(run.compute, section, run.seed)
-    digests = {path: schema.file_digest(path) for path in inputs}
+    digests = {path: file_digest(path) for path in inputs}
     write_json(path, records.content(settings, digests, {path: path for path in outputs}, path))
 
 
@@ -66,9 +68,9 @@ def made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
 
 
 def test_files_of_the_configuration_are_trusted_and_marks_are_older_than_they(made: Run) -> None:
-    assert trust.mark(made) == {} and trust.mark(made) == {}
+    assert staleness.mark(made) == {} and staleness.mark(made) == {}
     marks = made.folder / ".trust"
-    assert {path.name for path in marks.iterdir()} == {stage for stage, _ in trust.stages(made)} | {"digests.json"}
+    assert {path.name for path in marks.iterdir()} == {stage for stage, _ in staleness.stages(made)} | {"digests.json"}
     assert (marks / "sae-topk").stat().st_mtime == 0 and (marks / "sae-topk").read_text() == ""
 
 
@@ -82,16 +84,16 @@ def test_files_of_the_configuration_are_trusted_and_marks_are_older_than_they(ma
 )
 def test_another_configuration_is_seen_every_time(made: Run, change: dict[str, Any], reason: str) -> None:
     run = make_run(**change)
-    assert trust.mark(run) == {"sae-topk": reason}
+    assert staleness.mark(run) == {"sae-topk": reason}
     first = (made.folder / ".trust" / "sae-topk").read_text()
-    assert trust.mark(run) == {"sae-topk": reason}, "until it is made again"
+    assert staleness.mark(run) == {"sae-topk": reason}, "until it is made again"
     assert (made.folder / ".trust" / "sae-topk").read_text() != first
-    assert trust.mark(make_run(topk={"seeds": [0, 1, 2]})) == {}, "what was, is trusted again"
+    assert staleness.mark(make_run(topk={"seeds": [0, 1, 2]})) == {}, "what was, is trusted again"
 
 
 def test_free_fields_change_nothing(made: Run) -> None:
     config = {**PARAMS["compute"], "workers": 3}
-    assert trust.mark(make_run(compute=config)) == {}
+    assert staleness.mark(make_run(compute=config)) == {}
 
 
 @pytest.mark.parametrize("name", ["images/manifest.parquet", "saes/topk-s0/sae.safetensors"])
@@ -102,31 +104,31 @@ def test_swapped_files_are_seen(made: Run, name: str) -> None:
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
     kind = "read" if "images" in name else "made"
     path.rename(path.with_suffix(".moved"))
-    assert trust.mark(made) == {}, "what is missing Snakemake makes"
+    assert staleness.mark(made) == {}, "what is missing Snakemake makes"
     shutil.copy2(path.with_suffix(".moved"), path)
-    assert trust.mark(made) == {"sae-topk": f"{name} is not the file that it has {kind}"}
+    assert staleness.mark(made) == {"sae-topk": f"{name} is not the file that it has {kind}"}
 
 
 def test_a_damaged_record_is_not_believed(made: Run) -> None:
     (made.folder / "records" / "sae-topk.json").write_text("{")
-    assert trust.mark(made) == {"sae-topk": "its record cannot be read"}
+    assert staleness.mark(made) == {"sae-topk": "its record cannot be read"}
 
 
 def test_files_are_read_once_until_they_change(made: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[Path] = []
-    plain = schema.file_digest
+    plain = file_digest
 
     def digest(path: Path) -> str:
         read.append(path)
         return plain(path)
 
     monkeypatch.setattr(schema, "file_digest", digest)
-    trust.mark(made)
+    staleness.mark(made)
     assert len(read) == 2
-    trust.mark(made)
+    staleness.mark(made)
     assert len(read) == 2
     (made.folder / "images" / "manifest.parquet").touch()
-    trust.mark(made)
+    staleness.mark(made)
     assert len(read) == 3
 
 
@@ -143,21 +145,21 @@ def test_a_stage_that_gathers_results_is_made_again_when_they_are_others(made: R
     for path in weights:
         path.touch()
     write_record(run, "stability-topk", None, weights, [])
-    assert trust.mark(run) == {}
+    assert staleness.mark(run) == {}
     seeds = run.saes["topk"].seeds
     more, fewer = make_run(topk={"seeds": [*seeds, 9]}), make_run(topk={"seeds": seeds[:-1]})
     missing, section = "it has not read saes/topk-s9", {"sae-topk": "its section has changed"}
-    assert trust.mark(more) == {"summary": missing, "stability-topk": missing} | section
+    assert staleness.mark(more) == {"summary": missing, "stability-topk": missing} | section
     former = f"it has read saes/topk-s{seeds[-1]}, which the configuration does not have"
-    assert trust.mark(fewer) == {"summary": former, "stability-topk": former} | section
+    assert staleness.mark(fewer) == {"summary": former, "stability-topk": former} | section
 
 
 def test_the_configuration_s_own_file_is_compared_with_it(made: Run) -> None:
     path = made.folder / "configuration.json"
     write_json(path, dataclasses.asdict(made))
-    assert trust.mark(made) == {}
+    assert staleness.mark(made) == {}
     other = make_run(images={"source": "mnist-5000", "val_fraction": 0.2})
-    assert trust.mark(other) == {"configuration": "it is another configuration's"}
+    assert staleness.mark(other) == {"configuration": "it is another configuration's"}
 
 
 def planned(folder: Path) -> set[str]:
@@ -174,7 +176,7 @@ def test_every_rule_leaves_the_record_that_is_looked_for(tmp_path: Path) -> None
     update_config(config, overlay)
     folder = workspace(tmp_path / "w")
     (folder / "tiny.yaml").write_text(yaml.safe_dump(overlay))
-    assert planned(folder) == {stage for stage, _ in trust.stages(load_run(config))} - {"configuration"}
+    assert planned(folder) == {stage for stage, _ in staleness.stages(load_run(config))} - {"configuration"}
 
 
 def write_overlay(folder: Path, **topk: Any) -> None:

@@ -9,12 +9,13 @@ import pyarrow.parquet as pq
 import pytest
 from source_files import RGB, count_reads, cub, manifest, picture, put, table
 
-from sparsight import config, schema
-from sparsight.errors import SparsightError
-from sparsight.images import Manifest
-from sparsight.prompts import templates_of
-from sparsight.sources import SOURCES
-from sparsight.workers import stream
+from sparsight import config
+from sparsight.backbones.prompts import templates_of
+from sparsight.common.errors import SparsightError
+from sparsight.config import schema
+from sparsight.images.manifest import Manifest
+from sparsight.images.sources import SOURCES
+from sparsight.images.workers import stream
 
 
 def folder(root: Path, classes: tuple[str, ...], per_class: int = 8) -> Path:
@@ -78,7 +79,7 @@ def test_workers_open_their_own_members(members: dict[str, Path], tmp_path: Path
     again = pickle.loads(pickle.dumps(found.source))
     assert [item.uri for item in again.items()] == [item.uri for item in found.source.items()]
     windows = [slice(0, 4), slice(4, len(found))]
-    for own, theirs in zip(found.stream(windows, RGB), stream(found, windows, RGB, workers=1), strict=True):
+    for own, theirs in zip(found.stream(windows, RGB), stream(found, windows, RGB, threads=1, workers=1), strict=True):
         assert np.array_equal(own, theirs)
 
 

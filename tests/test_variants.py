@@ -19,7 +19,7 @@ from safetensors.numpy import load_file
 from torch import Tensor
 
 from sparsight import kernels, sae
-from sparsight.errors import SparsightError
+from sparsight.common.errors import SparsightError
 from sparsight.sae import SAE, DenseCodes, SparseCodes, Trainer
 
 B, D, F, K = 64, 12, 40, 5

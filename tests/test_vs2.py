@@ -12,17 +12,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sparsight import config, sae, tables
-from sparsight.backbones import Backbone
-from sparsight.errors import SparsightError
-from sparsight.images import Manifest
+from sparsight import config, sae
+from sparsight.activations.store import ActivationStore
+from sparsight.backbones.backbone import Backbone
+from sparsight.common import tables
+from sparsight.common.errors import SparsightError
+from sparsight.common.work import Work
+from sparsight.images.manifest import Manifest
 from sparsight.sae import SAE
 from sparsight.steering import vs2
-from sparsight.steering.at_site import check_site
 from sparsight.steering.edits import Batch, keep_norm
 from sparsight.steering.evaluate import steer
-from sparsight.store import ActivationStore
-from sparsight.work import Work
+from sparsight.steering.intervention import check_site
 
 D, F, K = 48, 96, 6
 SITE = "blocks.2.output"

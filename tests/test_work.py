@@ -6,12 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from sparsight.errors import SparsightError
-from sparsight.work import Work, write_atomic
+from sparsight.common.errors import SparsightError
+from sparsight.common.files import write_atomic
+from sparsight.common.work import Work
 
 
 def test_second_process_is_refused_while_the_first_works(tmp_path: Path) -> None:
-    script = "import sys, time; from sparsight.work import Work; from pathlib import Path\n"
+    script = "import sys, time; from sparsight.common.work import Work; from pathlib import Path\n"
     script += "with Work(Path(sys.argv[1]), 'key'): print('locked', flush=True); time.sleep(60)"
     other = subprocess.Popen([sys.executable, "-c", script, str(tmp_path / "w")], stdout=subprocess.PIPE, text=True)
     try:

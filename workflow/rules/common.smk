@@ -3,9 +3,9 @@ import sys
 from functools import cache
 from pathlib import Path
 
-from sparsight.closure import files as closure
-from sparsight.closure import write_digest
-from sparsight.trust import mark
+from sparsight.pipeline.code_digest import files as code_files
+from sparsight.pipeline.code_digest import write_digest
+from sparsight.pipeline.staleness import mark
 
 if workflow.is_main_process:  # not a job on a cluster node, which reads these files too
     for stage, reason in mark(RUN).items():
@@ -77,13 +77,13 @@ def code(script, *extra):
     names = [Path(script).stem, *dict.fromkeys(Path(path).stem for path in extra if path.endswith(".py"))]
     path = Path(R, ".trust", "code", "-".join(names))
     if workflow.is_main_process:
-        write_digest(path, closure(f"workflow/scripts/{script}", *extra))
+        write_digest(path, code_files(f"workflow/scripts/{script}", *extra))
     return path.as_posix()
 
 
 def variant(section):
     """The file of an SAE variant, which scripts load by name."""
-    return f"src/sparsight/sae/{section.kind}.py"
+    return f"src/sparsight/sae/variants/{section.kind}.py"
 
 
 def code_of_sae(script, *extra):

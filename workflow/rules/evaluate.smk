@@ -1,4 +1,4 @@
-RANDOM_SAE = "src/sparsight/sae/topk.py"  # the variant of the random dictionary that every SAE is compared with
+RANDOM_SAE = "src/sparsight/sae/variants/topk.py"  # the variant of the random dictionary that every SAE is compared with
 OF_AN_SAE = ["metrics.json", "latents.parquet", "baselines.parquet", "probing.parquet"]
 
 # Rules are shared as those of training are.

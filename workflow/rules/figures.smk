@@ -1,5 +1,5 @@
 # The figures of the report, for `snakemake --report` too.
-from sparsight.report.sections import comparisons
+from sparsight.report.comparisons import comparisons
 
 CATEGORIES = {
     "frontier": "Head pruning",

@@ -1,6 +1,6 @@
 import dataclasses
 
-from sparsight.work import write_json
+from sparsight.common.files import write_json
 
 
 # The run's whole configuration: defaults, params.yaml and overlays in one file. It waits for the images so that it holds no

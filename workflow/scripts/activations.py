@@ -1,10 +1,10 @@
 """Verify the shards that the parts of an activation store left, and write its manifest: <split>.json (--name)."""
 
-from sparsight import stage
+from sparsight.pipeline import stage
 
 
 def main(job: stage.Stage) -> None:
-    from sparsight.store_writer import finish_store
+    from sparsight.activations.writer import finish_store
 
     finish_store(job.out / f"{job.name}.zarr", job.inputs["parts"], job.work.out / f"{job.name}.json")
 

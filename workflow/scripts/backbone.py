@@ -1,15 +1,15 @@
 """Train a backbone or take its weights: images -> model.safetensors, config.json, training.jsonl."""
 
-from sparsight import stage
 from sparsight.config import Backbone
+from sparsight.pipeline import stage
 
 
 def main(job: stage.Stage) -> None:
-    from sparsight.fit_backbone import fit
-    from sparsight.images import Manifest
+    from sparsight.backbones.fit import fit
+    from sparsight.images.manifest import Manifest
 
-    manifest, at_once = Manifest(job.inputs["images"]), job.cores // job.compute.threads
-    fit(job.config, manifest, job.name, job.seed, job.work, job.device, at_once, job.record())
+    manifest, n_parallel = Manifest(job.inputs["images"]), job.cores // job.compute.threads
+    fit(job.config, manifest, job.name, job.seed, job.work, job.device, n_parallel, job.record())
 
 
 if __name__ == "__main__":

@@ -1,18 +1,18 @@
 """Evaluate a ReSAE chain on the test split: each SAE by itself, and metrics.json of all sites in the backbone."""
 
-from sparsight import stage
+from sparsight.pipeline import stage
 
 
 def main(job: stage.Stage) -> None:
-    from sparsight import backbones
-    from sparsight.images import Manifest
+    from sparsight.activations.store import ActivationStore
+    from sparsight.backbones.loading import open_folder
+    from sparsight.images.manifest import Manifest
     from sparsight.sae.evaluate import evaluate_chain
-    from sparsight.sae.residual import load_chain
-    from sparsight.store import ActivationStore
+    from sparsight.sae.resae import load_chain
 
     device = job.device
     chain = load_chain(job.inputs["maps"].parent).to(device)
-    backbone, _ = backbones.open_folder(job.inputs["backbone"].parent)
+    backbone, _ = open_folder(job.inputs["backbone"].parent)
     train, test = (ActivationStore.open(job.inputs[name]) for name in ("train", "test"))
     images = Manifest(job.inputs["images"])
     train_labels, split = images.split("train").labels, images.split("test")

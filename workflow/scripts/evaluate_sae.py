@@ -3,18 +3,19 @@
 Writes metrics.json, latents.parquet, baselines.parquet and probing.parquet into the folder of each.
 """
 
-from sparsight import stage
+from sparsight.pipeline import stage
 
 
 def main(job: stage.Stage) -> None:
-    from sparsight import backbones, sae
-    from sparsight.images import Manifest
+    from sparsight.activations.store import ActivationStore
+    from sparsight.backbones.loading import open_folder
+    from sparsight.images.manifest import Manifest
+    from sparsight.sae.base import load
     from sparsight.sae.evaluate import evaluate
-    from sparsight.store import ActivationStore
 
     device = job.device
-    saes = {path.parent.name: sae.load(path.parent).to(device) for path in job.inputs["saes"]}
-    backbone, _ = backbones.open_folder(job.inputs["backbone"].parent)
+    saes = {path.parent.name: load(path.parent).to(device) for path in job.inputs["saes"]}
+    backbone, _ = open_folder(job.inputs["backbone"].parent)
     train, test = (ActivationStore.open(job.inputs[name]) for name in ("train", "test"))
     manifest = Manifest(job.inputs["images"])
     labels, images = manifest.split("train").labels, manifest.split("test")

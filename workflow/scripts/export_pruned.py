@@ -1,14 +1,14 @@
 """Write the backbone with only the heads that --name says (b5-h2-h5), the others gone, for plain timm."""
 
-from sparsight import stage
+from sparsight.pipeline import stage
 
 
 def main(job: stage.Stage) -> None:
-    from sparsight import backbones
+    from sparsight.backbones.loading import open_folder
     from sparsight.pruning.export import export, parse
 
     device = job.device
-    backbone, about = backbones.open_folder(job.inputs["backbone"].parent)
+    backbone, about = open_folder(job.inputs["backbone"].parent)
     export(backbone.to(device), about, parse(job.name, backbone), job.work)
 
 

@@ -1,18 +1,18 @@
 """Fill one part (--name <split>.part-<i>) of an activation store: images x backbone -> shards of <split>.zarr."""
 
-from sparsight import stage
 from sparsight.config import Activations
+from sparsight.pipeline import stage
 
 
 def main(job: stage.Stage) -> None:
-    from sparsight import backbones
-    from sparsight.extract import extract
-    from sparsight.images import Manifest
+    from sparsight.activations.extract import extract
+    from sparsight.backbones.loading import open_folder
+    from sparsight.images.manifest import Manifest
 
     split, _, part = job.name.partition(".part-")
     manifest = Manifest(job.inputs["images"])
     device = job.device
-    backbone, _ = backbones.open_folder(job.inputs["backbone"].parent)
+    backbone, _ = open_folder(job.inputs["backbone"].parent)
     record = job.record()
     digests = {"images_digest": manifest.digest, "backbone_digest": record["inputs"]["backbone"]}
     about = {"split": split, "backbone": job.inputs["backbone"].parent.name, **digests, "record": record}

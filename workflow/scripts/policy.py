@@ -1,18 +1,18 @@
 """Train a head policy (--name) on a frozen backbone: policy.safetensors, config.json, training.jsonl."""
 
-from sparsight import stage
 from sparsight.config import Policy
+from sparsight.pipeline import stage
 
 
 def main(job: stage.Stage) -> None:
-    from sparsight import backbones
-    from sparsight.images import Manifest
+    from sparsight.backbones.loading import open_folder
+    from sparsight.images.manifest import Manifest
     from sparsight.pruning.train import fit
 
     device = job.device
-    backbone, _ = backbones.open_folder(job.inputs["backbone"].parent)
-    manifest, at_once = Manifest(job.inputs["images"]), job.cores // job.compute.threads
-    fit(job.config, backbone.to(device), manifest, job.name, job.seed, job.work, at_once, job.record())
+    backbone, _ = open_folder(job.inputs["backbone"].parent)
+    manifest, n_parallel = Manifest(job.inputs["images"]), job.cores // job.compute.threads
+    fit(job.config, backbone.to(device), manifest, job.name, job.seed, job.work, n_parallel, job.record())
 
 
 if __name__ == "__main__":

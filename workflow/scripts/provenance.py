@@ -1,10 +1,10 @@
 """Record where the run comes from and what each job took: provenance.json."""
 
-from sparsight import stage
+from sparsight.pipeline import stage
 
 
 def main(job: stage.Stage) -> None:
-    from sparsight.provenance import write_provenance
+    from sparsight.pipeline.provenance import write_provenance
 
     write_provenance(job.inputs["configuration"], job.out / "benchmarks", job.work.out / "provenance.json")
 

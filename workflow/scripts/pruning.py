@@ -1,22 +1,22 @@
 """Steer a head policy with every SAE and compare with the controls: pruning tables and metrics.json."""
 
-from sparsight import stage
 from sparsight.config import Pruning
+from sparsight.pipeline import stage
 
 
 def main(job: stage.Stage) -> None:
-    from sparsight import backbones
-    from sparsight.images import Manifest
+    from sparsight.backbones.loading import open_folder
+    from sparsight.images.manifest import Manifest
     from sparsight.pruning.evaluate import Steered, evaluate
     from sparsight.pruning.policy import HeadPolicy
 
     device = job.device
-    backbone, _ = backbones.open_folder(job.inputs["backbone"].parent)
+    backbone, _ = open_folder(job.inputs["backbone"].parent)
     policy = HeadPolicy.load(job.inputs["policy"].parent).to(device)
     pairs = zip(job.inputs["saes"], job.inputs["vectors"], strict=True)
     steered = [Steered.load(weights.parent, vectors, device) for weights, vectors in pairs]
-    manifest, at_once = Manifest(job.inputs["images"]), job.cores // job.compute.threads
-    evaluate(job.config, backbone.to(device), policy, steered, manifest, job.seed, job.work, at_once, job.record())
+    manifest, n_parallel = Manifest(job.inputs["images"]), job.cores // job.compute.threads
+    evaluate(job.config, backbone.to(device), policy, steered, manifest, job.seed, job.work, n_parallel, job.record())
 
 
 if __name__ == "__main__":

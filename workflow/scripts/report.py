@@ -1,7 +1,7 @@
 """Draw the run as one offline page: index.html and the figures in it."""
 
-from sparsight import stage
 from sparsight.config import Report
+from sparsight.pipeline import stage
 
 
 def main(job: stage.Stage) -> None:

@@ -3,14 +3,14 @@
 A section of several sites makes chains: <name>-s<seed>/affine.safetensors, and the files above in a folder per site.
 """
 
-from sparsight import stage
 from sparsight.config import Sae
+from sparsight.pipeline import stage
 
 
 def main(job: stage.Stage) -> None:
-    from sparsight.images import Manifest
+    from sparsight.activations.store import ActivationStore
+    from sparsight.images.manifest import Manifest
     from sparsight.sae.fit import fit
-    from sparsight.store import ActivationStore
 
     device = job.device
     store = ActivationStore.open(job.inputs["store"])

@@ -1,6 +1,6 @@
 """How much alike the SAEs of a section (--name) are over its seeds: <name>-stability.json."""
 
-from sparsight import stage
+from sparsight.pipeline import stage
 
 
 def main(job: stage.Stage) -> None:

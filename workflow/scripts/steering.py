@@ -1,18 +1,19 @@
 """Steer the unpruned model with an SAE and with controls: steering vectors and accuracy tables."""
 
-from sparsight import stage
 from sparsight.config import Steering
+from sparsight.pipeline import stage
 
 
 def main(job: stage.Stage) -> None:
-    from sparsight import backbones, sae
-    from sparsight.images import Manifest
+    from sparsight.activations.store import ActivationStore
+    from sparsight.backbones.loading import open_folder
+    from sparsight.images.manifest import Manifest
+    from sparsight.sae.base import load
     from sparsight.steering.evaluate import steer
-    from sparsight.store import ActivationStore
 
     device = job.device
-    backbone, _ = backbones.open_folder(job.inputs["backbone"].parent)
-    one = sae.load(job.inputs["sae"].parent).to(device)
+    backbone, _ = open_folder(job.inputs["backbone"].parent)
+    one = load(job.inputs["sae"].parent).to(device)
     stores, finder = (
         {path.stem: ActivationStore.open(path) for path in job.inputs[name]} for name in ("stores", "finder")
     )

@@ -2,17 +2,18 @@
 
 import json
 
-from sparsight import stage
+from sparsight.pipeline import stage
 
 
 def main(job: stage.Stage) -> None:
-    from sparsight import backbones, sae
-    from sparsight.images import Manifest
-    from sparsight.steering.elsewhere import steer_elsewhere
+    from sparsight.backbones.loading import open_folder
+    from sparsight.images.manifest import Manifest
+    from sparsight.sae.base import load
+    from sparsight.steering.transfer import steer_elsewhere
 
     device = job.device
-    backbone, about = backbones.open_folder(job.inputs["backbone"].parent)
-    one = sae.load(job.inputs["sae"].parent).to(device)
+    backbone, about = open_folder(job.inputs["backbone"].parent)
+    one = load(job.inputs["sae"].parent).to(device)
     home, manifest = json.loads(job.inputs["home"].read_text()), Manifest(job.inputs["images"])
     steer_elsewhere(
         one, backbone.to(device), about, home, job.inputs["vectors"], manifest, job.name, job.work, job.record()

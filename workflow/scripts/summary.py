@@ -1,10 +1,10 @@
 """Collect the headline numbers of the run: metrics.json."""
 
-from sparsight import stage
+from sparsight.pipeline import stage
 
 
 def main(job: stage.Stage) -> None:
-    from sparsight.summary import write_curves, write_metrics
+    from sparsight.report.summary import write_curves, write_metrics
 
     write_metrics(job.inputs, job.work.out / "metrics.json")
     write_curves(job.inputs["saes"], job.work.out / "curves.json")

@@ -1,11 +1,13 @@
-"""The configuration: one frozen dataclass per stage.
+"""The configuration: one frozen dataclass per section; the docstring under a field is its documentation everywhere."""
 
-A stage sees its own section alone, so a change elsewhere never makes it stale. The docstring under a
-field is its documentation everywhere (``--help`` of the stage scripts, the tables in docs).
-"""
-
-from sparsight.config.analysis import Policy, Pruning, Report, Sae, Steering, Strategy
-from sparsight.config.inputs import Activations, Backbone, Compute, Images
+from sparsight.config.activations import Activations
+from sparsight.config.backbone import Backbone
+from sparsight.config.compute import Compute
+from sparsight.config.images import Images
+from sparsight.config.pruning import Policy, Pruning, Strategy
+from sparsight.config.report import Report
+from sparsight.config.sae import Sae
+from sparsight.config.steering import Steering
 
 __all__ = [
     "Activations", "Backbone", "Compute", "Images", "Policy", "Pruning", "Report", "Sae", "Steering", "Strategy",

@@ -3,7 +3,7 @@
 import math
 from typing import Any
 
-from sparsight.errors import SparsightError
+from sparsight.common.errors import SparsightError
 
 
 def positive(section: Any, *names: str) -> None:

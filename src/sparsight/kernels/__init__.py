@@ -13,7 +13,7 @@ from typing import cast
 
 from torch import Tensor
 
-from sparsight.errors import SparsightError
+from sparsight.common.errors import SparsightError
 from sparsight.kernels import functions
 
 __all__ = ["BACKENDS", "decode", "encode_at", "routed_topk", "topk"]

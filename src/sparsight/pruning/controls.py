@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sparsight.pruning.last_block import Arrival
+from sparsight.pruning.last_block import LastBlockInputs
 
 THRESHOLD_SHARES = tuple(round(0.05 * k, 2) for k in range(21))
 """Strengths of ``class-threshold``: shares of heads that a class keeps on train."""
@@ -37,7 +37,7 @@ class Controls:
     """``class-static``: (C,) codes, the subset of that size with which most of the class's images are right."""
 
 
-def fit(train: Arrival, routes: dict[str, np.ndarray], n_classes: int) -> Controls:
+def fit(train: LastBlockInputs, routes: dict[str, np.ndarray], n_classes: int) -> Controls:
     """Fit the controls.
 
     Args:
@@ -70,7 +70,7 @@ def _offset(values: Tensor, share: float) -> Tensor:
 
 
 def _subsets(
-    train: Arrival, routes: dict[str, np.ndarray], n_classes: int
+    train: LastBlockInputs, routes: dict[str, np.ndarray], n_classes: int
 ) -> dict[tuple[str, float], np.ndarray]:  # fmt: skip
     """Where masks are tabulated the best of all subsets of a size, else the heads with the largest mean logits."""
     H, subsets = train.n_heads, {}

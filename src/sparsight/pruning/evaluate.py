@@ -19,27 +19,31 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from sparsight import config, tables
-from sparsight.attention import HeadMode
-from sparsight.backbones import Backbone
-from sparsight.errors import SparsightError
-from sparsight.images import Manifest, Split
-from sparsight.progress import say
-from sparsight.pruning import classes, controls, frontiers, probe
-from sparsight.pruning.dictionary import Dictionary, scramble
-from sparsight.pruning.headwise import unpack
-from sparsight.pruning.last_block import Arrival, arrive
-from sparsight.pruning.outcomes import Outcome, Point, choose, frontier, pick_targets, points, run
+from sparsight import config
+from sparsight.backbones.attention import HeadMode
+from sparsight.backbones.backbone import Backbone
+from sparsight.common import tables
+from sparsight.common.errors import SparsightError
+from sparsight.common.files import write_json
+from sparsight.common.intervals import paired, wilson
+from sparsight.common.progress import log
+from sparsight.common.seeds import derive_seed
+from sparsight.common.work import Work
+from sparsight.images.manifest import Manifest
+from sparsight.images.split import Split
+from sparsight.pruning import comparisons, controls, linear_probe, per_class
+from sparsight.pruning.last_block import LastBlockInputs, last_block_inputs
+from sparsight.pruning.latent_effects import LatentEffects, scramble
+from sparsight.pruning.masks import unpack
+from sparsight.pruning.outcomes import Outcome, run
 from sparsight.pruning.policy import HeadPolicy
+from sparsight.pruning.rows import Costs, by_class, describe
+from sparsight.pruning.selection import Point, choose, frontier, pick_targets, points
 from sparsight.pruning.strategies import LABELS, NONE, Row, Strategies, every_row
-from sparsight.pruning.tables import Costs, by_class, describe
 from sparsight.sae.base import SAE
 from sparsight.sae.base import load as load_sae
-from sparsight.seeds import derive_seed
-from sparsight.statistics import paired, wilson
-from sparsight.steering import latents
-from sparsight.steering.latents import ClassLatents
-from sparsight.work import Work, write_json
+from sparsight.steering import class_latents
+from sparsight.steering.class_latents import ClassLatents
 
 
 @dataclass(frozen=True)
@@ -58,12 +62,12 @@ class Steered:
 
 def evaluate(
     section: config.Pruning, backbone: Backbone, policy: HeadPolicy, steered: list[Steered], manifest: Manifest,
-    seed: int, work: Work, at_once: int, record: dict[str, Any],
+    seed: int, work: Work, n_parallel: int, record: dict[str, Any],
 ) -> None:  # fmt: skip
     """Write the tables of docs/pruning.md, ``head_latents.safetensors`` and ``metrics.json`` to ``work.out``.
 
     Args:
-        at_once: passes of the last block that run side by side; no result depends on it.
+        n_parallel: passes of the last block that run side by side; no result depends on it.
 
     Raises:
         SparsightError: a policy or an SAE for another model.
@@ -74,17 +78,18 @@ def evaluate(
     whole, backbone = backbone, policy.own(backbone)
     names = manifest.classes
     train, val, test = (
-        arrive(backbone, policy, manifest.split(part), section.batch_size, at_once) for part in ("train", "val", "test")
+        last_block_inputs(backbone, policy, manifest.split(part), section.batch_size, n_parallel)
+        for part in ("train", "val", "test")
     )
-    linear = probe.fit(train.cls_ND, train.labels, len(names))
+    linear = linear_probe.fit(train.cls_ND, train.labels, len(names))
     strategies = _strategies(section, policy, steered, train, _routes(linear, train), len(names), seed)
     on_val, targets, groups, chosen, lines = _choices(section, strategies, val, _routes(linear, val))
     routes = _routes(linear, test)
     seen = itertools.chain(chosen.values(), *lines.values())
     wanted = {row for point in seen for row in point.rows}
     on_test = dict(run(strategies, [row for row in on_val if row in wanted], test, routes))
-    per_class = classes.configurations(on_val, val, len(names), section.tolerance)
-    own = classes.evaluate(strategies, per_class, test, on_test[NONE], routes, names, section, seed)
+    configurations = per_class.configurations(on_val, val, len(names), section.tolerance)
+    own = per_class.evaluate(strategies, configurations, test, on_test[NONE], routes, names, section, seed)
     costs = Costs.of(backbone, strategies, len(names))
     rows = {row: on_test[row] for point in chosen.values() for row in point.rows}
     overall = [describe(row, rows, test, costs, section.margin) for row in rows]
@@ -95,13 +100,13 @@ def evaluate(
         "per_head": head_rows,
         "validation": [describe(row, on_val, val, costs, section.margin) for row in on_val],
         "targets": targets,
-        "frontier": frontiers.table(groups, lines, chosen, {"val": on_val, "test": on_test}, seed),
+        "frontier": comparisons.table(groups, lines, chosen, {"val": on_val, "test": on_test}, seed),
         "class_subsets": own.subsets,
         "false_positives": own.false_positives,
     }
     for name, table in written.items():
         tables.write(work.out / f"{name}.parquet", table)
-    pushes = {name: one.push_HF.contiguous() for name, one in strategies.dictionaries.items()}
+    pushes = {name: one.push_HF.contiguous() for name, one in strategies.effects_by_sae.items()}
     save_file(pushes, work.out / "head_latents.safetensors")
     unpruned, difference = _other_ways(whole, backbone, policy, manifest.split("test"), section.batch_size)
     metrics = {
@@ -111,16 +116,16 @@ def evaluate(
         **_masks(test, on_test[NONE]),
         "gathered_against_masked": difference,
         "label_accuracy": {name: float((routes[name] == test.labels).mean()) for name in LABELS},
-        "chosen_on_val": [frontiers.named(point) for point in chosen.values()],
-        "matched_usage": frontiers.matched(chosen, lines, on_test, seed),
-        "against_none": frontiers.against_none(chosen, on_test, section.margin, seed),
+        "chosen_on_val": [comparisons.named(point) for point in chosen.values()],
+        "matched_usage": comparisons.matched(chosen, lines, on_test, seed),
+        "against_none": comparisons.against_none(chosen, on_test, section.margin, seed),
         "selected_classes": own.deployed,
-        "fvu_on_pruned_stream": {name: _fvu(one.sae, test) for name, one in strategies.dictionaries.items()},
+        "fvu_on_pruned_stream": {name: _fvu(one.sae, test) for name, one in strategies.effects_by_sae.items()},
         "record": record,
     }
     write_json(work.out / "metrics.json", metrics)
     for line in overall:
-        say(
+        log(
             f"{line['strategy']} x{line['strength']:g} ({line['labels']} labels, {line['sae'] or 'no SAE'}): "
             f"accuracy {line['accuracy']:.4f}, usage last {line['usage_last']:.3f}, all {line['usage_all']:.3f}"
         )
@@ -134,14 +139,14 @@ def _check_site(sae: SAE, backbone: Backbone) -> None:
         )
 
 
-def _routes(linear: probe.Probe, arrival: Arrival) -> dict[str, np.ndarray]:
+def _routes(linear: linear_probe.LinearProbe, inputs: LastBlockInputs) -> dict[str, np.ndarray]:
     """The class of each image by kind of label, (N,)."""
-    unsteered = arrival.predict(arrival.unsteered[None])[0]
-    return {"predicted": unsteered, "probe": linear(arrival.cls_ND), "oracle": arrival.labels.astype(np.int64)}
+    unsteered = inputs.predict(inputs.unsteered[None])[0]
+    return {"predicted": unsteered, "probe": linear(inputs.cls_ND), "oracle": inputs.labels.astype(np.int64)}
 
 
 def _strategies(
-    section: config.Pruning, policy: HeadPolicy, steered: list[Steered], train: Arrival,
+    section: config.Pruning, policy: HeadPolicy, steered: list[Steered], train: LastBlockInputs,
     routes: dict[str, np.ndarray], n_classes: int, seed: int,
 ) -> Strategies:  # fmt: skip
     """Fit everything that decides masks."""
@@ -149,17 +154,17 @@ def _strategies(
     weight_HD = policy.weight[-1]
     count_C = torch.from_numpy(np.bincount(train.labels, minlength=n_classes)).to(device)
 
-    def dictionary(sae: SAE, mean_CF: torch.Tensor, *about: str) -> Dictionary:
+    def effects(sae: SAE, mean_CF: torch.Tensor, *about: str) -> LatentEffects:
         drawn = derive_seed(seed, "random-latents", *about)
-        return Dictionary(sae, weight_HD, mean_CF, count_C, section.latents[-1], drawn)
+        return LatentEffects(sae, weight_HD, mean_CF, count_C, section.latents[-1], drawn)
 
-    dictionaries, scrambled = {}, {}
+    effects_by_sae, scrambled = {}, {}
     for one in steered:
-        dictionaries[one.name] = dictionary(one.sae, one.found.mean_activation, one.name)
+        effects_by_sae[one.name] = effects(one.sae, one.found.mean_activation, one.name)
         random = scramble(one.sae, derive_seed(seed, "random-sae", one.name))
-        found = latents.find(random, train.cls_ND.cpu().numpy(), train.labels, n_classes, 1, seed)
-        scrambled[one.name] = dictionary(random, found.mean_activation, one.name, "random-sae")
-    return Strategies(policy, dictionaries, scrambled, controls.fit(train, routes, n_classes))
+        found = class_latents.find(random, train.cls_ND.cpu().numpy(), train.labels, n_classes, 1, seed)
+        scrambled[one.name] = effects(random, found.mean_activation, one.name, "random-sae")
+    return Strategies(policy, effects_by_sae, scrambled, controls.fit(train, routes, n_classes))
 
 
 class _Choices(NamedTuple):
@@ -176,9 +181,9 @@ class _Choices(NamedTuple):
 
 
 def _choices(
-    section: config.Pruning, strategies: Strategies, val: Arrival, routes: dict[str, np.ndarray]
+    section: config.Pruning, strategies: Strategies, val: LastBlockInputs, routes: dict[str, np.ndarray]
 ) -> _Choices:  # fmt: skip
-    every = every_row(section, val.n_heads, strategies.dictionaries)
+    every = every_row(section, val.n_heads, strategies.effects_by_sae)
     none = dict(run(strategies, [NONE], val, routes))[NONE]
     outcomes, tried = pick_targets(run(strategies, every, val, routes), none, section.tolerance)
     place = {row._replace(target=-1): i for i, row in enumerate(every)}
@@ -191,7 +196,7 @@ def _choices(
     )
 
 
-def _masks(test: Arrival, none: Outcome) -> dict[str, Any]:
+def _masks(test: LastBlockInputs, none: Outcome) -> dict[str, Any]:
     """How many masks the unsteered policy uses."""
     in_all = np.concatenate([test.before.reshape(len(test), -1), unpack(none.codes, test.n_heads)], axis=1)
     distinct = len(np.unique(in_all, axis=0))
@@ -237,8 +242,8 @@ def _other_ways(
 
 
 @torch.no_grad()
-def _fvu(sae: SAE, arrival: Arrival) -> float:
+def _fvu(sae: SAE, inputs: LastBlockInputs) -> float:
     """FVU of an SAE on the class tokens that reach the last block when the policy prunes the others."""
-    x = arrival.cls_ND
+    x = inputs.cls_ND
     error = (x - sae(x)).double().square().sum()
     return float(error / (x - x.double().mean(dim=0)).double().square().sum())

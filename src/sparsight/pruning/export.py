@@ -14,10 +14,11 @@ from safetensors.torch import save_file
 from timm.layers import Attention
 from torch import Tensor, nn
 
-from sparsight.backbones import Backbone
-from sparsight.errors import SparsightError
-from sparsight.progress import say
-from sparsight.work import Work, write_json
+from sparsight.backbones.backbone import Backbone
+from sparsight.common.errors import SparsightError
+from sparsight.common.files import write_json
+from sparsight.common.progress import log
+from sparsight.common.work import Work
 
 _BATCH, _ROUNDS = 64, 15
 
@@ -74,7 +75,7 @@ def export(backbone: Backbone, about: dict[str, Any], heads: dict[int, list[int]
         },
     )
     n_bytes = [sum(4 * p.numel() for p in model.parameters()) for model in (backbone.model, pruned)]
-    say(
+    log(
         f"{n_bytes[1] / 1e6:.2f} MB of {n_bytes[0] / 1e6:.2f} MB; {pruned_ms:.2f} ms a batch of {_BATCH}, masked "
         f"{masked_ms:.2f} ms; logits differ by at most {difference:.1e}"
     )

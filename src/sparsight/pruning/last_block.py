@@ -17,18 +17,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sparsight import attention
-from sparsight.backbones import Backbone
-from sparsight.images import Split
-from sparsight.progress import Progress
-from sparsight.pruning.headwise import Headwise, affordable, pack, unpack
-from sparsight.pruning.policy import Given, HeadPolicy
+from sparsight.backbones import attention
+from sparsight.backbones.backbone import Backbone
+from sparsight.common.progress import Progress
+from sparsight.images.split import Split
+from sparsight.pruning.head_outputs import HeadOutputs, affordable
+from sparsight.pruning.masks import pack, unpack
+from sparsight.pruning.policy import FixedMask, HeadPolicy
 
 _KEPT = 2**30  # bytes of a split's residual stream that are kept for the next rows; a larger one is computed again
 
 
 @dataclass(frozen=True)
-class Arrival:
+class LastBlockInputs:
     """What the policy's pruning of the earlier blocks leaves for the last one, image by image."""
 
     labels: np.ndarray
@@ -75,11 +76,13 @@ class Arrival:
 
 
 @torch.no_grad()
-def arrive(backbone: Backbone, policy: HeadPolicy, split: Split, batch_size: int, at_once: int = 1) -> Arrival:
+def last_block_inputs(
+    backbone: Backbone, policy: HeadPolicy, split: Split, batch_size: int, n_parallel: int = 1
+) -> LastBlockInputs:
     """Run the pruned model on a split up to its last block, and tabulate that block where this is cheap.
 
     Args:
-        at_once: edits of a batch whose last block is run side by side, later; no result depends on it.
+        n_parallel: edits of a batch whose last block is run side by side, later; no result depends on it.
     """
     last, tabulated = backbone.n_blocks - 1, affordable(backbone)
     cls, kept, skipped, table = [], [], [], []
@@ -90,13 +93,15 @@ def arrive(backbone: Backbone, policy: HeadPolicy, split: Split, batch_size: int
             cls.append(x_BTD[:, 0])
             skipped.append(backbone.classify(x_BTD).argmax(dim=1).cpu().numpy())
             if tabulated:
-                parts = [logits.argmax(dim=2) for logits in Headwise.of(backbone, x_BTD).every()]
+                parts = [logits.argmax(dim=2) for logits in HeadOutputs.of(backbone, x_BTD).every()]
                 table.append(torch.cat(parts, dim=1).to(torch.int32).cpu().numpy())
             progress(len(x_BTD))
     cls_ND = torch.cat(cls)
-    at_once = 1 if backbone.couples_mlp else at_once  # narrowed in the model itself, which one pass at a time can have
-    runs = _Runs(backbone, policy, split, batch_size, ThreadPoolExecutor(at_once))
-    return Arrival(
+    n_parallel = (
+        1 if backbone.couples_mlp else n_parallel
+    )  # narrowed in the model itself, which one pass at a time can have
+    runs = _Runs(backbone, policy, split, batch_size, ThreadPoolExecutor(n_parallel))
+    return LastBlockInputs(
         split.labels, cls_ND, policy.logits(last, cls_ND), np.concatenate(kept), np.concatenate(skipped),
         np.concatenate(table) if tabulated else None, runs,
     )  # fmt: skip
@@ -149,7 +154,7 @@ class _Runs:
         if backbone.tower.n_read * backbone.n_heads > x_BTD.shape[1]:  # more than one whole stream
             return self._last(x_BTD, codes_B, "masked")
         keep_BH = torch.from_numpy(unpack(codes_B, backbone.n_heads)).to(x_BTD.device)
-        return Headwise.of(backbone, x_BTD).logits(keep_BH).argmax(dim=1).cpu().numpy()
+        return HeadOutputs.of(backbone, x_BTD).logits(keep_BH).argmax(dim=1).cpu().numpy()
 
     def _windows(self) -> Iterator[tuple[slice, Tensor]]:
         numbers = len(self.split) * (self.backbone.n_prefix + self.backbone.n_patches) * self.backbone.d_in
@@ -168,7 +173,7 @@ class _Runs:
 
     def _last(self, x_BTD: Tensor, codes_B: np.ndarray, heads: attention.HeadMode) -> np.ndarray:
         last = self.backbone.n_blocks - 1
-        keep = Given(torch.from_numpy(unpack(codes_B, self.backbone.n_heads)).to(x_BTD.device))
+        keep = FixedMask(torch.from_numpy(unpack(codes_B, self.backbone.n_heads)).to(x_BTD.device))
         out_BTD, _ = self.backbone.run_blocks(x_BTD, last, last + 1, keep, heads)
         return self.backbone.classify(out_BTD).argmax(dim=1).cpu().numpy()
 

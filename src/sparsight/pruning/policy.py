@@ -13,9 +13,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from sparsight.backbones import Backbone
-from sparsight.errors import SparsightError
-from sparsight.work import write_json
+from sparsight.backbones.backbone import Backbone
+from sparsight.common.errors import SparsightError
+from sparsight.common.files import write_json
 
 FORMAT_VERSION = 1
 _BACKBONE = "backbone."  # in front of the names of fine-tuned weights
@@ -106,7 +106,7 @@ class HeadPolicy(nn.Module):
 
 
 @dataclass(frozen=True)
-class Given:
+class FixedMask:
     """Masks given in advance, the same in every block that asks, as a policy."""
 
     keep_BH: Tensor

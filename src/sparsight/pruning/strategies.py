@@ -18,9 +18,9 @@ from torch import Tensor
 
 from sparsight import config
 from sparsight.pruning.controls import THRESHOLD_SHARES, Controls, static_shares
-from sparsight.pruning.dictionary import Dictionary
-from sparsight.pruning.headwise import pack
-from sparsight.pruning.last_block import Arrival
+from sparsight.pruning.last_block import LastBlockInputs
+from sparsight.pruning.latent_effects import LatentEffects
+from sparsight.pruning.masks import pack
 from sparsight.pruning.policy import HeadPolicy
 
 LABELS = ("predicted", "probe", "oracle")
@@ -91,7 +91,7 @@ class Decided(NamedTuple):
     """What is added to the class token in the stream; None: nothing."""
 
 
-def every_row(section: config.Pruning, n_heads: int, dictionaries: dict[str, Dictionary]) -> list[Row]:
+def every_row(section: config.Pruning, n_heads: int, effects_by_sae: dict[str, LatentEffects]) -> list[Row]:
     """Every row that is tried on val; ``none`` comes first."""
     found = []
     for name in sorted(section.strategies, key=lambda name: name != "none"):
@@ -99,12 +99,12 @@ def every_row(section: config.Pruning, n_heads: int, dictionaries: dict[str, Dic
         shares = static_shares(n_heads) if name == "class-static" else THRESHOLD_SHARES
         grids = {"strengths": section.strengths, "bias_strengths": section.bias_strengths, "shares": shares}
         for labels in LABELS if kind.by_class else ("none",):
-            for sae in dictionaries if kind.sae else ("",):
+            for sae in effects_by_sae if kind.sae else ("",):
                 counts, targets = section.latents if kind.counts else (0,), [-1]
                 if name == "targeted":
                     targets = list(range(n_heads))
                 elif name == "latent-atlas":
-                    counts, targets = (1,), dictionaries[sae].alive.tolist()
+                    counts, targets = (1,), effects_by_sae[sae].alive.tolist()
                 steps = itertools.product(counts, targets, grids.get(kind.grid, (1.0,)))
                 found += [Row(name, float(s), labels, sae, m, target) for m, target, s in steps]
     return found
@@ -115,76 +115,76 @@ class Strategies:
     """Everything that decides masks, fitted on train."""
 
     policy: HeadPolicy
-    dictionaries: dict[str, Dictionary]
+    effects_by_sae: dict[str, LatentEffects]
     """By name of the SAE."""
-    scrambled: dict[str, Dictionary]
+    scrambled: dict[str, LatentEffects]
     """By the same names: each SAE with random weights."""
     controls: Controls
 
     @torch.no_grad()
-    def codes(self, rows: list[Row], arrival: Arrival, routes: dict[str, np.ndarray]) -> Iterator["Decided"]:
+    def codes(self, rows: list[Row], inputs: LastBlockInputs, routes: dict[str, np.ndarray]) -> Iterator["Decided"]:
         """What each row decides, in an order of its own.
 
         Args:
             rows: what is asked for.
-            arrival: the images.
+            inputs: the images.
             routes: (N,) the class whose configuration each image gets, by kind of label.
         """
         groups: dict[Row, list[Row]] = {}
         for row in rows:
             groups.setdefault(row._replace(strength=0.0), []).append(row)
         for unit, group in groups.items():
-            classes_N = routes[unit.labels] if unit.labels != "none" else np.zeros(len(arrival), np.int64)
+            classes_N = routes[unit.labels] if unit.labels != "none" else np.zeros(len(inputs), np.int64)
             if KINDS[unit.strategy].grid in ("", "shares"):
-                yield from (Decided(row, self._own(row, arrival, classes_N)) for row in group)
+                yield from (Decided(row, self._own(row, inputs, classes_N)) for row in group)
                 continue
-            classes = torch.from_numpy(classes_N).to(arrival.logits_NH.device).long()
-            change_NH, edit_ND = self._change(unit, arrival, classes), None
+            classes = torch.from_numpy(classes_N).to(inputs.logits_NH.device).long()
+            change_NH, edit_ND = self._change(unit, inputs, classes), None
             if unit.strategy == IN_STREAM:
-                dictionary = self.dictionaries[unit.sae]
-                edit_ND = dictionary.class_edit(dictionary.encode(arrival.cls_ND), classes, unit.latents)
+                effects = self.effects_by_sae[unit.sae]
+                edit_ND = effects.class_edit(effects.encode(inputs.cls_ND), classes, unit.latents)
             for row in group:
                 factor = row.strength - (row.strategy != "logit-bias")
-                codes = pack(arrival.logits_NH + factor * change_NH > 0)
+                codes = pack(inputs.logits_NH + factor * change_NH > 0)
                 yield Decided(row, codes, None if edit_ND is None else factor * edit_ND)
 
-    def _own(self, row: Row, arrival: Arrival, classes_N: np.ndarray) -> np.ndarray:
+    def _own(self, row: Row, inputs: LastBlockInputs, classes_N: np.ndarray) -> np.ndarray:
         """Codes (N,) of what is no amplification."""
-        strategy, n, H = row.strategy, len(arrival), arrival.n_heads
+        strategy, n, H = row.strategy, len(inputs), inputs.n_heads
         if strategy == "class-static":
             return self.controls.subsets[row.labels, row.strength][classes_N]
         if strategy == "class-threshold":
             offset_N = self.controls.offsets[row.labels, row.strength][torch.from_numpy(classes_N)]
-            return pack(arrival.logits_NH + offset_N[:, None].to(arrival.logits_NH) > 0)
+            return pack(inputs.logits_NH + offset_N[:, None].to(inputs.logits_NH) > 0)
         if strategy == "reconstruct":
-            x_hat_ND = self.dictionaries[row.sae].sae(arrival.cls_ND)
+            x_hat_ND = self.effects_by_sae[row.sae].sae(inputs.cls_ND)
             return pack(self.policy.logits(self.policy.blocks[-1], x_hat_ND) > 0)
         if strategy == "none":
-            return arrival.unsteered
+            return inputs.unsteered
         assert strategy in BOUNDS, strategy
         return np.full(n, 2**H - 1 if strategy == "all-heads" else 0, np.int32)
 
-    def _change(self, unit: Row, arrival: Arrival, classes_N: Tensor) -> Tensor:
+    def _change(self, unit: Row, inputs: LastBlockInputs, classes_N: Tensor) -> Tensor:
         """Change (N, H) of the head logits at factor 2 (``logit-bias``: at strength 1)."""
         strategy, m = unit.strategy, unit.latents
         if strategy == "logit-bias":
             return self.controls.shift_CH[classes_N]
-        dictionary = (self.scrambled if strategy == "random-sae" else self.dictionaries)[unit.sae]
+        effects = (self.scrambled if strategy == "random-sae" else self.effects_by_sae)[unit.sae]
         if strategy == "logit-bias-matched":
-            return dictionary.mean_change(m)[classes_N]
-        z_NF = dictionary.encode(arrival.cls_ND)
+            return effects.mean_change(m)[classes_N]
+        z_NF = effects.encode(inputs.cls_ND)
         if strategy == "uniform":
-            return z_NF @ dictionary.push_HF.T
+            return z_NF @ effects.push_HF.T
         if strategy == "sample-top":
             values, indices = z_NF.topk(m, dim=1)
-            return (values[:, :, None] * dictionary.push_HF.T[indices]).sum(dim=1)
+            return (values[:, :, None] * effects.push_HF.T[indices]).sum(dim=1)
         if strategy in ("class-latents", "random-sae", IN_STREAM):
-            return dictionary.class_change(z_NF, classes_N, m)
+            return effects.class_change(z_NF, classes_N, m)
         if strategy == "random-latents":
-            return dictionary.random_change(z_NF, classes_N, m)
+            return effects.random_change(z_NF, classes_N, m)
         if strategy == "targeted":
-            latents = dictionary.against_head(unit.target)[:m]
+            latents = effects.against_head(unit.target)[:m]
         else:
             assert strategy == "latent-atlas", strategy
             latents = torch.tensor([unit.target], device=z_NF.device)
-        return z_NF[:, latents] @ dictionary.push_HF[:, latents].T
+        return z_NF[:, latents] @ effects.push_HF[:, latents].T

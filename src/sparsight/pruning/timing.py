@@ -10,12 +10,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from sparsight.attention import HeadMode
-from sparsight.backbones import Backbone
-from sparsight.machine import describe
-from sparsight.progress import say
-from sparsight.seeds import derive_seed
-from sparsight.work import write_json
+from sparsight.backbones.attention import HeadMode
+from sparsight.backbones.backbone import Backbone
+from sparsight.common.files import write_json
+from sparsight.common.machine import describe
+from sparsight.common.progress import log
+from sparsight.common.seeds import derive_seed
 
 _BATCH, _SMALLEST_BATCH = 64, 8  # images a forward pass; a large model gets fewer
 _ROUNDS = 7
@@ -34,7 +34,7 @@ def measure(models: dict[str, Backbone], seed: int, path: Path) -> None:
     write_json(path, {**result, "heads": heads})
     for name, rows in heads.items():
         for row in rows:
-            say(f"{name}, {row['kept']} heads: masked {row['masked_ms_min']} ms, gathered {row['gathered_ms_min']} ms")
+            log(f"{name}, {row['kept']} heads: masked {row['masked_ms_min']} ms, gathered {row['gathered_ms_min']} ms")
 
 
 @torch.no_grad()

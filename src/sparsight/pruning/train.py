@@ -15,27 +15,30 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sparsight import config, training
-from sparsight.backbones import Backbone
-from sparsight.batches import RowNumbers
-from sparsight.errors import SparsightError
-from sparsight.images import Manifest, Split
-from sparsight.parts import Parts
-from sparsight.progress import say
-from sparsight.pruning.passes import AtLastBlock, Passes, Whole
-from sparsight.pruning.policy import Given, HeadPolicy
-from sparsight.seeds import derive_seed
-from sparsight.work import Work
+from sparsight import config
+from sparsight.backbones.backbone import Backbone
+from sparsight.common.errors import SparsightError
+from sparsight.common.progress import log
+from sparsight.common.seeds import derive_seed
+from sparsight.common.work import Work
+from sparsight.images.manifest import Manifest
+from sparsight.images.split import Split
+from sparsight.pruning.policy import FixedMask, HeadPolicy
+from sparsight.pruning.policy_inputs import AtLastBlock, Passes, Whole
+from sparsight.training import loop
+from sparsight.training.batches import RowNumbers
+from sparsight.training.microbatches import MicroBatches
 
 
 def fit(
-    section: config.Policy, backbone: Backbone, manifest: Manifest, name: str, seed: int, work: Work, at_once: int,
+    section: config.Policy, backbone: Backbone, manifest: Manifest, name: str, seed: int, work: Work, n_parallel: int,
     record: dict[str, Any],
 ) -> None:  # fmt: skip
     """Write ``policy.safetensors``, ``config.json`` and ``training.jsonl`` to ``work.out``.
 
     Args:
-        at_once: parts of a batch that train at the same time (:class:`sparsight.parts.Parts`); no result depends on it.
+        n_parallel: micro-batches that train at the same time (:mod:`sparsight.training.microbatches`); no result
+            depends on it.
 
     Raises:
         SparsightError: a backbone without a class token, or whose heads cannot be switched.
@@ -53,15 +56,15 @@ def fit(
     _check_heads(backbone, blocks, name)
     passes: Passes
     if section.at_last_block and AtLastBlock.fits(backbone, len(train) + len(val)):
-        say("only the last block is decided: every image passes the blocks before it once")
+        log("only the last block is decided: every image passes the blocks before it once")
         passes = AtLastBlock(backbone, train, val, section.batch_size)
     else:
         passes = Whole(backbone, train, val, blocks, section.batch_size)
-    loop = _Training(section, policy, backbone, passes, train, val, Parts(min(at_once, section.cores)))
+    trainable = _Training(section, policy, backbone, passes, train, val, MicroBatches(min(n_parallel, section.cores)))
     seed = derive_seed(seed, "policy", name)
     batches, log_path = RowNumbers(len(train), section.batch_size, seed), work.out / "training.jsonl"
-    training.train(loop, batches, section.epochs, seed, work.state, log_path)
-    folded = loop.folded()
+    loop.train(trainable, batches, section.epochs, seed, work.state, log_path)
+    folded = trainable.folded()
     if finetuned:
         folded.finetuned = backbone.model.state_dict()
     about = {"name": name, "backbone": section.backbone, "training": dataclasses.asdict(section), "record": record}
@@ -75,17 +78,17 @@ def _check_heads(backbone: Backbone, blocks: list[int], name: str) -> None:
     keep = torch.ones(1, backbone.n_heads, dtype=torch.bool, device=backbone.device)
     for block in blocks:
         try:
-            backbone.run_blocks(x_BTD, block, block + 1, Given(keep), "gathered")
+            backbone.run_blocks(x_BTD, block, block + 1, FixedMask(keep), "gathered")
         except SparsightError as error:
             raise SparsightError(f"policies.{name}: block {block}: {error}") from None
 
 
 class _Training:
-    """See :class:`sparsight.training.Trainable`."""
+    """See :class:`sparsight.training.loop.Trainable`."""
 
     def __init__(
         self, section: config.Policy, policy: HeadPolicy, backbone: Backbone, passes: Passes, train: Split, val: Split,
-        parts: Parts,
+        parts: MicroBatches,
     ) -> None:  # fmt: skip
         self.section, self.policy, self.backbone, self.passes, self.parts = section, policy, backbone, passes, parts
         self.train_labels, self.val_labels = train.labels, val.labels
@@ -100,7 +103,7 @@ class _Training:
     def step(self, rows: np.ndarray, progress: float, generator: torch.Generator) -> dict[str, Tensor]:
         section = self.section
         for group in self.optimizer.param_groups:
-            group["lr"] = group["peak"] * training.warmup_cosine(progress)
+            group["lr"] = group["peak"] * loop.warmup_cosine(progress)
         noise_BPH = self._noise(len(rows), generator)
         n_heads = noise_BPH[0].numel()
 
@@ -140,11 +143,11 @@ class _Training:
         return {"val_accuracy": accuracy, "val_usage_policy_blocks": float(usage.mean())}
 
     def state(self) -> dict[str, Tensor]:
-        return training.module_state(self.trained) | training.optimizer_state(self.optimizer)
+        return loop.module_state(self.trained) | loop.optimizer_state(self.optimizer)
 
     def restore(self, state: dict[str, Tensor]) -> None:
-        training.restore_module(self.trained, state)
-        training.restore_optimizer(self.optimizer, state)
+        loop.restore_module(self.trained, state)
+        loop.restore_optimizer(self.optimizer, state)
 
     @torch.no_grad()
     def folded(self) -> HeadPolicy:
@@ -164,18 +167,18 @@ class _Sampled:
         noise_BPH: of the images that pass the model with it.
     """
 
-    def __init__(self, loop: _Training, noise_BPH: Tensor) -> None:
-        self.loop, self.noise_BPH = loop, noise_BPH
+    def __init__(self, training: _Training, noise_BPH: Tensor) -> None:
+        self.training, self.noise_BPH = training, noise_BPH
         self.sampled: list[Tensor] = []
         self.evaluated: list[Tensor] = []
         """Per decided block the masks as they are used, without gradients, and as evaluation has them, (B, H) each."""
 
     def decide(self, block: int, cls_BD: Tensor) -> Tensor | None:
-        policy, tau = self.loop.policy, self.loop.section.temperature
+        policy, tau = self.training.policy, self.training.section.temperature
         if block not in policy.blocks:
             return None
         p = policy.blocks.index(block)
-        logits = policy.logits(block, (cls_BD - self.loop.mean_PD[p]) / self.loop.std_PD[p])
+        logits = policy.logits(block, (cls_BD - self.training.mean_PD[p]) / self.training.std_PD[p])
         mask = _straight_through(torch.sigmoid((logits + self.noise_BPH[:, p]) / tau))
         self.sampled.append(mask.detach())
         self.evaluated.append(_straight_through(torch.sigmoid(logits / tau)))

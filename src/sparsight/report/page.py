@@ -8,14 +8,13 @@ import jinja2
 import torch
 import yaml
 
-from sparsight import config, tables
-from sparsight.images import Manifest
-from sparsight.report import figures, graph, pruning
-from sparsight.report import saes as sae_chapter
-from sparsight.report.latents import Browser
-from sparsight.sae.residual import ReSAE, load_chain
-from sparsight.schema import file_digest
-from sparsight.store import ActivationStore
+from sparsight import config
+from sparsight.activations.store import ActivationStore
+from sparsight.common.digests import file_digest
+from sparsight.images.manifest import Manifest
+from sparsight.report.chapters import backbones, pipeline, pruning, saes, steering
+from sparsight.report.chapters.latents import Browser
+from sparsight.sae.resae import ReSAE, load_chain
 
 _CAPTIONS = Path(__file__).parent / "captions"  # by kind of figure; Snakemake's own report reads them too
 
@@ -29,28 +28,28 @@ def write_page(section: config.Report, run: str, inputs: dict[str, Any], device:
             steerings, transfers, policies.
     """
     manifest = Manifest(inputs["images"])
-    chapter = sae_chapter.chapter(
+    about_saes = saes.chapter(
         [path.parent for path in inputs["saes"]], [path.parent for path in inputs["chains"]], inputs["stabilities"]
     )
-    policies = [pruning.policy(path.parent) for path in inputs["policies"]]
-    backbones = [_backbone(path.parent) for path in inputs["backbones"]]
-    steerings = [_steering(path, inputs["transfers"]) for path in inputs["steerings"]]
-    drawn: dict[str, str] = {}
-    for part in (*policies, chapter, *steerings, *backbones):
-        drawn |= part["figures"]
+    about_policies = [pruning.chapter(path.parent) for path in inputs["policies"]]
+    about_backbones = [backbones.chapter(path.parent) for path in inputs["backbones"]]
+    about_steering = [steering.chapter(path, inputs["transfers"]) for path in inputs["steerings"]]
+    figures: dict[str, str] = {}
+    for chapter in (*about_policies, about_saes, *about_steering, *about_backbones):
+        figures |= chapter["figures"]
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("sparsight.report", "."), autoescape=True, undefined=jinja2.StrictUndefined
     )
     page = environment.get_template("page.html.j2").render(
         title=section.title or f"sparsight: {run} run",
         manifest=manifest,
-        pipeline=graph.stages(manifest, inputs),
+        pipeline=pipeline.stages(manifest, inputs),
         counts={part: len(manifest.split(part)) for part in ("train", "val", "test")},
-        backbones=backbones,
-        saes=chapter,
-        steerings=steerings,
-        policies=policies,
-        figures=drawn,
+        backbones=about_backbones,
+        saes=about_saes,
+        steerings=about_steering,
+        policies=about_policies,
+        figures=figures,
         captions={path.stem: path.read_text() for path in _CAPTIONS.glob("*.rst")},
         latents=_latents(section, inputs, manifest, device),
         configuration=yaml.safe_dump(json.loads(inputs["configuration"].read_text()), sort_keys=False),
@@ -59,7 +58,7 @@ def write_page(section: config.Report, run: str, inputs: dict[str, Any], device:
     )
     (out / "index.html").write_text(page)
     (out / "figures").mkdir(exist_ok=True)
-    for name, svg in drawn.items():
+    for name, svg in figures.items():
         (out / "figures" / f"{name}.svg").write_text(svg)
 
 
@@ -68,31 +67,6 @@ def _files(inputs: dict[str, Any]) -> dict[str, str]:
     paths = [path for value in inputs.values() for path in (value if isinstance(value, list) else [value])]
     run = inputs["configuration"].parent
     return {path.relative_to(run).as_posix(): file_digest(path) for path in sorted(paths)}
-
-
-def _backbone(folder: Path) -> dict[str, Any]:
-    about = json.loads((folder / "config.json").read_text())
-    svg = figures.backbone_training(folder)
-    return {"name": folder.name, "about": about, "figures": {f"backbone-{folder.name}": svg} if svg else {}}
-
-
-def _steering(path: Path, transfers: list[Path]) -> dict[str, Any]:
-    rows, summary = tables.read(path), json.loads(path.with_suffix(".json").read_text())
-    classes = tables.read(path.with_name(f"{path.stem}-classes.parquet"))
-    return {
-        "name": path.stem,
-        "rows": [row for row in rows if row["split"] == "test"],
-        "summary": summary,
-        "figures": {f"steering-{path.stem}": figures.steering(rows, classes, summary["gate"])},
-        "elsewhere": {file.stem: _elsewhere(file) for file in transfers if file.parent.name == path.stem},
-    }
-
-
-def _elsewhere(path: Path) -> dict[str, Any]:
-    """VS2 on another data set: its rows with and without steering, and the gate's curve."""
-    rows = {row["method"]: row for row in tables.read(path.with_suffix(".parquet"))}
-    steered = rows.get("vs2") or rows["vs2-pass"]
-    return {"unsteered": rows["none"], "steered": steered, **json.loads(path.read_text())}
 
 
 def _latents(

@@ -1,35 +1,30 @@
-"""Sparse autoencoders. A variant is one file here, named as the variant, with one ``@variant`` class.
+"""Sparse autoencoders: what variants share, their training and evaluation. Listing variants imports no torch."""
 
-Reading the list of variants does not import torch; everything else loads on first use.
-"""
-
-import importlib
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from sparsight.common.lazy import lazy_names
 
 if TYPE_CHECKING:
     from sparsight.sae.base import SAE, Loss, create, geometric_median, load
     from sparsight.sae.codes import Codes, DenseCodes, SparseCodes
-    from sparsight.sae.train import Trainer
+    from sparsight.sae.trainer import Trainer
 
 __all__ = [
     "SAE", "Codes", "DenseCodes", "Loss", "SparseCodes", "Trainer", "create", "geometric_median", "load", "names",
 ]  # fmt: skip
 
-_HOME = {
-    **dict.fromkeys(("SAE", "Loss", "create", "geometric_median", "load"), "sparsight.sae.base"),
-    **dict.fromkeys(("Codes", "DenseCodes", "SparseCodes"), "sparsight.sae.codes"),
-    "Trainer": "sparsight.sae.train",
-}
+__getattr__ = lazy_names(
+    __name__,
+    {
+        **dict.fromkeys(("SAE", "Loss", "create", "geometric_median", "load"), "sparsight.sae.base"),
+        **dict.fromkeys(("Codes", "DenseCodes", "SparseCodes"), "sparsight.sae.codes"),
+        "Trainer": "sparsight.sae.trainer",
+    },
+)
 
 
 def names() -> list[str]:
-    """The variants, by the files that declare one."""
-    files = Path(__file__).parent.glob("*.py")
-    return sorted(path.stem for path in files if "\n@variant\n" in path.read_text())
-
-
-def __getattr__(name: str) -> Any:
-    if name in _HOME:
-        return getattr(importlib.import_module(_HOME[name]), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    """The variants, by the names of their files."""
+    files = (Path(__file__).parent / "variants").glob("*.py")
+    return sorted(path.stem for path in files if path.stem != "__init__")

@@ -16,10 +16,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from sparsight import kernels
-from sparsight.errors import SparsightError
+from sparsight.common.errors import SparsightError
+from sparsight.common.files import write_json
 from sparsight.sae import names
 from sparsight.sae.codes import Codes
-from sparsight.work import write_json
 
 FORMAT_VERSION = 1
 _ROWS = 256  # of the decoder at a time: what is worked on stays in the cache
@@ -256,7 +256,7 @@ def create(kind: str, d_in: int, d_sae: int, k: int, seed: int = 0, **options: A
 def _class(kind: str) -> type[SAE]:
     if kind not in names():
         raise SparsightError(f"there is no SAE {kind!r}; known: {', '.join(names())}")
-    importlib.import_module(f"sparsight.sae.{kind}")
+    importlib.import_module(f"sparsight.sae.variants.{kind}")
     return _REGISTRY[kind]
 
 

@@ -11,17 +11,19 @@ from typing import Any
 import numpy as np
 import torch
 
-from sparsight import tables
-from sparsight.backbones import Backbone
-from sparsight.images import Split
-from sparsight.progress import say
+from sparsight.activations.store import ActivationStore
+from sparsight.backbones.backbone import Backbone
+from sparsight.common import tables
+from sparsight.common.files import write_json
+from sparsight.common.progress import log
+from sparsight.common.work import Work
+from sparsight.images.split import Split
 from sparsight.sae.base import SAE
 from sparsight.sae.metrics.geometry import random_rows, redundancy
 from sparsight.sae.metrics.measure import Measured, measure
-from sparsight.sae.residual import Moments, ReSAE, by_group
-from sparsight.sae.splice import Clean, Replacement, spliced
-from sparsight.store import ActivationStore
-from sparsight.work import Work, write_json
+from sparsight.sae.metrics.splice import Clean, Replacement, spliced
+from sparsight.sae.moments import Moments, by_group
+from sparsight.sae.resae import ReSAE
 
 _AVERAGED = (
     "fvu", "fvu_unchained", "fvu_residual", "fvu_affine", "l0", "bits", "probing_sae_1", "probing_sae_5",
@@ -57,7 +59,7 @@ def evaluate(
         (work.out / name).mkdir(exist_ok=True)
         write_json(work.out / name / "metrics.json", {**metrics, "record": record})
         _write_tables(found, work.out / name)
-        say(f"{name}: {_line(metrics)}")
+        log(f"{name}: {_line(metrics)}")
 
 
 def evaluate_chain(
@@ -81,7 +83,7 @@ def evaluate_chain(
         (work.out / site).mkdir(exist_ok=True)
         write_json(work.out / site / "metrics.json", {**by_site[site], "record": record})
         _write_tables(found, work.out / site)
-        say(f"{site}: {_line(by_site[site])}")
+        log(f"{site}: {_line(by_site[site])}")
 
     def forced(clean: Clean, chained: bool) -> Replacement:
         rebuilt = {
@@ -103,7 +105,7 @@ def evaluate_chain(
     in_model = spliced(backbone, split, chain.sites, _positions(test, chain.sites[0], backbone), modes)
     metrics |= in_model.metrics({mode: mode for mode in modes})
     write_json(work.out / "metrics.json", {**metrics, "record": record})
-    say(_line(metrics))
+    log(_line(metrics))
 
 
 @torch.no_grad()

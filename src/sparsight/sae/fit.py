@@ -13,16 +13,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sparsight import config, sae, training
-from sparsight.batches import Batch, StoreBatches
-from sparsight.errors import SparsightError
-from sparsight.sae import residual
-from sparsight.sae.base import SAE
-from sparsight.sae.residual import ReSAE
-from sparsight.sae.train import Trainer
-from sparsight.seeds import derive_seed
-from sparsight.store import ActivationStore
-from sparsight.work import Work
+from sparsight import config
+from sparsight.activations.store import ActivationStore
+from sparsight.common.errors import SparsightError
+from sparsight.common.seeds import derive_seed
+from sparsight.common.work import Work
+from sparsight.sae import resae
+from sparsight.sae.base import SAE, create
+from sparsight.sae.moments import by_group, fit_moments
+from sparsight.sae.resae import ReSAE
+from sparsight.sae.trainer import Trainer
+from sparsight.training import loop
+from sparsight.training.batches import Batch, StoreBatches
 
 _DECAY_FROM = 0.8  # the learning rate falls linearly to 0 over the last fifth
 _Statistics = dict[str, tuple[np.ndarray, float]]
@@ -68,7 +70,7 @@ def fit(
     scales = {site: scale for site, (_, scale) in seen.items()}
     inputs = _Inputs(store, chain, scales, labels)
     log_path = work.state / "training.jsonl"  # of all; kept beside the checkpoint that it belongs to
-    training.train(_Training(section, grid, inputs), batches, section.epochs, order, work.state, log_path)
+    loop.train(_Training(section, grid, inputs), batches, section.epochs, order, work.state, log_path)
     _split_log(log_path, work.out, grid)
     about = {
         "backbone": section.backbone,
@@ -88,13 +90,13 @@ def fit(
 
 
 def _create(section: config.Sae, d_in: int, seed: int) -> SAE:
-    return sae.create(section.kind, d_in, section.d_sae, section.k, seed, **section.options())
+    return create(section.kind, d_in, section.d_sae, section.k, seed, **section.options())
 
 
 def _chain(section: config.Sae, store: ActivationStore, device: torch.device) -> tuple[ReSAE, _Statistics]:
     """The maps of a chain, without SAEs yet, and what its SAEs will see."""
-    moments = residual.fit_moments(residual.by_group(store, section.sites, device), section.sites)
-    chain = ReSAE(list(section.sites), {}, residual.fit_maps(section.sites, moments, section.affine, section.ridge))
+    moments = fit_moments(by_group(store, section.sites, device), section.sites)
+    chain = ReSAE(list(section.sites), {}, resae.fit_maps(section.sites, moments, section.affine, section.ridge))
     return chain, {site: (mean.cpu().numpy(), scale) for site, (mean, scale) in chain.statistics(moments).items()}
 
 
@@ -117,7 +119,7 @@ def _split_log(joint: Path, out: Path, names: Iterable[str]) -> None:
     lines = [json.loads(line) for line in joint.read_text().splitlines()]
     for name in names:
         (out / name).mkdir(exist_ok=True, parents=True)
-        own = [{key.removeprefix(f"{name}."): value for key, value in line.items() if key in training.POSITION
+        own = [{key.removeprefix(f"{name}."): value for key, value in line.items() if key in loop.POSITION
                 or key.startswith(f"{name}.")} for line in lines]  # fmt: skip
         (out / name / "training.jsonl").write_text("".join(json.dumps(line) + "\n" for line in own))
 
@@ -157,7 +159,7 @@ class _Inputs:
 
 
 class _Training:
-    """See :class:`sparsight.training.Trainable`."""
+    """See :class:`sparsight.training.loop.Trainable`."""
 
     def __init__(self, section: config.Sae, grid: Mapping[str, tuple[str, SAE]], inputs: _Inputs) -> None:
         self.names, self.inputs = list(grid), inputs

@@ -13,9 +13,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from sparsight.errors import SparsightError
+from sparsight.common.errors import SparsightError
+from sparsight.common.files import write_json
 from sparsight.sae.base import SAE, create
-from sparsight.work import write_json
 
 _ARCHITECTURE = {
     "relu": "standard", "gated": "gated", "jumprelu": "jumprelu", "topk": "topk",

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from sparsight.sae.base import SAE
+from sparsight.steering.class_latents import ClassLatents, clamp_edit, class_edit
 from sparsight.steering.edits import Batch, Edit, of_size
-from sparsight.steering.latents import ClassLatents, clamp_edit, class_edit
 
 
 def random_edit(sae: SAE, classes_B: Tensor, found: ClassLatents, size_B: Tensor) -> Tensor:

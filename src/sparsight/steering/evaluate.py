@@ -10,19 +10,22 @@ from typing import Any
 
 import numpy as np
 
-from sparsight import config, macs, tables
-from sparsight.backbones import Backbone
-from sparsight.images import Manifest
-from sparsight.progress import say
+from sparsight import config
+from sparsight.activations.store import ActivationStore
+from sparsight.backbones import macs
+from sparsight.backbones.backbone import Backbone
+from sparsight.common import tables
+from sparsight.common.files import write_json
+from sparsight.common.intervals import paired, wilson
+from sparsight.common.progress import log
+from sparsight.common.seeds import derive_seed
+from sparsight.common.work import Work
+from sparsight.images.manifest import Manifest
 from sparsight.sae.base import SAE
-from sparsight.seeds import derive_seed
-from sparsight.statistics import paired, wilson
-from sparsight.steering import at_site, controls, latents, vs2
+from sparsight.steering import class_latents, controls, intervention, vs2
 from sparsight.steering.edits import Edit
-from sparsight.steering.neighbourhood import Neighbourhood
 from sparsight.steering.runner import NONE, RECONSTRUCT, Outcome, Row, Runner, check_images
-from sparsight.store import ActivationStore
-from sparsight.work import Work, write_json
+from sparsight.steering.vs2pp import NeighbourSteering
 
 Stores = Mapping[str, ActivationStore]
 
@@ -50,10 +53,10 @@ def steer(
     edits: Callable[[str], dict[str, Edit]]
     if section.kind == "class-latents":
         ranking = section.ranking
-        found = latents.find(
+        found = class_latents.find(
             sae, stores["train"].rows(sae.about["site"]), splits["train"].labels, len(manifest.classes),
             section.latents, derive_seed(seed, "random"),
-            at_site.attribution(runner.place, sae, splits["train"], len(manifest.classes))
+            intervention.attribution(runner.place, sae, splits["train"], len(manifest.classes))
             if ranking == "attribution" else ranking,
         )  # fmt: skip
         by_name = controls.edits(sae, found, section.edit)
@@ -64,7 +67,7 @@ def steer(
         edits, save = lambda split: by_name, gate.save
     else:
         labels = {split: images.labels for split, images in splits.items()}
-        around = Neighbourhood(section.neighbours, sae, backbone, stores, finder, labels, seed)
+        around = NeighbourSteering(section.neighbours, sae, backbone, stores, finder, labels, seed)
         edits, save = around.edits, around.save
     val, test = splits["val"], splits["test"]
     every = edits("val")
@@ -116,7 +119,7 @@ def steer(
     write_json(work.out / f"{name}.json", summary)
     for line in lines:
         if line["split"] == "test":
-            say(f"{line['method']} x{line['strength']:g} ({line['labels']} labels): accuracy {line['accuracy']:.4f}")
+            log(f"{line['method']} x{line['strength']:g} ({line['labels']} labels): accuracy {line['accuracy']:.4f}")
 
 
 def cost(sae: SAE, backbone: Backbone) -> dict[str, float]:

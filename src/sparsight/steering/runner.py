@@ -11,14 +11,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sparsight.backbones import Backbone
-from sparsight.errors import SparsightError
-from sparsight.images import Split
+from sparsight.backbones.backbone import Backbone
+from sparsight.common.errors import SparsightError
+from sparsight.common.intervals import paired, wilson
+from sparsight.images.split import Split
 from sparsight.sae.base import SAE
-from sparsight.statistics import paired, wilson
 from sparsight.steering import vs2
-from sparsight.steering.at_site import AtSite
 from sparsight.steering.edits import Batch, Edit
+from sparsight.steering.intervention import Intervention
 
 
 class Row(NamedTuple):
@@ -54,7 +54,7 @@ class Runner:
     """
 
     def __init__(self, sae: SAE, backbone: Backbone) -> None:
-        self.sae, self.backbone, self.place = sae, backbone, AtSite(sae, backbone)
+        self.sae, self.backbone, self.place = sae, backbone, Intervention(sae, backbone)
 
     @torch.no_grad()
     def run(self, rows: Sequence[Row], edits: Mapping[str, Edit], split: Split) -> dict[Row, Outcome]:

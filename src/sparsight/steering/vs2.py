@@ -18,11 +18,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from sparsight.activations.store import ActivationStore
+from sparsight.common.seeds import derive_seed
 from sparsight.sae.base import SAE
-from sparsight.sae.residual import Moments, by_group
-from sparsight.seeds import derive_seed
+from sparsight.sae.moments import Moments, by_group
 from sparsight.steering.edits import Edit, keep_norm, of_size
-from sparsight.store import ActivationStore
 
 
 def direction(sae: SAE, x_BD: Tensor) -> Tensor:

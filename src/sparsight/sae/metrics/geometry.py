@@ -10,7 +10,7 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from sparsight.windows import in_order
+from sparsight.common.slices import row_slices
 
 DUPLICATE = 0.9
 """Decoder rows of a larger cosine are duplicates (Mudide et al. 2024, arXiv 2410.08201)."""
@@ -27,7 +27,7 @@ def unit(rows_FD: Tensor) -> Tensor:
 def _cosines(a_FD: Tensor, b_FD: Tensor, entries: int = 2**24) -> Iterator[tuple[slice, Tensor]]:
     """Cosines of all rows of a with all rows of b, some rows of a at a time."""
     a, b = unit(a_FD), unit(b_FD)
-    for rows in in_order(len(a), max(1, entries // len(b))):
+    for rows in row_slices(len(a), max(1, entries // len(b))):
         yield rows, a[rows] @ b.T
 
 

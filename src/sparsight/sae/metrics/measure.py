@@ -15,18 +15,19 @@ import numpy as np
 import torch
 from scipy import sparse
 
-from sparsight.errors import SparsightError
+from sparsight.activations.store import ActivationStore
+from sparsight.common.errors import SparsightError
+from sparsight.common.seeds import derive_seed
 from sparsight.sae.base import SAE
-from sparsight.sae.metrics import geometry, methods, probing
-from sparsight.sae.metrics.boards import Board, at_error_of, at_own_error
-from sparsight.sae.metrics.latents import DENSE, ByClass, Firing, class_columns
-from sparsight.sae.metrics.methods import Method
-from sparsight.sae.metrics.probing import COUNTS, DenseMoments, Probe
-from sparsight.sae.metrics.sparse import Matrix, pooled
-from sparsight.sae.metrics.windows import SplitRows
-from sparsight.sae.residual import Moments, ReSAE
-from sparsight.seeds import derive_seed
-from sparsight.store import ActivationStore
+from sparsight.sae.metrics import baselines, geometry, probing
+from sparsight.sae.metrics.baselines import Method
+from sparsight.sae.metrics.firing import DENSE, ByClass, Firing, class_columns
+from sparsight.sae.metrics.probing import COUNTS, DenseMoments, SparseProbe
+from sparsight.sae.metrics.reconstruction import ReconstructionScores, at_error_of, at_own_error
+from sparsight.sae.metrics.sparse_codes import Matrix, pooled
+from sparsight.sae.metrics.split_rows import SplitRows
+from sparsight.sae.moments import Moments
+from sparsight.sae.resae import ReSAE
 
 _SAMPLE = 4096  # rows on which quantisation steps and the random dictionary's length are fitted
 _CLUSTER_SAMPLE = 16384  # rows that k-means is fitted on
@@ -72,7 +73,7 @@ def measure(
     fitted = _fit(saes, on_train, n_classes, seed)
     head, tokens = on_test.head(_SAMPLE), on_test.tokens
     rows = Moments(["x"])
-    baselines = [at_own_error(method, head, on_test.d_embedding) for method in fitted.baselines]
+    references = [at_own_error(method, head, on_test.d_embedding) for method in fitted.baselines]
     trials = []
     for own in fitted.saes:
         board = at_own_error(own.method, head, on_test.d_embedding)
@@ -83,7 +84,7 @@ def measure(
         rows.update({"x": window.x})
         x = window.x.cpu().numpy()
         features: dict[str, Any] = dict.fromkeys(("neurons", "pca", "activation"), window.images)
-        for baseline in baselines:
+        for baseline in references:
             z = baseline.method.encode(window.x)
             images = pooled(z, tokens)
             baseline.update(x, z, images, window.embedding)
@@ -104,7 +105,7 @@ def measure(
                 probe.update(images, window.labels)
 
     variance = rows.n * _deviation(rows, on_test) ** 2
-    of_baselines = [baseline.row(rows.n, variance) for baseline in baselines]
+    of_baselines = [baseline.row(rows.n, variance) for baseline in references]
     answers = [probe.row() for probe in fitted.probes]
     about = {"activation_unit": fitted.unit, "embedding": on_test.embedding_site}
     return [_measured(trial, rows.n, variance, of_baselines, answers, about) for trial in trials]
@@ -117,7 +118,7 @@ class _Own:
     sae: SAE
     method: Method
     codes: ByClass
-    probes: list[Probe]
+    probes: list[SparseProbe]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,8 +126,8 @@ class _Trial:
     """An SAE on the test split."""
 
     own: _Own
-    board: Board
-    all_components: Board
+    board: ReconstructionScores
+    all_components: ReconstructionScores
     """Of PCA at the SAE's error."""
     firing: Firing
     codes: ByClass
@@ -142,14 +143,14 @@ class _Fitted:
     baselines: list[Method]
     """PCA, the random dictionary, k-means, neurons."""
     all_components: Method
-    probes: list[Probe]
+    probes: list[SparseProbe]
     """On the features of the baselines."""
 
 
 def _fit(saes: Sequence[SAE], train: SplitRows, n_classes: int, seed: int) -> _Fitted:
     d_in, d_sae, k = saes[0].d_in, saes[0].d_sae, min(saes[0].k, saes[0].d_in)
-    control = methods.random_dictionary(saes[0], train.head(_SAMPLE), derive_seed(seed, "metrics", "random"))
-    coded = [*map(methods.of_sae, saes), control]
+    control = baselines.random_dictionary(saes[0], train.head(_SAMPLE), derive_seed(seed, "metrics", "random"))
+    coded = [*map(baselines.of_sae, saes), control]
     moments, dense = Moments(["x"]), DenseMoments(d_in, n_classes)
     codes = [ByClass(d_sae, n_classes) for _ in coded]
     for window in train.windows():
@@ -160,11 +161,11 @@ def _fit(saes: Sequence[SAE], train: SplitRows, n_classes: int, seed: int) -> _F
     unit = _deviation(moments, train)
     covariance, mean, _ = moments.covariance("x", "x")
     components = torch.linalg.eigh(covariance)[1].flip(1)  # the largest first
-    baselines = [
-        methods.pca("pca", mean, components[:, :k]),
+    references = [
+        baselines.pca("pca", mean, components[:, :k]),
         control,
-        methods.kmeans(train.head(_CLUSTER_SAMPLE), d_sae, derive_seed(seed, "metrics", "kmeans")),
-        methods.neurons(mean, k),
+        baselines.kmeans(train.head(_CLUSTER_SAMPLE), d_sae, derive_seed(seed, "metrics", "kmeans")),
+        baselines.neurons(mean, k),
     ]
     *own_probes, control_probes = _sparse_probes(train, coded, codes)
     probes = [
@@ -174,7 +175,7 @@ def _fit(saes: Sequence[SAE], train: SplitRows, n_classes: int, seed: int) -> _F
         dense.probe("activation"),
     ]
     own = [_Own(*each) for each in zip(saes, coded[:-1], codes[:-1], own_probes, strict=True)]
-    return _Fitted(unit, own, baselines, methods.pca("pca-all", mean, components), probes)
+    return _Fitted(unit, own, references, baselines.pca("pca-all", mean, components), probes)
 
 
 def _measured(
@@ -214,7 +215,7 @@ def _of_baselines(table: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _sparse_probes(split: SplitRows, coded: Sequence[Method], sums: Sequence[ByClass]) -> list[list[Probe]]:
+def _sparse_probes(split: SplitRows, coded: Sequence[Method], sums: Sequence[ByClass]) -> list[list[SparseProbe]]:
     """Probes on the codes of each method: a second pass over train, for the codes of what was chosen in the first."""
     chosen = [probing.select(own.means, own.mean, own.deviation, max(COUNTS)) for own in sums]
     kept = [np.unique(features) for features in chosen]

@@ -14,7 +14,7 @@ Shapes: I images of a window, F features, E width of the embedding.
 import numpy as np
 from scipy import sparse
 
-from sparsight.sae.metrics.sparse import Matrix, times
+from sparsight.sae.metrics.sparse_codes import Matrix, times
 
 _LEAST = 1e-10  # relative to the square of the sum: rounding leaves about 1e-13
 

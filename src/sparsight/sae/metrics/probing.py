@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from scipy import sparse
 
-from sparsight.sae.metrics.latents import ByClass
-from sparsight.sae.metrics.sparse import Matrix, by_class
-from sparsight.statistics import wilson
+from sparsight.common.intervals import wilson
+from sparsight.sae.metrics.firing import ByClass
+from sparsight.sae.metrics.sparse_codes import Matrix, by_class
 
 COUNTS = (1, 2, 5, 20)
 """Features a class."""
@@ -26,7 +26,7 @@ RIDGE = 1e-3
 
 
 @dataclasses.dataclass
-class Probe:
+class SparseProbe:
     """Scores (I, C) = features (I, F) W + b, and on which test images the largest one is right."""
 
     method: str
@@ -62,7 +62,7 @@ class DenseMoments:
         x = torch.from_numpy(x_ID)
         self.products += (x.T @ x).numpy()
 
-    def probes(self, method: str, basis_DP: np.ndarray, counts: tuple[int, ...]) -> Iterator[Probe]:
+    def probes(self, method: str, basis_DP: np.ndarray, counts: tuple[int, ...]) -> Iterator[SparseProbe]:
         """Probes on the features x basis, as probes on x.
 
         Args:
@@ -82,22 +82,22 @@ class DenseMoments:
             at = chosen[:, :count]
             own = covariance[at[:, :, None], at[:, None, :]]
             w, b = ridge(own, mean[at], np.take_along_axis(means, at, axis=1), shares)
-            yield Probe(
+            yield SparseProbe(
                 method, count, np.stack([basis_DP[:, a] @ one for a, one in zip(at, w, strict=True)], axis=1), b
             )
 
-    def probe(self, method: str) -> Probe:
+    def probe(self, method: str) -> SparseProbe:
         """The probe on all of x."""
         n = self.images.sum()
         mean = self.total.sum(axis=0) / n
         means = self.total / np.maximum(self.images, 1)[:, None]
         w, b = ridge(self.products / n - np.outer(mean, mean), mean, means, self.images / n)
-        return Probe(method, len(mean), w.T, b)
+        return SparseProbe(method, len(mean), w.T, b)
 
 
 def sparse_probes(
     method: str, train: ByClass, chosen: np.ndarray, columns: Matrix, union: np.ndarray
-) -> Iterator[Probe]:
+) -> Iterator[SparseProbe]:
     """Probes on sparse codes.
 
     Args:
@@ -120,7 +120,7 @@ def sparse_probes(
         covariance = np.stack(products) / n - mean[:, :, None] * mean[:, None, :]
         w, b = ridge(covariance, mean, np.take_along_axis(train.means, at, axis=1), train.images / n)
         starts = np.arange(0, at.size + 1, count)
-        yield Probe(method, count, sparse.csc_array((w.ravel(), at.ravel(), starts), shape=(width, len(at))), b)
+        yield SparseProbe(method, count, sparse.csc_array((w.ravel(), at.ravel(), starts), shape=(width, len(at))), b)
 
 
 def select(means: np.ndarray, mean: np.ndarray, deviation: np.ndarray, count: int) -> np.ndarray:

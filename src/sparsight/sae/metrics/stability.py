@@ -12,11 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from sparsight.progress import say
+from sparsight.common.files import write_json
+from sparsight.common.progress import log
+from sparsight.common.seeds import derive_seed
 from sparsight.sae.base import load
 from sparsight.sae.metrics.geometry import matching, random_rows
-from sparsight.seeds import derive_seed
-from sparsight.work import write_json
 
 
 def write_stability(folders: Sequence[Path], seed: int, path: Path, record: dict[str, Any]) -> None:
@@ -41,6 +41,6 @@ def write_stability(folders: Sequence[Path], seed: int, path: Path, record: dict
             values = [pair[key] for pair in pairs]
             found |= {key: float(np.mean(values)), f"{key}_min": min(values), f"{key}_max": max(values)}
             found[f"{key}_random"] = float(np.mean([pair[key] for pair in chance]))
-        say(f"{site}: " + ", ".join(f"{name} {value:.4g}" for name, value in found.items()))
+        log(f"{site}: " + ", ".join(f"{name} {value:.4g}" for name, value in found.items()))
         sites[site] = found
     write_json(path, {"sites": sites, "record": record})

@@ -1,0 +1,183 @@
+"""Images x backbone -> the shards of an activation store.
+
+Shapes: B batch, T tokens, D width.
+"""
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sparsight.activations.writer import Plan, StoreWriter, shard_size
+from sparsight.backbones.backbone import Backbone
+from sparsight.common import sites
+from sparsight.common.errors import SparsightError
+from sparsight.common.files import write_atomic, write_json
+from sparsight.common.progress import Progress
+from sparsight.common.slices import row_slices
+from sparsight.common.work import Work
+from sparsight.config import Activations, Compute
+from sparsight.images.split import Split
+from sparsight.images.workers import stream
+
+_DTYPES = {"float16": torch.float16, "float32": torch.float32}
+
+
+def extract(
+    backbone: Backbone, split: Split, section: Activations, compute: Compute, work: Work, store: Path, part: int,
+    about: Mapping[str, Any],
+) -> None:  # fmt: skip
+    """Write one part's shards of ``store`` and, to ``work.out``, ``<split>.part-<part>.json``: their records.
+
+    Batches do not cross shards, so neither the number of parts nor an interruption changes a byte; shards
+    that are complete and verify are kept.
+
+    Args:
+        store: ``<split>.zarr``. A manifest that still vouches for it is removed first.
+        part: this part's number, below ``section.parts``.
+        about: what the manifest is to say of images and backbone.
+
+    Raises:
+        SparsightError: a site that the model does not have, no class token where one is asked for, too
+            little disk space, an image that cannot be read, or a value that cannot be stored.
+    """
+    plan = _plan(backbone, section, len(split))
+    store.with_suffix(".json").unlink(missing_ok=True)
+    writer = StoreWriter(store, plan, work.state)
+    records = _records(writer, work, part, section.parts)
+    todo = [shard for shard, record in records.items() if record is None]
+    _check_space(plan, todo, store)
+    windows = {shard: _inside(plan.shards[shard], section.batch_size) for shard in todo}
+    pixels = stream(
+        split,
+        [rows for shard in todo for rows in windows[shard]],
+        backbone.preprocess,
+        compute.threads,
+        compute.workers,
+    )
+    images = _normalized(backbone, pixels)
+    free = [_buffers(plan, backbone.device) for _ in todo[:2]]  # one is filled while the other is written
+    writing: Future[None] | None = None
+
+    def write(shard: int, values: dict[str, Tensor]) -> None:
+        arrays = {site: x.numpy() for site, x in values.items()}
+        records[shard] = writer.write(shard, arrays, split.uris(plan.shards[shard]))
+        write_atomic(_record_path(work, shard), partial(write_json, value=records[shard]))
+        free.append(values)
+
+    n_images = sum(plan.shards[shard].stop - plan.shards[shard].start for shard in records)
+    n_todo = sum(plan.shards[shard].stop - plan.shards[shard].start for shard in todo)
+    with ThreadPoolExecutor(1) as thread, Progress(n_images, "images", start=n_images - n_todo) as progress:
+        for shard in todo:
+            buffers, start = free.pop(), plan.shards[shard].start
+            for rows in windows[shard]:
+                with precision(compute, backbone.device):
+                    taps = backbone.taps(next(images), section.sites)
+                for site, x in taps.items():
+                    stored = _pick(x, section.tokens, backbone.n_prefix).to(_DTYPES[section.dtype])
+                    buffers[site][rows.start - start : rows.stop - start].copy_(stored, non_blocking=True)
+                progress(rows.stop - rows.start)
+            if backbone.device.type == "cuda":
+                torch.cuda.synchronize(backbone.device)
+            if writing is not None:
+                writing.result()
+            size = plan.shards[shard].stop - start
+            writing = thread.submit(write, shard, {site: x[:size] for site, x in buffers.items()})
+        if writing is not None:
+            writing.result()
+    positions = {
+        "class": backbone.class_positions,
+        "register": backbone.register_positions,
+        "patches": list(backbone.patch_positions),
+    }
+    result = {
+        "plan": dataclasses.asdict(plan),
+        "about": {"tokens": section.tokens, "token_positions": positions, **about},
+        "shards": records,
+    }
+    write_json(work.out / f"{store.stem}.part-{part}.json", result)
+
+
+def precision(compute: Compute, device: torch.device) -> AbstractContextManager[object]:
+    """Autocast to bfloat16 where ``compute.precision`` asks for it."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=compute.precision == "bf16")
+
+
+def _normalized(backbone: Backbone, batches: Iterator[np.ndarray]) -> Iterator[Tensor]:
+    """Batches as the model wants them; a GPU gets the next one while it works on the last."""
+    if backbone.device.type != "cuda":
+        yield from map(backbone.normalize, batches)
+        return
+    copies = torch.cuda.Stream(backbone.device)
+    for pixels in batches:
+        with torch.cuda.stream(copies):
+            images = backbone.normalize(pixels)
+        torch.cuda.synchronize(backbone.device)  # so that no more than two batches are there
+        yield images
+
+
+def _plan(backbone: Backbone, section: Activations, n_images: int) -> Plan:
+    for site in section.sites:
+        sites.check(site, backbone.n_blocks, "activations.sites")
+    if section.tokens == "cls" and not backbone.class_positions:
+        raise SparsightError("activations.tokens: the backbone has no class token; use patches, all or mean")
+    n_tokens = {"patches": backbone.n_patches, "all": backbone.n_prefix + backbone.n_patches}.get(section.tokens)
+    token = (backbone.d_in,) if n_tokens is None else (n_tokens, backbone.d_in)
+    shapes = {site: (backbone.d_embedding,) if site == "embedding" else token for site in section.sites}
+    return Plan(n_images, shapes, section.dtype, shard_size(n_images, section.shard_images))
+
+
+def _records(writer: StoreWriter, work: Work, part: int, parts: int) -> dict[int, dict[str, Any] | None]:
+    """Per shard of the part its record, None where it is still to be made."""
+    n = len(writer.plan.shards)
+    records: dict[int, dict[str, Any] | None] = {}
+    for shard in range(n * part // parts, n * (part + 1) // parts):
+        path = _record_path(work, shard)
+        record = json.loads(path.read_text()) if path.exists() else None
+        records[shard] = record if record is not None and writer.verified(record) else None
+    return records
+
+
+def _record_path(work: Work, shard: int) -> Path:
+    return work.state / f"shard-{shard}.json"
+
+
+def _check_space(plan: Plan, todo: list[int], store: Path) -> None:
+    store.mkdir(parents=True, exist_ok=True)
+    needed = len(todo) * plan.shard_images * plan.image_bytes
+    free = shutil.disk_usage(store).free
+    if needed > free:
+        raise SparsightError(f"{store}: needs {needed / 1e9:.1f} GB, there are {free / 1e9:.1f} GB free; make room")
+
+
+def _inside(shard: slice, batch_size: int) -> list[slice]:
+    return [
+        slice(shard.start + w.start, shard.start + w.stop) for w in row_slices(shard.stop - shard.start, batch_size)
+    ]
+
+
+def _buffers(plan: Plan, device: torch.device) -> dict[str, Tensor]:
+    """Room for one shard of every site, page-locked where a GPU copies to it."""
+    pinned = device.type == "cuda"
+    return {
+        site: torch.empty((plan.shard_images, *shape), dtype=_DTYPES[plan.dtype], pin_memory=pinned)
+        for site, shape in plan.shapes.items()
+    }
+
+
+def _pick(x: Tensor, tokens: str, n_prefix: int) -> Tensor:
+    """The wanted tokens of (B, T, D); ``embedding`` is (B, D) already."""
+    if x.ndim == 2 or tokens == "all":
+        return x
+    if tokens == "cls":
+        return x[:, 0]
+    return x[:, n_prefix:] if tokens == "patches" else x[:, n_prefix:].mean(dim=1)

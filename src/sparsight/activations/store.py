@@ -1,0 +1,235 @@
+"""The activation store: one Zarr v3 group per split, and a JSON manifest that vouches for every byte.
+
+``docs/store-format.md`` is the normative description; this module writes, opens and verifies stores.
+
+Shapes: N images, T tokens, D width.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sparsight.activations.shards import Array, open_array
+from sparsight.common.digests import digest, file_digest
+from sparsight.common.errors import SparsightError
+from sparsight.common.slices import row_slices
+
+FORMAT_VERSION = 1
+NO_CHECKSUM = "0" * 64
+"""What stands for the manifest's checksum while it is computed."""
+
+
+class Rows:
+    """Activations of one site as a lazily read array of shape (rows, D), in the stored dtype.
+
+    Index with a slice or an array of row numbers. A row is one (image, token) pair: row r is token
+    r % tokens_per_image of image r // tokens_per_image.
+    """
+
+    def __init__(self, array: Array, tokens: slice) -> None:
+        self._array, self._tokens = array, tokens
+        self.dtype, self.chunk_images = array.dtype, array.chunk_images
+        self.tokens_per_image = 1 if len(array.shape) == 2 else len(range(*tokens.indices(array.shape[1])))
+        self._every_token = len(array.shape) == 2 or self.tokens_per_image == array.shape[1]
+        self.shape = (array.shape[0] * self.tokens_per_image, array.shape[-1])
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def images(self, first: int, last: int, out: np.ndarray | None = None) -> np.ndarray:
+        """The rows of images ``first`` to ``last`` - 1, (rows, D), put into ``out`` if that is given."""
+        if self._every_token:
+            return self._array.read(first, last, out).reshape(-1, self.shape[1])
+        picked = self._array.read(first, last)[:, self._tokens].reshape(-1, self.shape[1])
+        if out is None:
+            return picked
+        out[:] = picked
+        return out
+
+    def __getitem__(self, key: int | slice | np.ndarray | Sequence[int]) -> np.ndarray:
+        if isinstance(key, int | np.integer):
+            return self[[int(key)]][0]
+        if isinstance(key, slice):
+            start, stop, step = key.indices(len(self))
+            if step == 1:
+                first, last = start // self.tokens_per_image, -(-max(stop, start) // self.tokens_per_image)
+                skip = first * self.tokens_per_image
+                return self.images(first, last)[start - skip : max(stop, start) - skip]
+            key = np.arange(start, stop, step)
+        rows = np.flatnonzero(key) if np.asarray(key).dtype == bool else np.asarray(key, dtype=np.int64)
+        rows = np.where(rows < 0, rows + len(self), rows)
+        if len(rows) and not 0 <= rows.min() <= rows.max() < len(self):
+            raise IndexError(f"row numbers from {rows.min()} to {rows.max()}; there are {len(self)} rows")
+        out = np.empty((len(rows), self.shape[1]), self.dtype)
+        images, tokens = np.divmod(rows, self.tokens_per_image)
+        order = np.argsort(images, kind="stable")
+        # Neighbouring images are read together, each chunk once where every image is wanted.
+        for run in np.split(order, np.flatnonzero(np.diff(images[order]) > 1) + 1):
+            for part in np.split(run, np.flatnonzero(np.diff(images[run] // self.chunk_images)) + 1):
+                if len(part):
+                    first = int(images[part[0]])
+                    block = self.images(first, int(images[part[-1]]) + 1)
+                    out[part] = block[(images[part] - first) * self.tokens_per_image + tokens[part]]
+        return out
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return self[:].astype(dtype or self.dtype, copy=False)
+
+    def windows(self, size: int) -> Iterator[np.ndarray]:
+        """All rows in order, ``size`` at a time."""
+        for window in row_slices(len(self), size):
+            yield self[window]
+
+
+class ActivationStore:
+    """A store opened for reading; see :meth:`open`. Safe to use from threads, forked and spawned workers."""
+
+    def __init__(self, path: Path, manifest: dict[str, Any]) -> None:
+        self.path, self.manifest = path, manifest
+        self._arrays: dict[str, Array] = {site: open_array(path / site) for site in manifest["sites"]}
+
+    @classmethod
+    def open(cls, path: str | Path) -> "ActivationStore":
+        """Open ``<split>.zarr`` (or its ``<split>.json``) after checking manifest, file list and file sizes.
+
+        Raises:
+            SparsightError: no manifest, another format, or a missing or truncated file (named).
+        """
+        group, manifest_path = Path(path).with_suffix(".zarr"), Path(path).with_suffix(".json")
+        text, manifest = _read_manifest(manifest_path)
+        if "checksum" in manifest and checksum(text, manifest["checksum"]) != manifest["checksum"]:
+            raise SparsightError(f"{manifest_path}: does not match its own checksum; {_again(group)}")
+        for name, size in manifest["sizes"].items():
+            file = group / name
+            if not file.exists():
+                raise SparsightError(f"{file}: missing from the store; {_again(group)}")
+            if file.stat().st_size != size:
+                raise SparsightError(f"{file}: {file.stat().st_size} bytes instead of {size}; {_again(group)}")
+        return cls(group, manifest)
+
+    def close(self) -> None:
+        """Close the files that are open; reading opens them again."""
+        for array in self._arrays.values():
+            array.close()
+
+    def __enter__(self) -> "ActivationStore":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def sites(self) -> list[str]:
+        """The sites that are stored."""
+        return list(self.manifest["sites"])
+
+    @property
+    def tokens(self) -> str:
+        """What was stored: ``cls``, ``patches``, ``all`` or ``mean``."""
+        return str(self.manifest["tokens"])
+
+    def token_groups(self, site: str) -> dict[str, list[int]]:
+        """Positions along a site's token axis by kind: ``cls``, ``registers``, ``patches``; else what is stored.
+
+        Raises:
+            SparsightError: a site that the store does not hold.
+        """
+        n_tokens = self.rows(site).tokens_per_image
+        if self.tokens != "all" or site == "embedding":
+            return {"embedding" if site == "embedding" else self.tokens: list(range(n_tokens))}
+        positions = self.manifest["token_positions"]
+        patches = list(range(*positions["patches"]))
+        kinds = {"cls": positions["class"], "registers": positions["register"], "patches": patches}
+        return {kind: at for kind, at in kinds.items() if at}
+
+    def rows(self, site: str, tokens: str | None = None) -> Rows:
+        """Activations of a site, (rows, D); ``tokens`` picks from a store of several tokens.
+
+        Raises:
+            SparsightError: a site or tokens that the store does not hold.
+        """
+        if site not in self._arrays:
+            raise SparsightError(f"{self.path}: no site {site!r}; stored: {', '.join(self.sites)}")
+        tokens = tokens or self.tokens
+        if tokens == self.tokens or site == "embedding":
+            return Rows(self._arrays[site], slice(None))
+        positions = self.manifest["token_positions"]
+        if self.tokens != "all" or tokens not in ("cls", "patches") or (tokens == "cls" and not positions["class"]):
+            raise SparsightError(f"{self.path}: holds tokens {self.tokens!r}, not {tokens!r}; extract them first")
+        first, last = (positions["class"][0], positions["class"][0] + 1) if tokens == "cls" else positions["patches"]
+        return Rows(self._arrays[site], slice(first, last))
+
+    def at(self, site: str, images: Sequence[int] | np.ndarray, tokens: Sequence[int] | np.ndarray) -> np.ndarray:
+        """Activations of (image, token) pairs, (n, D); ``tokens`` count along the stored token axis."""
+        rows = self.rows(site)
+        tokens = np.asarray(tokens)
+        if len(tokens) and not 0 <= tokens.min() <= tokens.max() < rows.tokens_per_image:
+            raise SparsightError(f"{self.path}: {site!r} holds tokens 0 to {rows.tokens_per_image - 1} of an image")
+        return rows[np.asarray(images) * rows.tokens_per_image + tokens]
+
+    def verify(self) -> list[str]:
+        """Hash every file; returns one line per problem, naming the file relative to the store."""
+        return verify(self.path)
+
+
+def verify(path: str | Path) -> list[str]:
+    """Hash every file of a store, also of one too damaged to be opened; returns one line per problem.
+
+    Raises:
+        SparsightError: there is no manifest that could be read.
+    """
+    group, manifest_path = Path(path).with_suffix(".zarr"), Path(path).with_suffix(".json")
+    text, manifest = _read_manifest(manifest_path)
+    files, problems = manifest["files"], []
+    if checksum(text, str(manifest.get("checksum"))) != manifest.get("checksum"):
+        problems.append(f"{manifest_path.name}: does not match its own checksum")
+    if digest(files) != manifest["digest"]:
+        problems.append(f"{manifest_path.name}: its digest does not match its list of files")
+    problems += problems_of(group, files)
+    return problems + [f"{name}: not in the manifest" for name in sorted(files_of(group) - files.keys())]
+
+
+def checksum(text: bytes, found: str) -> str:
+    """sha256 of a manifest whose own checksum ``found`` is replaced by zeros."""
+    return hashlib.sha256(text.replace(found.encode(), NO_CHECKSUM.encode(), 1)).hexdigest()
+
+
+def problems_of(path: Path, files: Mapping[str, str]) -> list[str]:
+    """What is wrong with ``files`` (sha256 by name relative to ``path``), one line each."""
+    with ThreadPoolExecutor() as pool:  # hashing leaves the interpreter's lock
+        return [p for p in pool.map(lambda item: _problem(path, *item), files.items()) if p is not None]
+
+
+def _problem(path: Path, name: str, sha256: str) -> str | None:
+    file = path / name
+    if not file.is_file():
+        return f"{name}: missing"
+    return None if file_digest(file) == sha256 else f"{name}: content differs from the manifest"
+
+
+def files_of(folder: Path) -> set[str]:
+    """Every file in a folder, relative to it."""
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+
+
+def _read_manifest(path: Path) -> tuple[bytes, dict[str, Any]]:
+    try:
+        text = path.read_bytes()
+        manifest = json.loads(text)
+    except OSError as error:
+        raise SparsightError(f"{path}: no store manifest ({error.strerror}); run extraction") from None
+    except ValueError as error:
+        raise SparsightError(f"{path}: not JSON ({error}); {_again(path)}") from None
+    found = manifest.get("format_version") if isinstance(manifest, dict) else None
+    if found != FORMAT_VERSION:
+        raise SparsightError(f"{path}: format_version {found}, this sparsight reads {FORMAT_VERSION}")
+    return text, manifest
+
+
+def _again(path: Path) -> str:
+    return f"delete {path.with_suffix('.json').name} beside the store and give the same command again"

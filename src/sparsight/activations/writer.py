@@ -1,0 +1,205 @@
+"""Writing an activation store: shards first, by one or many processes, the manifest last.
+
+Shapes: N images, T tokens, D width.
+"""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sparsight.activations.shards import Layout, write_shard
+from sparsight.activations.store import FORMAT_VERSION, NO_CHECKSUM, checksum, files_of, problems_of
+from sparsight.common.digests import digest, file_digest
+from sparsight.common.errors import SparsightError
+from sparsight.common.files import write_atomic, write_json
+from sparsight.common.slices import row_slices
+
+_CHUNK_BYTES = 2**21
+_MIN_SHARDS = 8
+_GROUP = {"attributes": {}, "node_type": "group", "zarr_format": 3}
+
+
+def shard_size(n_images: int, most: int) -> int:
+    """Images in a shard: a power of two, at most ``most``, and small enough for 8 shards."""
+    return _power_of_two(min(most, n_images // _MIN_SHARDS))
+
+
+def _power_of_two(limit: int) -> int:
+    return 1 << (max(1, limit).bit_length() - 1)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a store will hold, known before its first shard is written."""
+
+    n_images: int
+    """N."""
+    shapes: Mapping[str, tuple[int, ...]]
+    """Per site the shape of one image's activations, (T, D) or (D,)."""
+    dtype: str
+    """``float16`` or ``float32``."""
+    shard_images: int
+    """Images in a shard, a power of two."""
+
+    @cached_property
+    def layouts(self) -> dict[str, Layout]:
+        """Per site, how its array is cut."""
+        item = np.dtype(self.dtype).itemsize
+        return {
+            site: Layout(
+                (self.n_images, *shape),
+                self.dtype,
+                self.shard_images,
+                min(self.shard_images, _power_of_two(_CHUNK_BYTES // (int(np.prod(shape)) * item))),
+            )
+            for site, shape in self.shapes.items()
+        }
+
+    @property
+    def shards(self) -> list[slice]:
+        """The images of each shard."""
+        return list(row_slices(self.n_images, self.shard_images))
+
+    @property
+    def image_bytes(self) -> int:
+        """Bytes that one image takes, all sites."""
+        return sum(int(np.prod(shape)) for shape in self.shapes.values()) * np.dtype(self.dtype).itemsize
+
+    def files(self, shard: int) -> dict[str, str]:
+        """Per site the file of one shard, relative to the group."""
+        return {site: f"{site}/{layout.file(shard)}" for site, layout in self.layouts.items()}
+
+
+class StoreWriter:
+    """Writes a store shard by shard, whole shards only; several writers may fill disjoint shards of one store.
+
+    Args:
+        path: the group, e.g. ``train.zarr``.
+        plan: what the store will hold.
+        aside: folder for shards that are being written, on the file system of ``path``.
+    """
+
+    def __init__(self, path: Path, plan: Plan, aside: Path) -> None:
+        self.path, self.plan, self._aside = path, plan, aside
+
+    def write(self, shard: int, values: Mapping[str, np.ndarray], uris: Sequence[str]) -> dict[str, Any]:
+        """Write one shard of every site; returns its record for :func:`finish_store`.
+
+        Args:
+            shard: number of the shard.
+            values: per site the activations of its images, in the store's dtype.
+            uris: names of these images, for messages.
+
+        Raises:
+            SparsightError: a value that is not finite (or that the dtype could not hold), a full disk.
+        """
+        files = self.plan.files(shard)
+        with ThreadPoolExecutor(len(files)) as pool:  # a site is hashed and written while others are
+            results = pool.map(lambda site: self._write_site(site, files[site], values[site], uris), files)
+            parts = dict(zip(files, results, strict=True))
+        return {
+            "files": {files[site]: part["sha256"] for site, part in parts.items()},
+            "sum": {site: part["sum"] for site, part in parts.items()},
+            "square": {site: part["square"] for site, part in parts.items()},
+        }
+
+    def _write_site(self, site: str, name: str, x: np.ndarray, uris: Sequence[str]) -> dict[str, Any]:
+        layout = self.plan.layouts[site]
+        total, square = np.zeros(x.shape[-1]), 0.0
+        for window in row_slices(len(x), layout.chunk_images):
+            wide = x[window].astype(np.float64).reshape(-1, x.shape[-1])
+            total += wide.sum(axis=0)
+            square += float(np.square(wide, out=wide).sum())
+        if not np.isfinite(square):
+            row = int(np.flatnonzero(~np.isfinite(x).reshape(len(x), -1).all(axis=1))[0])
+            if np.isnan(x[row]).any() or layout.dtype == "float32":
+                raise SparsightError(
+                    f"NaN or infinite activation at site {site!r}, image {uris[row]}; check the weights"
+                )
+            raise SparsightError(
+                f"float16 overflow at site {site!r}, image {uris[row]}: more than 65504; set activations.dtype: float32"
+            )
+        aside, target = self._aside / name.replace("/", "-"), self.path / name
+        try:
+            sha256 = write_shard(aside, x, layout)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(aside, target)
+        except OSError as error:
+            aside.unlink(missing_ok=True)
+            raise SparsightError(
+                f"{target}: cannot be written ({error.strerror}); make room and give the same command again,"
+                " finished shards are kept"
+            ) from None
+        return {"sha256": sha256, "sum": total.tolist(), "square": square}
+
+    def verified(self, record: Mapping[str, Any]) -> bool:
+        """Whether the shard that ``record`` describes is there, whole and unchanged."""
+        return not problems_of(self.path, record["files"])
+
+
+def finish_store(path: Path, parts: Sequence[Path], manifest_path: Path) -> None:
+    """Verify every shard, write the group's metadata, and write the manifest that vouches for all of it.
+
+    Args:
+        path: the group; files that do not belong to it are removed.
+        parts: what the writers of the shards left: JSON with ``plan``, ``about`` (keys of the manifest) and
+            ``shards`` (records by number).
+        manifest_path: ``<split>.json``.
+
+    Raises:
+        SparsightError: parts of different stores, a shard that is missing or not as its record says.
+    """
+    contents = [json.loads(part.read_text()) for part in parts]
+    for part, content in zip(parts, contents, strict=True):
+        if any(content[key] != contents[0][key] for key in ("plan", "about")):
+            raise SparsightError(f"{part}: belongs to another store than {parts[0]}; delete both and extract again")
+    shapes = {site: tuple(shape) for site, shape in contents[0]["plan"]["shapes"].items()}
+    plan = Plan(**{**contents[0]["plan"], "shapes": shapes})
+    found = {int(shard): record for content in contents for shard, record in content["shards"].items()}
+    if sorted(found) != list(range(len(plan.shards))):
+        raise SparsightError(f"{path}: the parts hold {len(found)} of {len(plan.shards)} shards; extract again")
+    records = [found[shard] for shard in sorted(found)]
+    files = {name: sha256 for record in records for name, sha256 in record["files"].items()}
+    if problems := problems_of(path, files):
+        names = ", ".join(part.name for part in parts)
+        raise SparsightError(f"{path}: {problems[0]}; delete {names} and give the same command again")
+    sites = {}
+    for site, layout in plan.layouts.items():
+        entries = int(np.prod(layout.shape))
+        total = np.sum([record["sum"][site] for record in records], axis=0)
+        sites[site] = {
+            "dtype": layout.dtype,
+            "shape": list(layout.shape),
+            "mean": (total / (entries // layout.shape[-1])).tolist(),
+            "rms": float(np.sqrt(np.sum([record["square"][site] for record in records]) / entries)),
+        }
+    metadata = {"zarr.json": _GROUP} | {f"{site}/zarr.json": lay.metadata() for site, lay in plan.layouts.items()}
+    for name, value in metadata.items():
+        write_atomic(path / name, partial(write_json, value=value))
+        files[name] = file_digest(path / name)
+    for name in files_of(path) - files.keys():  # shards of another configuration
+        (path / name).unlink()
+    manifest = {
+        "format_version": FORMAT_VERSION,
+        "sites": sites,
+        "shard_images": plan.shard_images,
+        "files": files,
+        "sizes": {name: (path / name).stat().st_size for name in files},
+        "digest": digest(files),
+        "checksum": NO_CHECKSUM,
+        **contents[0]["about"],
+    }
+    write_atomic(manifest_path, lambda aside: _write_checked(aside, manifest))
+
+
+def _write_checked(path: Path, manifest: Mapping[str, Any]) -> None:
+    write_json(path, manifest)
+    text = path.read_bytes()
+    path.write_bytes(text.replace(NO_CHECKSUM.encode(), checksum(text, NO_CHECKSUM).encode(), 1))

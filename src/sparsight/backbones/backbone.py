@@ -1,0 +1,340 @@
+"""A Vision Transformer with named taps and head gates, whatever family it is of.
+
+Shapes: B batch, T tokens (class tokens first, then registers, then patches), D width (d_in), L blocks, H heads,
+C channels of a head, E joint embedding of images and texts.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from timm.data import resolve_model_data_config
+from torch import Tensor, nn
+
+from sparsight.backbones import attention
+from sparsight.backbones.attention import HeadMode
+from sparsight.backbones.towers import Tower, timm_tower
+from sparsight.common import sites
+from sparsight.common.errors import SparsightError
+from sparsight.images.preprocess import Preprocess
+
+
+class BlockPolicy(Protocol):
+    """Something that decides, block by block, which heads an image uses."""
+
+    def decide(self, block: int, cls_BD: Tensor) -> Tensor | None:
+        """Bool (B, H) for one block from the class token at its input; None keeps every head."""
+
+
+class Backbone(nn.Module):
+    """A Vision Transformer whose blocks can be tapped and whose heads can be gated.
+
+    Works in float32 and, inside ``torch.autocast``, in bfloat16. What is computed is the library's own forward,
+    bit for bit, unless heads are switched off.
+
+    Args:
+        model: a timm or open_clip model, in eval mode from here on.
+        name: ``timm/...`` or ``open_clip/...``; open_clip finds the tokenizer by it.
+        preprocess: how pictures become its input; None takes the model's own configuration.
+
+    Raises:
+        SparsightError: a model or blocks of a kind whose parts have no names here.
+    """
+
+    model: Any  # timm and open_clip do not type their attributes
+    prompts_CE: Tensor | None
+
+    def __init__(self, model: nn.Module, name: str = "timm/", preprocess: Preprocess | None = None) -> None:
+        super().__init__()
+        self.name = name
+        self.tower = _tower(model)
+        self.model, self.preprocess = model.eval(), preprocess or _preprocess(model, self.tower)
+        self.class_names: list[str] | None = None
+        """What its outputs stand for, where the backbone stage said so."""
+        self.couples_mlp = False
+        """Whether a head that is off also takes its channels from what the block's MLP reads (AdaViT's released
+        models); see :meth:`run_blocks`."""
+        self.register_buffer("prompts_CE", None, persistent=False)
+
+    @property
+    def n_blocks(self) -> int:
+        """L."""
+        return len(self.tower.blocks)
+
+    @property
+    def n_heads(self) -> int:
+        """H, of every block."""
+        layer: Any = self.tower.parts(0).attention
+        return 0 if layer is None else int(layer.num_heads)
+
+    @property
+    def d_in(self) -> int:
+        """D, the width of the residual stream."""
+        return self.tower.d_in
+
+    @property
+    def d_embedding(self) -> int:
+        """Width of ``embedding``; an attention pool may change it (CoCa)."""
+        return self.taps(self.blank, ["embedding"])["embedding"].shape[1]
+
+    @property
+    def n_prefix(self) -> int:
+        """Class and register tokens in front of the patches."""
+        return self.tower.n_prefix
+
+    @property
+    def n_patches(self) -> int:
+        """Patches of one image."""
+        return self.tower.n_patches
+
+    @property
+    def class_positions(self) -> list[int]:
+        """Positions of the class tokens: [0], [] without one, [0, 1] with DeiT's distillation token."""
+        return list(range(self.tower.n_class))
+
+    @property
+    def register_positions(self) -> list[int]:
+        """Positions of the register tokens."""
+        return list(range(self.tower.n_class, self.n_prefix))
+
+    @property
+    def patch_positions(self) -> tuple[int, int]:
+        """First patch and the position after the last."""
+        return self.n_prefix, self.n_prefix + self.n_patches
+
+    @property
+    def n_classes(self) -> int | None:
+        """Outputs of the classifier, or prompts in its place; None where there is neither."""
+        if self.prompts_CE is not None:
+            return len(self.prompts_CE)
+        return None if self.has_text else int(self.model.num_classes)
+
+    @property
+    def has_text(self) -> bool:
+        """Whether a text tower comes with the image tower."""
+        return hasattr(self.model, "encode_text")
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.parameters()).device
+
+    def normalize(self, pixels: np.ndarray) -> Tensor:
+        """uint8 (B, H, W, C) as :meth:`Split.batch` gives it -> the model's input, float32 (B, C, H, W)."""
+        x = torch.from_numpy(pixels).to(self.device).permute(0, 3, 1, 2).float() / 255
+        mean = x.new_tensor(self.preprocess.mean).view(1, -1, 1, 1)
+        return (x - mean) / x.new_tensor(self.preprocess.std).view(1, -1, 1, 1)
+
+    def forward(
+        self,
+        images: Tensor,
+        head_mask: Tensor | None = None,
+        policy: BlockPolicy | None = None,
+        heads: HeadMode = "masked",
+    ) -> Tensor:
+        """Class logits (B, classes); image features (B, E) of an open_clip model without prompts.
+
+        Args:
+            images: preprocessed, (B, C, H, W).
+            head_mask: bool (B, L, H), true where a head is kept.
+            policy: decides block by block; not together with ``head_mask``.
+            heads: ``masked`` or ``gathered`` (the kept heads only), see :func:`sparsight.backbones.attention.attend`.
+
+        Raises:
+            SparsightError: images of another size, a mask of another shape, or heads that cannot be switched.
+        """
+        if head_mask is not None and policy is not None:
+            raise SparsightError("give head_mask or policy, not both")
+        if head_mask is not None:
+            wanted = (len(images), self.n_blocks, self.n_heads)
+            if head_mask.shape != wanted:
+                raise SparsightError(f"head_mask: expected shape {wanted}, got {tuple(head_mask.shape)}")
+            policy = _Fixed(head_mask)
+        x_BTD, _ = self.run_blocks(self.tokens(images), 0, self.n_blocks, policy, heads)
+        return self.classify(x_BTD)
+
+    @torch.no_grad()
+    def taps(self, images: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
+        """Activations by site from one forward pass: (B, T, D) each, ``embedding`` (B, D).
+
+        ``.attn`` and ``.mlp`` are what the sublayer adds to the residual stream. The pass stops after the
+        last block that is asked for. ``embedding`` follows the final norm and pooling: what the classifier
+        or the projection reads.
+
+        Raises:
+            SparsightError: a site that does not exist in this model.
+        """
+        for name in names:
+            sites.check(name, self.n_blocks, "sites")
+        last = max(self.n_blocks if name == "embedding" else int(name.split(".")[1]) + 1 for name in names)
+        x_BTD, shared = self.tokens(images), self.tower.shared()
+        found: dict[str, Tensor] = {}
+        for i in range(last):
+            parts = self.tower.parts(i)
+            attn_BTD = parts.after(parts.attend(parts.before(x_BTD), **shared[i]))
+            middle_BTD = x_BTD + attn_BTD
+            mlp_BTD = parts.mlp(middle_BTD)
+            out_BTD = middle_BTD + mlp_BTD
+            seen = {"input": x_BTD, "attn": attn_BTD, "mlp": mlp_BTD, "output": out_BTD}
+            found |= {f"blocks.{i}.{part}": value for part, value in seen.items() if f"blocks.{i}.{part}" in names}
+            x_BTD = out_BTD
+        if "embedding" in names:
+            found["embedding"] = self.tower.pool(x_BTD)
+        return {name: found[name] for name in names}
+
+    @torch.no_grad()
+    def head_outputs(self, images: Tensor, block: int) -> Tensor:
+        """What each head of one block hands to its output projection, (B, T, H, C).
+
+        Flattened to (B, T, H C) and projected they are the block's attention; no other block is touched.
+
+        Raises:
+            SparsightError: heads that cannot be told apart, or no such block.
+        """
+        sites.check(f"blocks.{block}.attn", self.n_blocks, "head_outputs")
+        x_BTD, _ = self.run_blocks(self.tokens(images), 0, block)
+        layer = self.switchable(block)
+        return attention.head_outputs(layer, self.tower.parts(block).before(x_BTD), **self.tower.shared()[block])
+
+    def tokens(self, images: Tensor) -> Tensor:
+        """The residual stream entering block 0, (B, T, D)."""
+        if tuple(images.shape[-2:]) != self.tower.image_size:
+            raise SparsightError(f"images: expected {self.tower.image_size} pixels, got {tuple(images.shape[-2:])}")
+        return self.tower.embed(images)
+
+    def run_blocks(
+        self, x_BTD: Tensor, start: int, stop: int, policy: BlockPolicy | None = None, heads: HeadMode = "masked"
+    ) -> tuple[Tensor, dict[int, Tensor]]:
+        """Blocks ``start`` to ``stop`` - 1: the residual stream after them, and the masks that were decided.
+
+        Running a prefix once and several suffixes gives the same bits as several whole passes.
+        """
+        masks: dict[int, Tensor] = {}
+        blocks, shared = self.tower.blocks, self.tower.shared()
+        for i in range(start, stop):
+            keep_BH = None if policy is None else policy.decide(i, x_BTD[:, 0])
+            if keep_BH is None:
+                x_BTD = blocks[i](x_BTD, **shared[i])
+                continue
+            masks[i] = keep_BH
+            parts = self.tower.parts(i)
+            kept_BTD = attention.attend(self.switchable(i), parts.before(x_BTD), keep_BH, heads, **shared[i])
+            x_BTD = x_BTD + parts.after(kept_BTD)
+            x_BTD = x_BTD + self.mlp(i, x_BTD, keep_BH, heads)
+        return x_BTD, masks
+
+    def mlp(self, block: int, x_BTD: Tensor, keep_BH: Tensor, heads: HeadMode = "masked") -> Tensor:
+        """What a block's MLP adds to the stream where the heads of ``keep_BH`` were kept.
+
+        Raises:
+            SparsightError: the MLP is coupled to the heads, and its input or the heads' channels have no names here.
+        """
+        parts = self.tower.parts(block)
+        if not self.couples_mlp:
+            return parts.mlp(x_BTD)
+        if not parts.mlp_inputs or self.d_in % self.n_heads:
+            kind = type(self.tower.blocks[block]).__name__
+            raise SparsightError(f"couple_mlp: the MLP of this {kind} has no input of {self.n_heads} equal parts")
+        with attention.narrowed(parts.mlp_inputs, keep_BH, heads):
+            return parts.mlp(x_BTD)
+
+    def switchable(self, block: int) -> nn.Module:
+        """The attention layer of a block; :class:`SparsightError` where it is more than one."""
+        layer = self.tower.parts(block).attention
+        if layer is None:
+            kind = type(self.tower.blocks[block]).__name__
+            raise SparsightError(f"heads of a {kind} cannot be switched: it has several attention layers")
+        return layer
+
+    def classify(self, x_BTD: Tensor) -> Tensor:
+        """From the residual stream after the last block to what :meth:`forward` returns."""
+        return self._logits(self.tower.head(x_BTD))
+
+    def classify_embedding(self, embedding_BD: Tensor) -> Tensor:
+        """The same from ``embedding``, (B, D); :class:`SparsightError` for a distilled DeiT, which reads two tokens."""
+        return self._logits(self.tower.read(embedding_BD))
+
+    def _logits(self, features_BE: Tensor) -> Tensor:
+        if self.prompts_CE is None:
+            return features_BE
+        from sparsight.backbones import open_clip
+
+        return open_clip.prompt_logits(self.model, features_BE, self.prompts_CE)
+
+    def features(self, images: Tensor) -> Tensor:
+        """What the model makes of images without prompts: open_clip's image features, timm's logits (B, E)."""
+        x_BTD, _ = self.run_blocks(self.tokens(images), 0, self.n_blocks)
+        return self.tower.head(x_BTD)
+
+    def encode_image(self, images: Tensor) -> Tensor:
+        """open_clip's image features of unit norm, (B, E)."""
+        return nn.functional.normalize(self.features(images), dim=-1)
+
+    def encode_text(self, texts: Sequence[str]) -> Tensor:
+        """open_clip's text features of unit norm, (n, E); :class:`SparsightError` without a text tower."""
+        self._need_text()
+        from sparsight.backbones import open_clip
+
+        return open_clip.encode_text(self.model, self._own_name, list(texts))
+
+    def use_prompts(self, classes: Sequence[str], templates: Sequence[str]) -> None:
+        """Make :meth:`forward` a classifier by prompts: scaled similarity to the texts of each class (CLIP).
+
+        Args:
+            classes: readable class names.
+            templates: texts with ``{}`` for the class name; their features are averaged per class.
+        """
+        self._need_text()
+        from sparsight.backbones import open_clip
+
+        self.prompts_CE = open_clip.prompt_classifier(self.model, self._own_name, list(classes), tuple(templates))
+
+    @property
+    def _own_name(self) -> str:
+        return self.name.partition("/")[2]
+
+    def _need_text(self) -> None:
+        if not self.has_text:
+            raise SparsightError(f"backbone {self.name!r} has no text tower; use an open_clip/<model>")
+
+    @property
+    def blank(self) -> Tensor:
+        """One empty image, as :meth:`forward` takes it."""
+        return torch.zeros(1, self.preprocess.channels, *self.tower.image_size, device=self.device)
+
+
+@dataclasses.dataclass
+class _Fixed:
+    """A mask given in advance, as a policy."""
+
+    mask_BLH: Tensor
+
+    def decide(self, block: int, cls_BD: Tensor) -> Tensor:
+        return self.mask_BLH[:, block]
+
+
+def _tower(model: nn.Module) -> Tower:
+    if hasattr(model, "visual"):
+        from sparsight.backbones.open_clip import tower  # takes seconds to import
+
+        return tower(model)
+    return timm_tower(model)
+
+
+def _preprocess(model: Any, tower: Tower) -> Preprocess:
+    if hasattr(model, "visual"):
+        data: dict[str, Any] = dict(model.visual.preprocess_cfg)
+        squash = data["resize_mode"] == "squash"
+        return Preprocess(
+            tower.image_size, 3, tuple(data["mean"]), tuple(data["std"]), data["interpolation"], squash=squash
+        )
+    data = resolve_model_data_config(model)
+    mean, std = tuple(data["mean"]), tuple(data["std"])
+    if model.in_chans == 1:  # timm names RGB statistics whatever in_chans is
+        mean, std = (sum(mean) / len(mean),), (sum(std) / len(std),)
+    trained_here = tower.image_size == tuple(data["input_size"][-2:])
+    crop_pct = data["crop_pct"] if trained_here else 1.0
+    squash = data.get("crop_mode") == "squash"
+    return Preprocess(tower.image_size, model.in_chans, mean, std, data["interpolation"], crop_pct, squash)

@@ -1,0 +1,33 @@
+"""sha256 of files and of JSON values in canonical form."""
+
+import dataclasses
+import hashlib
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    pass
+
+
+FREE = {"free": True}
+"""Metadata of a field that changes how fast a result comes, never the result: no digest contains it."""
+
+
+def is_free(field: "dataclasses.Field[Any]") -> bool:
+    """Whether a field has the metadata ``FREE``."""
+    return bool(field.metadata.get("free"))
+
+
+def digest(value: Any) -> str:
+    """sha256 of a dataclass (without its free fields) or JSON value in canonical form."""
+    plain = value
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        plain = {f.name: getattr(value, f.name) for f in dataclasses.fields(value) if not is_free(f)}
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    """sha256 of a file's bytes, read in blocks."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

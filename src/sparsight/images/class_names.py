@@ -1,0 +1,6 @@
+"""Class names as words."""
+
+
+def readable(name: str) -> str:
+    """A class name as words: ``apple_pie`` is ``apple pie``, ``apartment_building/outdoor`` loses its slash."""
+    return name.replace("_", " ").replace("/", " ")

@@ -1,0 +1,160 @@
+"""Image sources -> ``manifest.parquet``: every image with its checksum, label and split."""
+
+import hashlib
+import json
+from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from sparsight import config
+from sparsight.common.digests import file_digest
+from sparsight.common.errors import SparsightError
+from sparsight.common.progress import Progress, log
+from sparsight.common.seeds import derive_seed
+from sparsight.common.slices import row_slices
+from sparsight.images.sources import SOURCES, SPLITS, Item
+from sparsight.images.split import Split, decode
+
+
+def write_manifest(section: config.Images, seed: int, record: dict[str, Any], threads: int, path: Path) -> None:
+    """Read every image once, check that it decodes, and write ``manifest.parquet``.
+
+    Columns: image_id int64, uri, sha256, label int32, label_name, split; rows in a seeded random order. The
+    Parquet metadata key ``sparsight`` holds source, class names (the position is the label), ``record``, what
+    was ``skipped`` (uri, reason) and ``duplicates``: images of equal bytes that lie in more than one split.
+
+    Raises:
+        SparsightError: no images, an empty split, a class that is not in train, or an image that cannot be
+            read or decoded (with ``on_error: skip`` it is left out, logged and listed instead).
+    """
+    source = SOURCES[section.source](section.path)
+    items = source.items()
+    reader = source.reader(item.uri for item in items)
+
+    def checksum(item: Item) -> str | SparsightError:
+        try:
+            data = reader.read(item.uri)
+            decode(source, item.uri, data)
+        except OSError as error:
+            return SparsightError(f"image {item.uri}: {error.strerror}; put it back or take it off the list")
+        except SparsightError as error:
+            return error
+        return hashlib.sha256(data).hexdigest()
+
+    sha256: list[str] = []
+    kept: list[Item] = []
+    skipped: list[dict[str, str]] = []
+    with ThreadPoolExecutor(threads) as pool, Progress(len(items), "images") as progress:
+        for rows in row_slices(len(items), 1024):  # a window at a time: a future per image of a large set is memory
+            for item, found in zip(items[rows], pool.map(checksum, items[rows]), strict=True):
+                progress(1)
+                if isinstance(found, str):
+                    sha256.append(found)
+                    kept.append(item)
+                elif section.on_error == "stop":
+                    raise found
+                else:
+                    skipped.append({"uri": item.uri, "reason": str(found)})
+                    log(f"skipped: {found}")
+    classes = source.class_names()
+    numbers = {name: number for number, name in enumerate(classes)}
+    label = np.array([numbers[item.label_name] for item in kept], dtype=np.int32)
+    split = _split(section, kept, label, classes, seed)
+    duplicates = _duplicates(kept, sha256, split)
+    if duplicates:
+        log(f"images: {len(duplicates)} images are in more than one split, e.g. {', '.join(duplicates[0])}")
+    order = np.random.default_rng(derive_seed(seed, "images", "order")).permutation(len(kept))
+    table = pa.table(
+        {
+            "image_id": pa.array(order.astype(np.int64)),
+            "uri": [kept[i].uri for i in order],
+            "sha256": [sha256[i] for i in order],
+            "label": pa.array(label[order]),
+            "label_name": [kept[i].label_name for i in order],
+            "split": split[order].tolist(),
+        }
+    )
+    about = {
+        "format_version": 1,
+        "source": section.source,
+        "path": section.path,
+        "classes": classes,
+        "skipped": skipped,
+        "duplicates": duplicates,
+        **record,
+    }
+    pq.write_table(table.replace_schema_metadata({"sparsight": json.dumps(about, sort_keys=True)}), path)
+
+
+def _duplicates(items: list[Item], sha256: list[str], split: np.ndarray) -> list[list[str]]:
+    """The uris, each with its split, of images whose bytes lie in more than one split."""
+    rows: dict[str, list[int]] = defaultdict(list)
+    for row, digest in enumerate(sha256):
+        rows[digest].append(row)
+    return [[f"{items[i].uri} ({split[i]})" for i in same] for same in rows.values() if len(set(split[same])) > 1]
+
+
+def _split(section: config.Images, items: list[Item], label: np.ndarray, classes: list[str], seed: int) -> np.ndarray:
+    """Keep each member's splits and draw the missing ones from what it calls train, class by class.
+
+    The draw depends on the member's images alone: it is split in a union as it is by itself.
+    """
+    split = np.array([item.split or "train" for item in items], dtype=object)
+    member = np.array([item.member for item in items])
+    wanted = {"val": section.val_fraction, "test": section.test_fraction}
+    for number in np.unique(member):
+        given = set(split[member == number])
+        train = np.flatnonzero((member == number) & (split == "train"))
+        for c in np.unique(label[train]):
+            rows = train[label[train] == c]
+            rows = np.random.default_rng(derive_seed(seed, "images", "split", classes[c])).permutation(rows)
+            start = 0
+            for part, fraction in wanted.items():
+                if part not in given:
+                    count = round(fraction * len(rows))
+                    split[rows[start : start + count]] = part
+                    start += count
+    for part in SPLITS:
+        if not (split == part).any():
+            raise SparsightError(f"images: the {part} split is empty; add images or change the fractions")
+    for c, name in enumerate(classes):
+        if not ((label == c) & (split == "train")).any():
+            raise SparsightError(
+                f"images: the train split has no image of {name!r}; add images or change the fractions"
+            )
+    return split
+
+
+class Manifest:
+    """The images of a run, as ``manifest.parquet`` lists them.
+
+    Raises:
+        SparsightError: not a manifest of ours.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.table = pq.read_table(path)
+        about = (self.table.schema.metadata or {}).get(b"sparsight")
+        if about is None:
+            raise SparsightError(f"{path}: not an image manifest (no 'sparsight' metadata); run the images stage")
+        self.about = json.loads(about)
+        self.classes: list[str] = self.about["classes"]
+        self.digest = file_digest(path)
+        self._source = SOURCES[self.about["source"]](self.about["path"])
+
+    def split(self, name: str) -> "Split":
+        """The rows of one split, in manifest order."""
+        table = self.table.filter(pc.equal(self.table["split"], name))
+        return Split(
+            self._source,
+            table["uri"],
+            table["sha256"],
+            table["label"].to_numpy().copy(),
+            self.classes,
+        )

@@ -1,0 +1,11 @@
+"""Image sources: where pictures and labels come from."""
+
+from collections.abc import Callable
+
+from sparsight.images.sources.base import SPLITS, Item, Reader, Source
+from sparsight.images.sources.single import SINGLE
+from sparsight.images.sources.union import Union
+
+__all__ = ["SOURCES", "SPLITS", "Item", "Reader", "Source"]
+
+SOURCES: dict[str, Callable[[str | None], Source]] = {**SINGLE, "union": Union}

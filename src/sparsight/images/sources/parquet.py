@@ -1,0 +1,205 @@
+"""Parquet tables in the layout of Hugging Face: an image struct (bytes, path) and a class label."""
+
+import json
+import re
+import threading
+from bisect import bisect_right
+from collections import OrderedDict, defaultdict
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from sparsight.common.errors import SparsightError, reason
+from sparsight.images.sources.base import Item, Reader, Reopening
+
+_CACHE_BYTES = 128 * 2**20
+"""Row groups kept decoded; a row group larger than this is kept alone."""
+_WINDOW_BYTES = 256 * 2**20
+"""Images fetched together; as much again is fetched meanwhile."""
+_SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "dev": "val", "test": "test"}
+
+
+class ParquetTables(Reopening):
+    """A .parquet file, or a folder of them; a file whose name begins with train, val(idation) or test is that split.
+
+    The column of type Image and the one ClassLabel column (``label`` or ``fine_label`` where there are several) of
+    the schema metadata ``huggingface`` are used, ``image`` and ``label`` where there is no such metadata. Class
+    names come from there; without them the label's number is its name.
+    """
+
+    def __init__(self, path: str | None) -> None:
+        assert path is not None
+        self.path = Path(path)
+        self._lock = threading.Lock()
+        self._groups: OrderedDict[tuple[str, int], pa.Array] = OrderedDict()
+
+    @cached_property
+    def _files(self) -> dict[str, pq.ParquetFile]:
+        paths = [self.path] if self.path.is_file() else sorted(self.path.rglob("*.parquet"))
+        if not paths:
+            raise SparsightError(f"{self.path}: no .parquet file here")
+        root = self.path.parent if self.path.is_file() else self.path
+        try:
+            return {path.relative_to(root).as_posix(): pq.ParquetFile(path) for path in paths}
+        except (pa.ArrowException, OSError) as error:
+            raise SparsightError(f"{self.path}: not readable as Parquet ({reason(error)})") from None
+
+    @cached_property
+    def _features(self) -> dict[str, Any]:
+        file = next(iter(self._files.values()))
+        about = json.loads((file.schema_arrow.metadata or {}).get(b"huggingface", b"{}"))
+        return dict(about.get("info", {}).get("features", {}))
+
+    @cached_property
+    def _columns(self) -> tuple[str, str]:
+        """Names of the image and the label column."""
+
+        def one(kind: str, preferred: tuple[str, ...]) -> str:
+            found = [name for name, feature in self._features.items() if feature.get("_type") == kind]
+            if len(found) == 1:
+                return found[0]
+            known = found or next(iter(self._files.values())).schema_arrow.names
+            for name in preferred:
+                if name in known:
+                    return name
+            raise SparsightError(f"{self.path}: no column {preferred[0]!r}; there are: {', '.join(known)}")
+
+        image, label = one("Image", ("image", "img")), one("ClassLabel", ("label", "fine_label"))
+        for name, file in self._files.items():
+            schema = file.schema_arrow
+            for column in (image, label):
+                if column not in schema.names:
+                    raise SparsightError(f"{self.path}: {name} has no column {column!r}, unlike the first table")
+            kind = schema.field(image).type
+            if not pa.types.is_struct(kind) or kind.get_field_index("bytes") < 0:
+                raise SparsightError(
+                    f"{self.path}: {name}: column {image!r} is {kind}, not a struct with bytes and path"
+                )
+        return image, label
+
+    def items(self) -> list[Item]:
+        names = self.class_names()
+        known = set(names)
+        _, label = self._columns
+        items: list[Item] = []
+        for file_name, file in self._files.items():
+            part = re.match(r"[a-z]+", Path(file_name).name.lower())
+            split = _SPLITS.get(part[0]) if part else None
+            labels = file.read(columns=[label])[label].to_pylist()
+            for row, value in enumerate(labels):
+                name = names[value] if isinstance(value, int) and 0 <= value < len(names) else value
+                if name not in known:
+                    raise SparsightError(f"{self.path}: {file_name} row {row} has no class ({value!r}); repair it")
+                items.append(Item(f"{file_name}:{row}", name, split))
+        if not items:
+            raise SparsightError(f"{self.path}: the tables have no rows")
+        return items
+
+    def class_names(self) -> list[str]:
+        _, label = self._columns
+        names = self._features.get(label, {}).get("names")
+        if names:
+            return list(names)
+        values = {v for file in self._files.values() for v in file.read(columns=[label])[label].to_pylist()} - {None}
+        if any(isinstance(value, str) for value in values):
+            return sorted(values)
+        return [str(number) for number in range(max(values, default=-1) + 1)]
+
+    def reader(self, uris: Iterable[str]) -> Reader:
+        """A window of images at a time, see :class:`_Ahead`."""
+        return _Ahead(self, uris)
+
+    def read(self, uri: str) -> bytes:
+        return _bytes(self.fetch([uri])[uri])
+
+    def fetch(self, uris: list[str]) -> dict[str, bytes | OSError]:
+        """The bytes of every image, or why it has none; each row group is read once."""
+        found: dict[str, bytes | OSError] = {}
+        places: dict[tuple[str, int], list[tuple[str, int]]] = defaultdict(list)
+        for uri in uris:
+            name, _, row = uri.rpartition(":")
+            if name not in self._starts or int(row) >= self._starts[name][-1]:
+                found[uri] = FileNotFoundError(None, f"No such image in {self.path}")
+                continue
+            number = bisect_right(self._starts[name], int(row)) - 1
+            places[name, number].append((uri, int(row) - self._starts[name][number]))
+        for place, images in sorted(places.items()):
+            try:
+                group = self._group(*place)
+            except OSError as error:
+                found |= {uri: error for uri, _ in images}
+                continue
+            for uri, offset in images:
+                data = group[offset]["bytes"].as_py()
+                found[uri] = OSError(None, "the table holds a path but no bytes") if data is None else data
+        return found
+
+    @cached_property
+    def window(self) -> int:
+        """The number of images of average size that fill _WINDOW_BYTES."""
+        tables = [file.metadata for file in self._files.values()]
+        n_bytes = sum(table.row_group(i).total_byte_size for table in tables for i in range(table.num_row_groups))
+        return max(1, _WINDOW_BYTES * sum(table.num_rows for table in tables) // n_bytes)
+
+    @cached_property
+    def _starts(self) -> dict[str, list[int]]:
+        """First row of every row group, and the number of rows, by file."""
+        found = {}
+        for name, file in self._files.items():
+            starts = [0]
+            for i in range(file.metadata.num_row_groups):
+                starts.append(starts[-1] + file.metadata.row_group(i).num_rows)
+            found[name] = starts
+        return found
+
+    def _group(self, name: str, group: int) -> pa.Array:
+        """The images of a row group; the latest ones are kept."""
+        image, _ = self._columns
+        with self._lock:
+            key = (name, group)
+            if key not in self._groups:
+                try:
+                    table = self._files[name].read_row_group(group, columns=[image])
+                except (pa.ArrowException, OSError) as error:
+                    raise OSError(None, f"row group {group} cannot be read: {reason(error)}") from None
+                self._groups[key] = table[image].combine_chunks()
+                while len(self._groups) > 1 and sum(a.nbytes for a in self._groups.values()) > _CACHE_BYTES:
+                    self._groups.popitem(last=False)
+            self._groups.move_to_end(key)
+            return self._groups[key]
+
+
+class _Ahead:
+    """Reads images a window at a time, each row group once per window, and the next window meanwhile.
+
+    Images come in random order: one at a time, each would cost its whole row group.
+    """
+
+    def __init__(self, tables: ParquetTables, uris: Iterable[str]) -> None:
+        self._tables, self._uris = tables, iter(uris)
+        self._lock, self._pool = threading.Lock(), ThreadPoolExecutor(1)
+        self._found: dict[str, bytes | OSError] = {}
+        self._next = self._pool.submit(self._fetch)
+
+    def _fetch(self) -> dict[str, bytes | OSError]:
+        return self._tables.fetch(list(islice(self._uris, self._tables.window)))
+
+    def read(self, uri: str) -> bytes:
+        with self._lock:
+            if uri not in self._found:
+                self._found |= self._next.result()
+                self._next = self._pool.submit(self._fetch)
+            data = self._found.pop(uri, None)
+        return self._tables.read(uri) if data is None else _bytes(data)
+
+
+def _bytes(found: bytes | OSError) -> bytes:
+    if isinstance(found, OSError):
+        raise found
+    return found

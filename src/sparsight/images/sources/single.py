@@ -1,0 +1,17 @@
+"""The image sources that are one data set, by name."""
+
+from collections.abc import Callable
+
+from sparsight.images.sources.base import Source
+from sparsight.images.sources.folders import Cub200, Folder, TinyImageNet
+from sparsight.images.sources.packaged import TORCHVISION, Mnist5000
+from sparsight.images.sources.parquet import ParquetTables
+
+SINGLE: dict[str, Callable[[str | None], Source]] = {
+    "mnist-5000": Mnist5000,
+    "folder": Folder,
+    "parquet": ParquetTables,
+    "cub200": Cub200,
+    "tiny-imagenet": TinyImageNet,
+    **TORCHVISION,
+}

@@ -1,0 +1,40 @@
+"""Where the results of a run come from."""
+
+import json
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from sparsight.common import machine
+from sparsight.common.digests import file_digest
+from sparsight.common.files import write_json
+
+
+def write_provenance(configuration: Path, benchmarks: Path, path: Path) -> None:
+    """Write ``provenance.json``: time, git commit, versions, machine, configuration, and what every job took.
+
+    Args:
+        configuration: configuration.json.
+        benchmarks: folder of Snakemake's benchmark files, ``<job>.jsonl``.
+        path: where to.
+    """
+    about = {
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+        "commit": machine.commit(),
+        "versions": machine.versions(),
+        "machine": machine.describe(),
+        "configuration": json.loads(configuration.read_text()),
+        "configuration_digest": file_digest(configuration),
+        "jobs": {
+            file.relative_to(benchmarks).with_suffix("").as_posix(): _cost(file)
+            for file in sorted(benchmarks.rglob("*.jsonl"))
+        },
+    }
+    write_json(path, about)
+
+
+def _cost(benchmark: Path) -> dict[str, Any]:
+    """Wall time, processor time and peak memory of a job's last attempt; None where it was too short to be measured."""
+    record = json.loads(benchmark.read_text())
+    names = {"seconds": "s", "cpu_seconds": "cpu_time", "peak_memory_mb": "max_rss"}
+    return {name: record[key] if isinstance(record[key], int | float) else None for name, key in names.items()}

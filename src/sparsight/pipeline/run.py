@@ -1,0 +1,262 @@
+"""A run: every section of the configuration, checked by itself and against the others."""
+
+import dataclasses
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from sparsight import sae
+from sparsight.common import sites
+from sparsight.common.errors import SparsightError
+from sparsight.config import Activations, Backbone, Compute, Images, Policy, Pruning, Report, Sae, Steering
+from sparsight.config.schema import check_keys, parse
+
+
+@dataclass(frozen=True)
+class Run:
+    """A whole configuration, checked section by section and across sections."""
+
+    run: str
+    seed: int
+    compute: Compute
+    images: Images
+    other_images: dict[str, Images]
+    backbones: dict[str, Backbone]
+    activations: Activations
+    saes: dict[str, Sae]
+    policies: dict[str, Policy]
+    steering: dict[str, Steering]
+    pruning: Pruning | None
+    report: Report
+
+    @property
+    def folder(self) -> Path:
+        """Where the run's results lie."""
+        return Path("results") / self.run
+
+    @cached_property
+    def grids(self) -> dict[str, list[str]]:
+        """The folders in ``saes`` of every section's SAEs, which are trained together."""
+        return {
+            name: [f"{name}-s{seed}/{site}".removesuffix(f"/{s.site}") for seed in s.seeds for site in s.places]
+            for name, s in self.saes.items()
+        }
+
+    @cached_property
+    def shapes(self) -> dict[tuple[str, ...], list[str]]:
+        """The sections of ``saes`` with the same seeds and sites, by what their folders add to the section's name.
+
+        That is ``-s0``, ``-s1``, of chains ``-s0/blocks.2.input`` and so on.
+        """
+        found: dict[tuple[str, ...], list[str]] = {}
+        for section, names in self.grids.items():
+            found.setdefault(tuple(name.removeprefix(section) for name in names), []).append(section)
+        return found
+
+    @cached_property
+    def sae_names(self) -> dict[str, Sae]:
+        """Every SAE of one site, by the name of its folder (<section>-s<seed>)."""
+        return {f"{name}-s{seed}": s for name, s in self.saes.items() if not s.sites for seed in s.seeds}
+
+    @cached_property
+    def chains(self) -> dict[str, Sae]:
+        """Every ReSAE chain, by the name of its folder (<section>-s<seed>)."""
+        return {f"{name}-s{seed}": s for name, s in self.saes.items() if s.sites for seed in s.seeds}
+
+    @cached_property
+    def repeated(self) -> list[str]:
+        """The sections of ``saes`` with several seeds, whose SAEs can be compared."""
+        return [name for name, section in self.saes.items() if len(section.seeds) > 1]
+
+    @cached_property
+    def transfers(self) -> list[str]:
+        """The steering results that are tried on other images: VS2 on a model that classifies by prompts."""
+        return [
+            name
+            for name, sae in self.steering_names.items()
+            if self.steering[name.rpartition("-s")[0]].kind == "vs2"
+            and self.backbones[self.sae_names[sae].backbone].model.startswith("open_clip/")
+        ]
+
+    @cached_property
+    def steering_names(self) -> dict[str, str]:
+        """Every steering result (<section>-s<seed>) and the SAE folder it uses."""
+        return {
+            f"{name}-s{seed}": f"{section.sae}-s{seed}"
+            for name, section in self.steering.items()
+            for seed in self.saes[section.sae].seeds
+        }
+
+    @cached_property
+    def steered(self) -> dict[str, str]:
+        """What pruning steers with: every steering result of its section and the SAE folder it uses."""
+        of = self.pruning.steering if self.pruning else None
+        return {name: sae for name, sae in self.steering_names.items() if name.rpartition("-s")[0] == of}
+
+
+def load_run(config: Mapping[str, Any]) -> Run:
+    """Validate a merged configuration (params.yaml with its overlays).
+
+    Named sections (other_images, backbones, saes, policies, steering) set to null in an overlay are dropped, and with
+    them the sections that read them. Without policies ``pruning`` may be null too.
+
+    Raises:
+        SparsightError: unknown key, wrong type, refused value, or sections that do not fit together.
+    """
+    known = {f.name: f for f in dataclasses.fields(Run)}
+    check_keys(config, known, "configuration")
+    for key in known:
+        if key not in config:
+            raise SparsightError(f"configuration: the section {key!r} is missing")
+    values: dict[str, Any] = {}
+    for name, kind in (("run", str), ("seed", int)):
+        if not isinstance(config[name], kind) or isinstance(config[name], bool):
+            raise SparsightError(f"configuration: {name}: expected {kind.__name__}, got {config[name]!r}")
+        values[name] = config[name]
+    single: dict[str, type] = {
+        "compute": Compute,
+        "images": Images,
+        "activations": Activations,
+        "pruning": Pruning,
+        "report": Report,
+    }
+    named: dict[str, type] = {
+        "other_images": Images,
+        "backbones": Backbone,
+        "saes": Sae,
+        "policies": Policy,
+        "steering": Steering,
+    }
+    for name, cls in single.items():
+        values[name] = None if (name, config[name]) == ("pruning", None) else parse(cls, config[name], name)
+    dropped: dict[str, set[str]] = {}
+    for name, cls in named.items():
+        if not isinstance(config[name], Mapping):
+            raise SparsightError(f"{name}: expected named sections, got {config[name]!r}")
+        left = _left(name, config, dropped)
+        values[name] = {key: parse(cls, section, f"{name}.{key}") for key, section in left.items()}
+    run = Run(**values)
+    _check_links(run)
+    return run
+
+
+_READS = {
+    "saes": {"backbone": "backbones"},
+    "policies": {"backbone": "backbones"},
+    "steering": {"sae": "saes", "neighbour_backbone": "backbones"},
+}
+"""By kind of section, the keys that name a section it reads, and of which kind that is."""
+
+
+def _left(kind: str, config: Mapping[str, Any], dropped: dict[str, set[str]]) -> dict[str, Any]:
+    """The named sections of a kind that are not dropped; adds those that are to ``dropped``."""
+    gone = {
+        name
+        for name, section in config[kind].items()
+        if section is None
+        or (
+            isinstance(section, Mapping)
+            and any(section.get(key) in dropped[of] for key, of in _READS.get(kind, {}).items())
+        )
+    }
+    dropped[kind] = gone
+    return {name: section for name, section in config[kind].items() if name not in gone}
+
+
+def _check_links(run: Run) -> None:
+    def known(value: str, names: Any, where: str) -> None:
+        if value not in names:
+            raise SparsightError(f"{where}: there is no {value!r}; known: {', '.join(names) or 'none'}")
+
+    names = [run.run, *run.other_images, *run.backbones, *run.saes, *run.policies, *run.steering]
+    for name in names:
+        if not name or not all(c.isalnum() or c in "-_." for c in name) or name.startswith("."):
+            raise SparsightError(
+                f"configuration: the name {name!r} becomes a folder; use letters, digits, '-', '_', '.'"
+            )
+    for name, backbone in run.backbones.items():
+        for site in run.activations.sites:
+            if backbone.depth is not None:
+                sites.check(site, backbone.depth, f"activations.sites (backbone {name!r})")
+    variants = sae.names()
+    for name, section in run.saes.items():
+        if section.kind not in variants:
+            raise SparsightError(f"saes.{name}.kind: there is no SAE {section.kind!r}; known: {', '.join(variants)}")
+        known(section.backbone, run.backbones, f"saes.{name}.backbone")
+        for site in section.places:
+            if site not in run.activations.sites:
+                raise SparsightError(
+                    f"saes.{name}: activations.sites has no {site!r}; add it there, or set saes.{name} to null"
+                )
+    for name, policy in run.policies.items():
+        known(policy.backbone, run.backbones, f"policies.{name}.backbone")
+    for name, steering in run.steering.items():
+        known(steering.sae, run.saes, f"steering.{name}.sae")
+        section = run.saes[steering.sae]
+        if section.site is None:
+            raise SparsightError(f"steering.{name}.sae: {steering.sae!r} is a chain; steering takes an SAE of one site")
+        if sites.parse(section.site)[1] not in ("input", "output"):
+            raise SparsightError(
+                f"steering.{name}.sae: {steering.sae!r} reads {section.site!r}; steering edits the residual stream, "
+                "blocks.<i>.input or .output"
+            )
+        if run.activations.tokens != "cls":
+            raise SparsightError(
+                f"steering.{name}.sae: steers the class token; activations.tokens is {run.activations.tokens}, not cls"
+            )
+        if steering.neighbour_backbone is not None:
+            known(steering.neighbour_backbone, run.backbones, f"steering.{name}.neighbour_backbone")
+        if steering.kind == "vs2++" and "embedding" not in run.activations.sites:
+            raise SparsightError(f"steering.{name}: kind vs2++ compares embeddings; add embedding to activations.sites")
+        if steering.kind == "class-latents" and 2 * steering.latents > section.d_sae:
+            raise SparsightError(
+                f"steering.{name}.latents: {steering.latents} latents and as many random others do not fit into "
+                f"d_sae = {section.d_sae}; lower latents"
+            )
+    if run.other_images and not run.transfers:
+        raise SparsightError(
+            "other_images: only steering of kind vs2 on an open_clip model is tried on them; add one, or leave them out"
+        )
+    if run.pruning is None:
+        for name in run.policies:
+            raise SparsightError(f"pruning: says how the policy {name!r} is evaluated; set policies.{name} to null too")
+        return
+    known(run.pruning.steering, run.steering, "pruning.steering")
+    steering = run.steering[run.pruning.steering]
+    if (steering.kind, steering.edit) != ("class-latents", "amplify"):
+        raise SparsightError(
+            f"pruning.steering: {run.pruning.steering!r} is of kind {steering.kind}, edit {steering.edit}; heads need "
+            "class-latents, amplify"
+        )
+    read = run.saes[steering.sae]
+    steered, depth = read.backbone, run.backbones[read.backbone].depth
+    if depth is not None and read.site != f"blocks.{depth - 1}.input":
+        raise SparsightError(
+            f"pruning.steering: its SAE reads {read.site!r}, but heads are steered at the last block's input, "
+            f"blocks.{depth - 1}.input"
+        )
+    if 2 * run.pruning.latents[-1] > read.d_sae:
+        raise SparsightError(
+            f"pruning.latents: {run.pruning.latents[-1]} latents and as many random others do not fit into "
+            f"d_sae = {read.d_sae}; lower it"
+        )
+    for name, policy in run.policies.items():
+        if policy.backbone != steered:
+            raise SparsightError(
+                f"policies.{name}.backbone: {policy.backbone!r} is not {steered!r}, whose SAE pruning.steering uses"
+            )
+
+
+def check_writable(folder: Path) -> None:
+    """Raise SparsightError if results cannot be written, before any work starts."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise SparsightError(
+            f"results: cannot write to {str(folder)!r} ({error.strerror}); free the name or mend its permissions"
+        ) from None

@@ -1,0 +1,181 @@
+"""What every stage script does around its one call into the core: arguments, lock, threads, errors."""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cache, cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safetensors import SafetensorError
+
+import sparsight
+from sparsight.common.digests import digest, file_digest
+from sparsight.common.errors import SparsightError, reason
+from sparsight.common.files import write_json
+from sparsight.common.progress import log
+from sparsight.common.work import Work
+from sparsight.config import Compute, schema
+from sparsight.pipeline import records
+from sparsight.pipeline.gpu_slots import take_card
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass
+class Stage:
+    """One execution of a stage, as its script's ``main`` sees it."""
+
+    config: Any
+    """The stage's own section of the configuration."""
+    inputs: dict[str, Any]
+    """Paths (a list where several are allowed) by the names under which the script declared them."""
+    name: str
+    """What the result is called, e.g. ``topk-s0``; empty where there is only one."""
+    seed: int
+    """The run's seed."""
+    work: Work
+    out: Path
+    """The folder that receives the results; only what is finished piece by piece is put there directly."""
+    compute: Compute = field(default_factory=Compute)
+    cores: int = 1
+    """That it may use at the same time where this changes no result."""
+
+    @cached_property
+    def device(self) -> "torch.device":
+        """The device, after torch has been told to be deterministic and how many threads to use.
+
+        A stage that asks for it on a GPU gets a card of its own, and may have to wait for one.
+        """
+        if self.compute.device == "cuda":
+            take_card()
+        return prepare_torch(self.compute)
+
+    def record(self) -> dict[str, Any]:
+        """What a result says about where it comes from: configuration and digests of the inputs."""
+        return {
+            "config": digest(self.config) if self.config is not None else None,
+            "seed": self.seed,
+            "inputs": {name: _input_digests(value) for name, value in self.inputs.items()},
+        }
+
+
+def run(main: Callable[[Stage], None], description: str, config: type | None = None, **inputs: str | list[str]) -> None:
+    """Run a stage script: parse arguments, lock the working folder, call ``main``, promote its files.
+
+    Args:
+        main: writes every result into ``stage.work.out``.
+        description: the script's docstring.
+        config: dataclass of the stage's section, or None.
+        inputs: name -> help of each input file; help in a list means that the input takes several files.
+    """
+    parser = argparse.ArgumentParser(description=description)
+    for name, text in inputs.items():
+        several = isinstance(text, list)
+        parser.add_argument(
+            f"--from-{name}",
+            dest=f"from_{name}",
+            type=Path,
+            required=True,
+            nargs="*" if several else None,
+            help="".join(text),
+        )
+    parser.add_argument("--out", type=Path, required=True, help="folder that receives the results")
+    parser.add_argument("--work", type=Path, required=True, help="folder for working state, removed at the end")
+    parser.add_argument("--record", type=Path, help="JSON file, in a folder of the run's, that receives all digests")
+    parser.add_argument("--name", default="", help="what the result is called")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the run")
+    there = os.cpu_count() or 1
+    parser.add_argument("--cores", type=int, default=there, help="to use at most; they change no result (all)")
+    for section in filter(None, (Compute, config)):
+        schema.add_arguments(parser, section)
+    arguments = parser.parse_args()
+    try:
+        _run(main, config, {name: getattr(arguments, f"from_{name}") for name in inputs}, arguments)
+        log(f"processor time: {sum(os.times()[:4]):.1f} s")  # Snakemake's benchmarks look now and then only
+    except SparsightError as error:
+        sys.exit(f"error: {error}")
+    except OSError as error:
+        if error.filename is None and error.errno is None:
+            raise
+        sys.exit(f"error: {error.filename or arguments.out}: {error.strerror}")
+    except SafetensorError as error:
+        if "os error" not in str(error):  # what the system refused, a full disk say, arrives as text
+            raise
+        sys.exit(f"error: {arguments.work}: {reason(error)}")
+
+
+def _run(
+    main: Callable[[Stage], None], config: type | None, inputs: dict[str, Any], arguments: argparse.Namespace
+) -> None:
+    compute = schema.from_arguments(Compute, arguments)
+    section = schema.from_arguments(config, arguments) if config else None
+    set_threads(compute.threads)
+    for path in _paths(inputs):
+        if not path.exists():
+            raise SparsightError(f"there is no {path}; run the stage that makes it first")
+    digests = {name: _input_digests(value) for name, value in inputs.items()}
+    key = digest([digest(compute), digest(section), arguments.name, arguments.seed, digests, _code_digest()])
+    with Work(arguments.work, key) as work:
+        if not work.complete:
+            main(Stage(section, inputs, arguments.name, arguments.seed, work, arguments.out, compute, arguments.cores))
+            if arguments.record is not None:
+                files = (path for path in work.out.rglob("*") if path.is_file())
+                made = {arguments.out / path.relative_to(work.out): path for path in files}
+                settings = records.settings(compute, section, arguments.seed)
+                write_json(
+                    work.record,
+                    records.content(settings, {p: _digest(p) for p in _paths(inputs)}, made, arguments.record),
+                )
+        work.finish(arguments.out, arguments.record)
+
+
+def set_threads(threads: int) -> None:
+    """Fix the thread pools of everything that reads the environment; call before importing torch."""
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+        os.environ[name] = str(threads)
+    # OpenMP's threads wait for each other by spinning, for milliseconds: when another program holds a core, a step of
+    # many short parallel passes takes 60 times as long. This many turns keep the speed and then give the core back.
+    os.environ["GOMP_SPINCOUNT"] = "20000"
+    # A library that picks its own thread count, or rounds differently by alignment, would change bytes.
+    os.environ.update(OMP_DYNAMIC="FALSE", MKL_DYNAMIC="FALSE", MKL_CBWR="AUTO", CUBLAS_WORKSPACE_CONFIG=":4096:8")
+
+
+def prepare_torch(compute: Compute) -> "torch.device":
+    """Deterministic algorithms, full fp32 products, the configured threads; returns the device.
+
+    Raises:
+        SparsightError: the device is not there.
+    """
+    import torch
+
+    torch.set_num_threads(compute.threads)
+    torch.set_deterministic_debug_mode("error")  # use_deterministic_algorithms, without 3 s of imports
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # a pass over every array
+    torch.set_float32_matmul_precision("highest")
+    if compute.device == "cuda" and not torch.cuda.is_available():
+        raise SparsightError("compute.device: torch finds no CUDA device; set compute.device to cpu or mend the driver")
+    return torch.device(compute.device)
+
+
+def _paths(inputs: dict[str, Any]) -> list[Path]:
+    return [path for value in inputs.values() for path in (value if isinstance(value, list) else [value])]
+
+
+def _input_digests(value: Path | list[Path]) -> Any:
+    return [_digest(p) for p in value] if isinstance(value, list) else _digest(value)
+
+
+@cache
+def _digest(path: Path) -> str:
+    """Inputs do not change while a stage runs, and weights are large."""
+    return file_digest(path)
+
+
+def _code_digest() -> str:
+    """Working state made by other code is not continued: a resumed result must equal an undisturbed one."""
+    files = [*sorted(Path(sparsight.__file__).parent.rglob("*.py")), Path(sys.argv[0])]
+    return digest([file_digest(path) for path in files])

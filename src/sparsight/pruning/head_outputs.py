@@ -1,0 +1,93 @@
+"""The last block head by head: what the model says as a function of the mask of its heads.
+
+The class logits depend on a mask only through the sum of the kept heads' projected outputs. So each head is
+computed and projected once per image; after that a mask costs a sum and the MLP, of those tokens alone that the
+classifier reads.
+
+Shapes: N images, B batch, T tokens, R tokens that the classifier reads, D width (d_in), H heads, C channels of a head,
+M masks.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sparsight.backbones import attention
+from sparsight.backbones.backbone import Backbone
+from sparsight.pruning.masks import unpack
+
+_AFFORDABLE = 64  # what a table of all masks may cost: passes through the last block, per image
+
+
+def affordable(backbone: Backbone) -> bool:
+    """Whether a table of all masks costs no more than some passes through the last block."""
+    share = backbone.tower.n_read / (backbone.n_prefix + backbone.n_patches)
+    return bool(2**backbone.n_heads * share <= _AFFORDABLE)
+
+
+@dataclass(frozen=True)
+class HeadOutputs:
+    """Images at the last block, with every head computed."""
+
+    backbone: Backbone
+    x_NRD: Tensor
+    """The residual stream that enters the block, at the tokens that are read."""
+    projected_HNRD: Tensor
+    """What each head adds to it, without the projection's bias."""
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, backbone: Backbone, x_BTD: Tensor) -> "HeadOutputs":
+        """From the whole stream that enters the block."""
+        last, R, H = backbone.n_blocks - 1, backbone.tower.n_read, backbone.n_heads
+        parts, shared = backbone.tower.parts(last), backbone.tower.shared()[last]
+        assert parts.attention is not None, "the policy has decided heads of this block's kind"
+        proj = attention.read_layer(parts.attention, **shared).proj
+        out_BRHC = attention.head_outputs(parts.attention, parts.before(x_BTD), R, **shared)
+        projected = [out @ w.T for out, w in zip(out_BRHC.unbind(2), proj.weight.chunk(H, 1), strict=True)]
+        return cls(backbone, x_BTD[:, :R].clone(), torch.stack(projected))
+
+    @classmethod
+    def cat(cls, several: list["HeadOutputs"]) -> "HeadOutputs":
+        """Batches in one."""
+        x_NRD = torch.cat([one.x_NRD for one in several])
+        return cls(several[0].backbone, x_NRD, torch.cat([one.projected_HNRD for one in several], dim=1))
+
+    def __len__(self) -> int:
+        return len(self.x_NRD)
+
+    def __getitem__(self, rows: Tensor | slice) -> "HeadOutputs":
+        return HeadOutputs(self.backbone, self.x_NRD[rows], self.projected_HNRD[:, rows])
+
+    @property
+    def cls_ND(self) -> Tensor:
+        """The class tokens that enter the block."""
+        return self.x_NRD[:, 0]
+
+    def logits(self, keep_NH: Tensor) -> Tensor:
+        """Class logits (N, classes) under a mask per image; a float mask gets gradients."""
+        attn_NRD = torch.einsum("nh,hnrd->nrd", keep_NH.to(self.x_NRD), self.projected_HNRD)
+        return self._finish(attn_NRD[None], keep_NH[None])[:, 0]
+
+    @torch.no_grad()
+    def every(self) -> Iterator[Tensor]:
+        """Class logits (N, M, classes) under all 2^H masks, in the order of codes, some at a time."""
+        H, T = len(self.projected_HNRD), self.backbone.n_prefix + self.backbone.n_patches
+        masks_MH = torch.from_numpy(unpack(np.arange(2**H), H)).to(self.x_NRD)
+        for masks in masks_MH.split(max(1, T // self.x_NRD.shape[1])):  # no more rows than the whole stream has
+            keep_MNH = masks[:, None].expand(-1, len(self), -1)
+            yield self._finish(torch.tensordot(masks, self.projected_HNRD, 1), keep_MNH)
+
+    def _finish(self, attn_MNRD: Tensor, keep_MNH: Tensor) -> Tensor:
+        """From the heads' sum to the class logits, (N, M, classes)."""
+        last, tower = self.backbone.n_blocks - 1, self.backbone.tower
+        parts = tower.parts(last)
+        assert parts.attention is not None
+        bias = attention.read_layer(parts.attention, **tower.shared()[last]).proj.bias
+        middle = self.x_NRD + parts.after(attn_MNRD if bias is None else attn_MNRD + bias)
+        middle = middle.flatten(0, 1)
+        out = middle + self.backbone.mlp(last, middle, keep_MNH.flatten(0, 1))
+        return self.backbone.classify(out).unflatten(0, attn_MNRD.shape[:2]).transpose(0, 1)

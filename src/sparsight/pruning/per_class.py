@@ -1,0 +1,160 @@
+"""One configuration per class: which heads it leaves, what it does to its own images and to all the others.
+
+For every strategy that takes a label, each class gets the strength and number of latents that val chooses for its
+own images. A mask can push an image towards a class, so besides recall every configuration is run on all images:
+what it then wrongly calls its class are its false positives. A class is selected, on val, where its configuration
+halves the usage of its images and costs no more accuracy than the tolerance. Deployed means: the images that a kind
+of label takes for a selected class get its configuration, all others stay unsteered.
+
+Shapes: N images, H heads, C classes.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from sparsight import config
+from sparsight.common.intervals import bootstrap, loss_bound, paired, wilson
+from sparsight.pruning.last_block import LastBlockInputs
+from sparsight.pruning.masks import unpack
+from sparsight.pruning.outcomes import Outcome, run
+from sparsight.pruning.selection import Point, points, rank
+from sparsight.pruning.strategies import NONE, Row, Strategies
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """What a strategy does for one class."""
+
+    point: Point
+    selected: bool
+    """Whether it halves the class's usage on val at no more than the tolerance."""
+
+
+def configurations(
+    on_val: dict[Row, Outcome], val: LastBlockInputs, n_classes: int, tolerance: float
+) -> dict[str, dict[int, Configuration]]:
+    """By strategy and class; a class without val images has none."""
+    found: dict[str, dict[int, Configuration]] = {}
+    none = on_val[NONE]
+    for (strategy, labels), candidates in points(on_val).items():
+        if labels != "oracle":
+            continue
+        hits = np.stack([point.hits(on_val) for point in candidates])
+        usage = np.stack([point.usage(on_val) for point in candidates])
+        found[strategy] = {}
+        for c in range(n_classes):
+            images = np.flatnonzero(val.labels == c)
+            if len(images) == 0:
+                continue
+            floor = float(none.hits[images].mean()) - tolerance
+            accuracies, usages = hits[:, images].mean(axis=1).tolist(), usage[:, images].mean(axis=1).tolist()
+            ranks = [
+                (rank(a, u, floor), point.strength, point.latents, i)
+                for i, (a, u, point) in enumerate(zip(accuracies, usages, candidates, strict=True))
+            ]
+            (refused, *_), *_, best = min(ranks)
+            halved = usages[best] <= 0.5 * float(none.usage[images].mean())
+            found[strategy][c] = Configuration(candidates[best], halved and not refused)
+    return found
+
+
+@dataclass(frozen=True)
+class ClassTables:
+    """What the configurations of val do on test."""
+
+    subsets: list[dict[str, Any]]
+    """Per strategy, SAE and class, on the class's own images: the heads that it leaves, usage and accuracy."""
+    false_positives: list[dict[str, Any]]
+    """The same configurations on all images."""
+    deployed: list[dict[str, Any]]
+    """Per strategy and kind of label over all images, mean over SAEs, with the selected classes steered."""
+
+
+def evaluate(
+    strategies: Strategies, chosen: dict[str, dict[int, Configuration]], test: LastBlockInputs, none: Outcome,
+    routes: dict[str, np.ndarray], classes: list[str], section: config.Pruning, seed: int,
+) -> ClassTables:  # fmt: skip
+    """Run every configuration on every test image."""
+    tables = ClassTables([], [], [])
+    steered: dict[tuple[str, str], dict[int, Outcome]] = {}
+    for c, name in enumerate(classes):
+        rows = {row: own[c] for own in chosen.values() if c in own for row in own[c].point.rows}
+        everywhere = {"oracle": np.full(len(test), c)}
+        images = np.flatnonzero(test.labels == c)
+        for row, outcome in run(strategies, list(rows), test, everywhere):
+            about = {**row._asdict(), "class": c, "class_name": name, "selected": rows[row].selected}
+            steered.setdefault((row.strategy, row.sae), {})[c] = outcome
+            if len(images):  # an official split need not have every class
+                tables.subsets.append({**about, **_subset(outcome, none, images, test.n_heads, section.margin)})
+                tables.false_positives.append({**about, **_on_all(outcome, none, test.labels, c)})
+    for strategy, own in chosen.items():
+        selected = [c for c, one in own.items() if one.selected]
+        by_sae = [outcomes for (name, _), outcomes in steered.items() if name == strategy]
+        for labels, route in routes.items() if by_sae else ():
+            tables.deployed.append(
+                {"strategy": strategy, "labels": labels, "classes_selected": len(selected),
+                 **_deployed([_merge(none, outcomes, route, selected) for outcomes in by_sae], none, section, seed)}
+            )  # fmt: skip
+    return tables
+
+
+def _subset(outcome: Outcome, none: Outcome, images: np.ndarray, n_heads: int, margin: float) -> dict[str, Any]:
+    share_H = unpack(outcome.codes[images], n_heads).mean(axis=0)
+    hits, reference = outcome.hits[images], none.hits[images]
+    bound = loss_bound(hits, reference)
+    return {
+        "heads": ", ".join(f"h{h}" for h in np.flatnonzero(share_H >= 0.5)),
+        "usage_none": float(none.usage[images].mean()),
+        "usage_last": float(outcome.usage[images].mean()),
+        "accuracy_none": float(reference.mean()),
+        **wilson(hits),
+        **paired(hits, reference),
+        "loss_bound": bound,
+        "non_inferior": bound < margin,
+        "distinct_masks_last": len(np.unique(outcome.codes[images])),
+    }
+
+
+def _on_all(outcome: Outcome, none: Outcome, labels: np.ndarray, c: int) -> dict[str, Any]:
+    own = labels == c
+    return {
+        "n_own": int(own.sum()),
+        "recall": float(outcome.hits[own].mean()),
+        "recall_none": float(none.hits[own].mean()),
+        "n_others": int((~own).sum()),
+        "false_positives": int((outcome.predicted[~own] == c).sum()),
+        "false_positives_none": int((none.predicted[~own] == c).sum()),
+        "accuracy": float(outcome.hits.mean()),
+        "usage_last": float(outcome.usage.mean()),
+    }
+
+
+def _merge(
+    none: Outcome, outcomes: dict[int, Outcome], route: np.ndarray, selected: list[int]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Hits and usage (N,) where the images routed to a selected class get its configuration."""
+    hits, usage = none.hits.copy(), none.usage.copy()
+    for c in selected:
+        images = route == c
+        hits[images], usage[images] = outcomes[c].hits[images], outcomes[c].usage[images]
+    return hits, usage
+
+
+def _deployed(
+    merged: list[tuple[np.ndarray, np.ndarray]], none: Outcome, section: config.Pruning, seed: int
+) -> dict[str, Any]:
+    hits = np.mean([hits for hits, _ in merged], axis=0)
+    (delta,) = bootstrap([hits - none.hits], seed)
+    return {
+        "accuracy": float(hits.mean()),
+        "accuracy_none": float(none.hits.mean()),
+        "usage_last": float(np.mean([usage.mean() for _, usage in merged])),
+        "usage_none": float(none.usage.mean()),
+        "delta": delta["mean"],
+        "delta_lo": delta["lo"],
+        "delta_hi": delta["hi"],
+        "loss_bound": 0 - delta["low"],
+        "non_inferior": 0 - delta["low"] < section.margin,
+    }

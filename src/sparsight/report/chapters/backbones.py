@@ -1,0 +1,14 @@
+"""What the page says of a backbone."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from sparsight.report.figures import backbones as figures
+
+
+def chapter(folder: Path) -> dict[str, Any]:
+    """The chapter's facts and its figure, from the folder of the backbone stage."""
+    about = json.loads((folder / "config.json").read_text())
+    svg = figures.training(folder)
+    return {"name": folder.name, "about": about, "figures": {f"backbone-{folder.name}": svg} if svg else {}}

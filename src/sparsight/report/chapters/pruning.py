@@ -1,0 +1,69 @@
+"""What the page says of a head policy."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sparsight.common import tables
+from sparsight.report.figures import pruning as figures
+from sparsight.report.summary import by_strategy
+
+_MAIN = "class-latents"
+_DEPLOYABLE = "probe"
+_MAPS = ("class-latents", "random-latents", "logit-bias", "class-static")
+
+
+def chapter(folder: Path) -> dict[str, Any]:
+    """The chapter's numbers and figures, from the folder of the pruning stage."""
+    metrics = json.loads((folder / "metrics.json").read_text())
+    read = {path.stem: tables.read(path) for path in folder.glob("*.parquet")}
+    by_key = by_strategy(read["overall"])
+    maps = [("none", "none"), *((name, _DEPLOYABLE) for name in _MAPS)]
+    saes = list(metrics["fvu_on_pruned_stream"])
+    return {
+        "name": folder.name,
+        "metrics": metrics,
+        "rows": [_over_seeds(key, rows) for key, rows in by_key.items()],
+        "matched": metrics["matched_usage"],
+        "verdicts": _verdicts(metrics["matched_usage"]),
+        "selected": metrics["selected_classes"],
+        "subsets": _subsets(read["class_subsets"], read["false_positives"]),
+        "figures": {
+            f"frontier-{folder.name}": figures.frontiers(read["frontier"], metrics["unpruned"]["accuracy"]),
+            f"heads-{folder.name}": figures.class_by_head(read["per_head"], [key for key in maps if key in by_key]),
+            f"latents-{folder.name}": figures.head_latents(folder / "head_latents.safetensors", saes[0]),
+        },
+    }
+
+
+def _over_seeds(key: tuple[str, str], rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """One line of the headline table: the mean over SAE seeds and, where there are several, the range."""
+    line: dict[str, Any] = {"strategy": key[0], "labels": key[1], "strength": rows[0]["strength"], "n": rows[0]["n"]}
+    line |= {"saes": len(rows) if rows[0]["sae"] else 0, "latents": rows[0]["latents"]}
+    for name in ("accuracy", "lo", "hi", "delta", "delta_lo", "delta_hi", "usage_last", "usage_all", "macs"):
+        values = [row[name] for row in rows]
+        line[name] = float(np.mean(values))
+        line[f"{name}_range"] = (min(values), max(values))
+    return line
+
+
+def _verdicts(matched: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """Class latents with deployable labels, and the controls by how they compare at that usage; None without any."""
+    rows = [row for row in matched if row["labels"] == _DEPLOYABLE]
+    if not rows:
+        return None
+    controls: dict[str, list[str]] = {"better than": [], "worse than": [], "not told apart from": []}
+    for row in rows:
+        verdict = (
+            "better than" if row["delta_lo"] > 0 else "worse than" if row["delta_hi"] < 0 else "not told apart from"
+        )
+        controls[verdict].append(row["control"])
+    return {"usage": rows[0]["usage"], "accuracy": rows[0]["accuracy"], "controls": controls}
+
+
+def _subsets(rows: list[dict[str, Any]], counted: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Class latents of the first SAE, class by class, with the false positives of the same configuration."""
+    own = [{**line, **row} for row, line in zip(rows, counted, strict=True) if row["strategy"] == _MAIN]
+    return [row for row in own if row["sae"] == own[0]["sae"]]

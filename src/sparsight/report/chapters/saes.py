@@ -1,0 +1,71 @@
+"""What the page says of SAEs and of chains: by section, its seeds taken together."""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from sparsight.common.intervals import mean_of_seeds
+from sparsight.config import Sae
+from sparsight.report.comparisons import comparisons
+from sparsight.report.figures import saes as figures
+
+Metrics = dict[str, dict[str, float]]
+"""By metric that every seed has, its mean over them (see :func:`mean_of_seeds`)."""
+
+
+def chapter(saes: Iterable[Path], chains: Iterable[Path], stabilities: Iterable[Path]) -> dict[str, Any]:
+    """The chapter's numbers and figures.
+
+    Args:
+        saes: folders of SAEs.
+        chains: folders of chains.
+        stabilities: ``<section>-stability.json``.
+    """
+    singles, chained = _sections(saes), _sections(chains)
+    sections = {row["name"]: row for row in (*singles, *chained)}
+    drawn = {}
+    if singles:
+        drawn["saes"] = figures.training({row["folders"][0].name: row["folders"][0] for row in singles}, "fvu")
+    for row in chained:
+        first = row["folders"][0]
+        drawn[f"chain-{row['name']}"] = figures.training({site: first / site for site in row["sites"]}, "fvu_residual")
+    for one in comparisons({name: row["about"] for name, row in sections.items()}):
+        draw = {"tradeoff": figures.tradeoff, "depth": figures.depth, "chains": figures.chains}[one.kind]
+        drawn[f"{one.kind}-{one.name}"] = draw([sections[name] for name in one.members])
+    return {
+        "sections": singles,
+        "chains": chained,
+        "stabilities": [row for path in stabilities for row in _stability(path)],
+        "figures": drawn,
+    }
+
+
+def _sections(folders: Iterable[Path]) -> list[dict[str, Any]]:
+    """A row a section: its settings, and what was measured, of a chain also by site."""
+    grouped: dict[str, list[Path]] = {}
+    for folder in folders:
+        grouped.setdefault(folder.name.rpartition("-s")[0], []).append(folder)
+    rows = []
+    for name, seeds in grouped.items():
+        config = next(path for path in (seeds[0] / "config.json", *seeds[0].glob("*/config.json")) if path.is_file())
+        settings: dict[str, Any] = json.loads(config.read_text())["training"]
+        settings = {key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()}
+        about = Sae(**settings)
+        row = {"name": name, "about": about, "folders": seeds, "metrics": _over_seeds(seeds)}
+        if about.sites:
+            row["sites"] = {site: _over_seeds([folder / site for folder in seeds]) for site in about.sites}
+        rows.append(row)
+    return rows
+
+
+def _over_seeds(folders: list[Path]) -> Metrics:
+    runs = [json.loads((folder / "metrics.json").read_text()) for folder in folders]
+    keys = [key for key, value in runs[0].items() if isinstance(value, int | float)]
+    return {key: mean_of_seeds([run[key] for run in runs]) for key in keys if all(key in run for run in runs)}
+
+
+def _stability(path: Path) -> list[dict[str, Any]]:
+    """A row per site: what the SAEs of a section have in common over its seeds."""
+    name, sites = path.stem.removesuffix("-stability"), json.loads(path.read_text())["sites"]
+    return [{"name": name, "site": site, **found} for site, found in sites.items()]

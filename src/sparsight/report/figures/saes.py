@@ -1,0 +1,150 @@
+"""The figures of the chapter on SAEs. A row is what :mod:`sparsight.report.saes` makes of a section."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.axis import Axis
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
+
+from sparsight.common import sites
+from sparsight.config import Sae
+from sparsight.report.figures.svg import svg
+
+# Okabe and Ito's palette: told apart with any colour vision; a style of line tells those apart that share a colour.
+_CYCLE = ("#0072B2", "#E69F00", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#000000")
+_MARKERS = "osD^vPX*"
+_WAYS = {"forced": "o", "unchained": "s", "online": "D"}
+
+
+def training(folders: dict[str, Path], level: str) -> str:
+    """FVU on the training batches; of a few SAEs also the test FVU (``level`` of its metrics) and PCA's, as levels."""
+    figure = Figure(figsize=(7.6, max(3, 0.2 * len(folders))), layout="constrained")
+    axis, components = figure.subplots(), set()
+    few = len(folders) <= len(_CYCLE)  # more levels than colours tell nobody anything; the table has them all
+    for i, (name, folder) in enumerate(folders.items()):
+        lines = [json.loads(line) for line in (folder / "training.jsonl").read_text().splitlines()]
+        style: dict[str, Any] = {
+            "color": _colour(i),
+            "linestyle": ("-", "-.", (0, (1, 1)), (0, (5, 1)))[i // len(_CYCLE) % 4],
+        }
+        axis.plot([line["epoch"] for line in lines], [line["fvu"] for line in lines], label=f"{name}, train", **style)
+        if few:
+            metrics = json.loads((folder / "metrics.json").read_text())
+            axis.axhline(metrics[level], color=_colour(i), linestyle="--", linewidth=1)
+            components.add(metrics["fvu_pca_k"])  # SAEs of one site and k share it
+    for pca in sorted(components):
+        axis.axhline(pca, color="#666666", linestyle=":", linewidth=1)
+    if few:
+        axis.plot([], [], color="#666666", linestyle=":", label="PCA with k components, test")
+        axis.plot([], [], color="#000000", linestyle="--", label="SAE, test")
+    axis.set(yscale="log", xlabel="epoch", ylabel="FVU")
+    _plain(axis.yaxis)
+    axis.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize=7)
+    return svg(figure)
+
+
+def tradeoff(rows: list[dict[str, Any]]) -> str:
+    """FVU against active latents and against the encoder's work, for SAEs of one site."""
+    figure = Figure(figsize=(10, 3.8), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True)
+    seen = [(_kind(row["about"]), row["about"].k) for row in rows]
+    kinds: dict[str, list[dict[str, Any]]] = {}
+    for row in sorted(rows, key=lambda row: row["about"].k):
+        key = _kind(row["about"]), row["about"].k
+        kinds.setdefault(key[0] if seen.count(key) == 1 else row["name"], []).append(row)
+    numbers = sorted({row["about"].k for row in rows})
+    for i, (kind, group) in enumerate(kinds.items()):
+        line = ("-", "--", ":")[i // len(_CYCLE) % 3]
+        _bars(left, [row["metrics"]["l0"]["mean"] for row in group], group, "fvu", label=kind, color=_colour(i),
+              linestyle=line, marker=".")  # fmt: skip
+        for row in group:
+            marker = _MARKERS[numbers.index(row["about"].k) % len(_MARKERS)]
+            _bars(right, [row["metrics"]["macs_encode"]["mean"]], [row], "fvu", color=_colour(i), marker=marker,
+                  fillstyle="none" if line != "-" else "full", linestyle="")  # fmt: skip
+    for k in numbers:
+        marker = _MARKERS[numbers.index(k) % len(_MARKERS)]
+        right.plot([], [], color="#666666", marker=marker, linestyle="", label=f"k = {k}")
+    left.set(xscale="log", yscale="log", xlabel="active latents (L0)", ylabel="FVU on test")
+    right.set(xscale="log", xlabel="multiply-accumulates of the encoder, per activation")
+    _plain(left.xaxis, left.yaxis, right.xaxis)
+    right.legend(frameon=False, fontsize=7)
+    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False, fontsize=7)
+    return svg(figure)
+
+
+def depth(rows: list[dict[str, Any]]) -> str:
+    """FVU, probing and accuracy with the reconstruction in place, by block, for one kind of SAE at many sites."""
+    panels = {"fvu": "FVU on test", "probing_sae_5": "accuracy of 5 latents a class",
+              "accuracy_spliced": "accuracy, reconstruction in place"}  # fmt: skip
+    figure = Figure(figsize=(10.5, 3.2), layout="constrained")
+    parts: dict[str, list[tuple[int, dict[str, Any]]]] = {}
+    for row in rows:
+        block, part = sites.parse(row["about"].site)
+        if block is not None:
+            parts.setdefault(part, []).append((block, row))
+    for axis, (key, title) in zip(figure.subplots(1, 3), panels.items(), strict=True):
+        for i, (part, points) in enumerate(parts.items()):
+            shown = sorted(((b, row) for b, row in points if key in row["metrics"]), key=lambda point: point[0])
+            _bars(axis, [b for b, _ in shown], [row for _, row in shown], key, label=part, color=_colour(i), marker=".")
+        axis.set(xlabel="block", title=title)
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
+    return svg(figure)
+
+
+def chains(rows: list[dict[str, Any]]) -> str:
+    """What chains over the same sites keep of each activation, do to the model, and repeat between layers."""
+    figure = Figure(figsize=(10.5, 3.6), layout="constrained")
+    by_site, by_way, by_kind = figure.subplots(1, 3)
+    places, names = list(rows[0]["about"].sites), [row["name"] for row in rows]
+    for i, row in enumerate(rows):
+        for key, line in (("fvu", "-"), ("fvu_unchained", ":")):
+            own = [row["sites"][site][key] for site in places]
+            by_site.errorbar(range(len(places)), [m["mean"] for m in own], [m.get("half", 0) for m in own], capsize=2,
+                             color=_colour(i), linestyle=line, label=row["name"] if line == "-" else None)  # fmt: skip
+        for w, (way, marker) in enumerate(_WAYS.items()):
+            if f"kl_{way}" in row["metrics"]:
+                _bars(by_way, [i + 0.2 * (w - 1)], [row], f"kl_{way}", color=_colour(i), marker=marker)
+        for key, marker in (("redundancy", "o"), ("redundancy_transported", "s"), ("redundancy_random", "x")):
+            if key in row["metrics"]:
+                _bars(by_kind, [i], [row], key, color=_colour(i), marker=marker)
+    for way, marker in _WAYS.items():
+        by_way.plot([], [], color="#666666", marker=marker, linestyle="", label=way)
+    for text, marker in (("as it is", "o"), ("taken along by the map", "s"), ("random", "x")):
+        by_kind.plot([], [], color="#666666", marker=marker, linestyle="", label=text)
+    by_site.set(yscale="log", ylabel="FVU of the activation (dotted: not chained)")
+    by_site.set_xticks(range(len(places)), places, rotation=30, ha="right")
+    by_way.set(yscale="log", ylabel="KL of the predictions, all sites replaced (nats)")
+    _plain(by_site.yaxis, by_way.yaxis)
+    by_kind.set(ylabel="redundancy with the decoder before")
+    for axis in (by_way, by_kind):
+        axis.set_xticks(range(len(rows)), names, rotation=30, ha="right")
+        axis.legend(frameon=False, fontsize=7)
+    by_site.legend(frameon=False, fontsize=7)
+    return svg(figure)
+
+
+def _bars(axis: Axes, x: list[float], rows: list[dict[str, Any]], key: str, **style: Any) -> None:
+    """Means over seeds with their intervals."""
+    metrics = [row["metrics"][key] for row in rows]
+    axis.errorbar(x, [m["mean"] for m in metrics], [m.get("half", 0) for m in metrics], capsize=2, markersize=4,
+                  linewidth=1, **style)  # fmt: skip
+
+
+def _plain(*axes: Axis) -> None:
+    """Plain numbers along logarithmic axes, where powers of ten would be few and in the way."""
+    for axis in axes:
+        axis.set_minor_locator(LogLocator(subs=(2, 3, 5)))
+        axis.set_major_formatter("{x:,.10g}")
+        axis.set_minor_formatter("{x:,.10g}")
+
+
+def _kind(about: Sae) -> str:
+    experts = f", {about.experts} experts" if about.experts else ""
+    return f"{about.kind}, {about.d_sae:,} latents{experts}"
+
+
+def _colour(i: int) -> str:
+    return _CYCLE[i % len(_CYCLE)]

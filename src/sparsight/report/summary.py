@@ -1,0 +1,89 @@
+"""The headline numbers of a run, flat."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sparsight.common import tables
+from sparsight.common.files import write_json
+
+_OF_SAES = (
+    "fvu", "fvu_pca_k", "l0", "dead_train", "dense_test", "bits", "bits_pca", "monosemanticity", "nearest_duplicates",
+    "other_expert_duplicates", "macs_encode", "probing_sae_5", "probing_random_5", "probing_neurons_5",
+    "accuracy_spliced",
+)  # fmt: skip
+_WAYS = ("forced", "unchained", "online", "mean_instead")
+
+
+def write_metrics(inputs: dict[str, list[Path]], path: Path) -> None:
+    """Write ``metrics.json``: test-split numbers under flat keys ``<stage>.<name>...``.
+
+    Args:
+        inputs: ``backbones`` (config.json), ``saes``, ``chains`` and ``policies`` (metrics.json), ``stabilities``
+            and ``transfers`` (JSON), ``steerings`` (Parquet).
+    """
+    flat: dict[str, float] = {}
+    for file in inputs["backbones"]:
+        about = json.loads(file.read_text())
+        if about["accuracy"]:
+            flat[f"backbone.{file.parent.name}.accuracy"] = about["accuracy"]["test"]["accuracy"]
+    for file in inputs["saes"]:
+        metrics = json.loads(file.read_text())
+        for key in _OF_SAES:
+            if key in metrics:
+                flat[f"sae.{file.parent.name}.{key}"] = metrics[key]
+    for file in inputs["chains"]:
+        metrics = json.loads(file.read_text())
+        shown = [f"redundancy{kind}" for kind in ("", "_transported", "_random")]
+        shown += ["fvu", "fvu_unchained", "fvu_residual", "fvu_affine", "probing_sae_1", "probing_sae_5"]
+        shown += ["accuracy_untouched", *(f"{key}_{mode}" for mode in _WAYS for key in ("accuracy", "kl"))]
+        flat |= {f"chain.{file.parent.name}.{key}": metrics[key] for key in shown if key in metrics}
+    for file in inputs["stabilities"]:
+        for site, found in json.loads(file.read_text())["sites"].items():
+            flat |= {f"{file.stem}.{site}.{key}": found[key] for key in ("cosine", "cosine_random")}
+    for file in inputs["steerings"]:
+        for row in tables.read(file):
+            if row["split"] == "test":
+                flat[f"steering.{file.stem}.{row['method']}.{row['labels']}.accuracy"] = row["accuracy"]
+        flat |= _gate(f"steering.{file.stem}", file.with_suffix(".json"))
+    for file in inputs["transfers"]:
+        name = f"steering.{file.parent.name}.{file.stem}"
+        for row in tables.read(file.with_suffix(".parquet")):
+            flat[f"{name}.{row['method']}.{row['labels']}.accuracy"] = row["accuracy"]
+        flat |= _gate(name, file)
+    for file in inputs["policies"]:
+        policy = file.parent.name
+        flat[f"pruning.{policy}.unpruned.accuracy"] = json.loads(file.read_text())["unpruned"]["accuracy"]
+        for (strategy, labels), rows in by_strategy(tables.read(file.with_name("overall.parquet"))).items():
+            for column in ("accuracy", "usage_last", "usage_all"):
+                flat[f"pruning.{policy}.{strategy}.{labels}.{column}"] = float(np.mean([row[column] for row in rows]))
+    write_json(path, flat)
+
+
+def write_curves(saes: list[Path], path: Path) -> None:
+    """Write ``curves.json``: a line per logged step of every SAE, for ``dvc plots``.
+
+    Args:
+        saes: metrics.json of every SAE, beside its training.jsonl.
+    """
+    lines = []
+    for file in saes:
+        for line in map(json.loads, file.with_name("training.jsonl").read_text().splitlines()):
+            lines.append({"sae": file.parent.name, "epoch": line["epoch"], "fvu": line["fvu"]})
+    write_json(path, lines)
+
+
+def _gate(name: str, summary: Path) -> dict[str, float]:
+    """Accuracy on test and the share of images steered, by quantile of the gate; nothing where there is none."""
+    lines = [line for line in json.loads(summary.read_text())["gate"] if line["split"] == "test"]
+    return {f"{name}.gate-{line['quantile']:g}.{key}": line[key] for line in lines for key in ("accuracy", "steered")}
+
+
+def by_strategy(rows: list[dict[str, Any]]) -> dict[tuple[str, str], list[dict[str, Any]]]:
+    """The rows of ``overall.parquet`` by (strategy, labels): one per SAE, to be averaged over SAE seeds."""
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault((row["strategy"], row["labels"]), []).append(row)
+    return groups

@@ -1,0 +1,60 @@
+"""What BatchTopK and Matryoshka SAEs share: selection over a whole batch, and the threshold that replaces it.
+
+Shapes: B batch, F latents (d_sae), K active latents (k), M candidates per row.
+"""
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sparsight import kernels
+from sparsight.sae.base import SAE
+from sparsight.sae.codes import Codes, DenseCodes, SparseCodes
+
+_MEMORY = 0.95  # of the threshold's exponential mean, per batch
+
+
+class BatchSelection(SAE):
+    """The B * K largest codes of a batch in training; at inference, codes above a threshold learnt meanwhile."""
+
+    scaled = ("b_enc", "b_dec", "threshold")
+
+    def __init__(self, *sizes: int, **options: Any) -> None:
+        super().__init__(*sizes, **options)
+        self.register_buffer("threshold", torch.tensor(-1.0))
+        self.threshold: Tensor
+
+    def encode(self, x: Tensor | np.ndarray) -> Codes:
+        x = self.validate(x)
+        if self.threshold < 0:
+            return self._largest(x)
+        pre = (x - self.b_dec) @ self.W_enc + self.b_enc
+        return DenseCodes(pre * (pre > self.threshold))
+
+    def training_codes(self, x: Tensor) -> tuple[SparseCodes, Tensor]:
+        return self._largest(x), x.new_zeros(())
+
+    def _largest(self, x: Tensor) -> SparseCodes:
+        """The B * K largest of the batch, from the M largest of each row; M doubles where it was too small."""
+        m, n = min(4 * self.k, self.d_sae), len(x) * self.k
+        while True:
+            values, indices = kernels.topk(x - self.b_dec, self.W_enc, self.b_enc, m)
+            kept = values.detach().flatten().topk(n, sorted=False).indices
+            keep = torch.zeros_like(values, dtype=torch.bool)
+            keep.view(-1)[kept] = True
+            longest = int((keep & (values > 0)).sum(dim=1).max())
+            if m == self.d_sae or longest < m:
+                break
+            m = min(2 * m, self.d_sae)
+        # Kept entries first; what lies beyond the longest row is padding.
+        order = (values.detach() * keep).argsort(dim=1, descending=True, stable=True)[:, : max(longest, 1)]
+        return SparseCodes((values * keep).gather(1, order), indices.gather(1, order), self.d_sae)
+
+    @torch.no_grad()
+    def learn(self, codes: Codes) -> None:
+        assert isinstance(codes, SparseCodes)
+        least = torch.where(codes.values > 0, codes.values, torch.inf).min()
+        known = torch.where(self.threshold < 0, least, self.threshold)
+        self.threshold.copy_(torch.where(least.isfinite(), _MEMORY * known + (1 - _MEMORY) * least, self.threshold))

@@ -1,0 +1,49 @@
+"""The class term of PASS (arXiv 2506.01247, appendix L): codes of a class are drawn to the class's mean code.
+
+Shapes: B batch, F latents (d_sae), C classes.
+"""
+
+import torch
+from torch import Tensor
+
+from sparsight.sae.codes import Codes, SparseCodes
+
+_MEMORY = 0.9  # of a class's mean, per batch that holds the class; the paper does not say how it keeps them
+
+
+class ClassMeans:
+    """Running mean codes per class; no gradient passes through them."""
+
+    def __init__(self, d_sae: int, device: torch.device) -> None:
+        self.means_CF = torch.zeros(0, d_sae, device=device)
+        self.seen_C = torch.zeros(0, dtype=torch.bool, device=device)
+
+    def term(self, codes: Codes, labels_B: Tensor) -> Tensor:
+        """Batch mean of ||z - mean code of its class||^2; a class without a mean yet adds nothing."""
+        self._grow(labels_B)
+        seen_B = self.seen_C[labels_B]
+        if isinstance(codes, SparseCodes):
+            # ||z - m||^2 = ||m||^2 + sum over active of z (z - 2 m): never a (B, F) array.
+            near_BK = self.means_CF[labels_B.unsqueeze(1), codes.indices]
+            square_B = self.means_CF.square().sum(dim=1)[labels_B]
+            distance_B = square_B + (codes.values * (codes.values - 2 * near_BK)).sum(dim=1)
+        else:
+            distance_B = (codes.dense() - self.means_CF[labels_B]).square().sum(dim=1)
+        return (distance_B * seen_B).sum() / len(labels_B)
+
+    @torch.no_grad()
+    def learn(self, codes: Codes, labels_B: Tensor) -> None:
+        """Move the means of the classes in the batch towards the batch's."""
+        self._grow(labels_B)
+        one_hot_CB = (labels_B == torch.arange(len(self.seen_C), device=labels_B.device).unsqueeze(1)).float()
+        count_C1 = one_hot_CB.sum(dim=1, keepdim=True)
+        mean_CF = one_hot_CB @ codes.dense().float() / count_C1.clamp(min=1)
+        moved_CF = torch.where(self.seen_C.unsqueeze(1), _MEMORY * self.means_CF + (1 - _MEMORY) * mean_CF, mean_CF)
+        self.means_CF = torch.where(count_C1 > 0, moved_CF, self.means_CF)
+        self.seen_C = self.seen_C | (count_C1.squeeze(1) > 0)
+
+    def _grow(self, labels_B: Tensor) -> None:
+        missing = int(labels_B.max()) + 1 - len(self.seen_C)
+        if missing > 0:
+            self.means_CF = torch.nn.functional.pad(self.means_CF, (0, 0, 0, missing))
+            self.seen_C = torch.nn.functional.pad(self.seen_C, (0, missing))

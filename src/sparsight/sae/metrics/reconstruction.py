@@ -1,0 +1,87 @@
+"""One row of ``baselines.parquet`` for each method: what it reconstructs, in how many bits, at what cost.
+
+Shapes: B rows of a window, I images of it, D width (d_in), E width of the embedding.
+"""
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from sparsight.sae.metrics import description_length
+from sparsight.sae.metrics.baselines import Method
+from sparsight.sae.metrics.description_length import RISE, Bits, quantised, restored
+from sparsight.sae.metrics.monosemanticity import Monosemanticity
+from sparsight.sae.metrics.sparse_codes import Matrix
+
+
+@dataclasses.dataclass
+class ReconstructionScores:
+    """Sums over the test split for one method."""
+
+    method: Method
+    step: float | None
+    """Of quantisation; None for a method whose codes are a choice, which is told exactly."""
+    d_embedding: int
+
+    def __post_init__(self) -> None:
+        width, d_in = self.method.rows.shape
+        self.squares = self.squares_quantised = 0.0
+        self.error, self.active = np.zeros(d_in), 0
+        self.bits = Bits(width)
+        self.monosemanticity = Monosemanticity(width, self.d_embedding)
+
+    def update(self, x_BD: np.ndarray, z: Matrix, images: Matrix, unit_IE: np.ndarray) -> None:
+        """Add activations, their codes, the images' mean codes and the images' embeddings."""
+        error = x_BD - self.method.decode(z)
+        own = float(np.square(error, dtype=np.float64).sum())
+        self.squares += own
+        self.error += error.sum(axis=0, dtype=np.float64)
+        self.active += int(np.count_nonzero(z.data))
+        symbols = quantised(z, self.step or 1.0)
+        self.bits.update(symbols)
+        if self.step is not None:
+            own = description_length.squared_error(self.method, x_BD, restored(symbols, self.step))
+        self.squares_quantised += own
+        self.monosemanticity.update(images, unit_IE)
+
+    def row(self, n: int, variance: float) -> dict[str, Any]:
+        """The row of the table.
+
+        Args:
+            n: activations of the split.
+            variance: sum of their squared distances from their mean.
+        """
+        scores = self.monosemanticity.scores()
+        known = scores[~np.isnan(scores)]
+        l0 = self.active / n
+        return {
+            "method": self.method.name,
+            "features": len(self.method.rows),
+            "fvu": self.squares / variance,
+            "explained_variance": 1 - (self.squares - float(np.square(self.error).sum()) / n) / variance,
+            "l0": l0,
+            "step": self.step,
+            "fvu_quantised": self.squares_quantised / variance,
+            "bits": self.bits.of_the_choice() if self.step is None else self.bits.per_activation(),
+            "macs": self.method.macs(l0),
+            "monosemanticity": float(known.mean()) if len(known) else None,
+        }
+
+
+def at_own_error(method: Method, x_BD: Tensor, d_embedding: int) -> ReconstructionScores:
+    """The board of a method whose step lets its own squared error on ``x_BD`` rise by 5 %."""
+    x, z = x_BD.cpu().numpy(), method.encode(x_BD)
+    step = None
+    if method.name != "kmeans":
+        step = description_length.step_for(method, x, z, (1 + RISE) * description_length.squared_error(method, x, z))
+    return ReconstructionScores(method, step, d_embedding)
+
+
+def at_error_of(other: ReconstructionScores, method: Method, x_BD: Tensor, d_embedding: int) -> ReconstructionScores:
+    """The board of a method whose step gives it the error of another one's quantised codes: bits at equal error."""
+    x, z, step = x_BD.cpu().numpy(), other.method.encode(x_BD), other.step
+    assert step is not None
+    error = description_length.squared_error(other.method, x, restored(quantised(z, step), step))
+    return ReconstructionScores(method, description_length.step_for(method, x, method.encode(x_BD), error), d_embedding)

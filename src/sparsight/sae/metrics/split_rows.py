@@ -1,0 +1,76 @@
+"""The rows of a stored split, window by window, with what is known of their images.
+
+Shapes: B rows of a window, I images of it, D width (d_in), E width of the embedding.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+
+import numpy as np
+from torch import Tensor
+
+from sparsight.activations.store import ActivationStore
+from sparsight.common.errors import SparsightError
+from sparsight.common.slices import row_slices
+from sparsight.sae.base import SAE
+from sparsight.sae.inputs import SaeInputs
+from sparsight.sae.metrics.monosemanticity import unit_rows
+from sparsight.sae.resae import ReSAE
+
+_ENTRIES = 2**25  # of dense codes at a time
+
+
+@dataclasses.dataclass(frozen=True)
+class Window:
+    """Rows of whole images."""
+
+    x: Tensor
+    """What the SAE sees, float32 (B, D), on the device."""
+    images: np.ndarray
+    """Its mean over tokens, float64 (I, D)."""
+    embedding: np.ndarray
+    """Of unit length, float64 (I, E)."""
+    labels: np.ndarray
+    """int (I,)."""
+
+
+class SplitRows:
+    """A split's rows at the site, with the labels and the embeddings of its images.
+
+    With a chain, the rows are what its SAE at the site sees: the activations less what the map predicts of them.
+    """
+
+    def __init__(
+        self, store: ActivationStore, site: str, labels: np.ndarray, like: SAE, chain: ReSAE | None = None
+    ) -> None:
+        self._seen, self.labels = SaeInputs(store, site, like.W_dec.device, chain), labels
+        self.tokens = self._seen.tokens
+        self.embedding_site = "embedding" if "embedding" in store.sites else site
+        self.embedding = store.rows(self.embedding_site)
+        self.d_embedding = self.embedding.shape[1]
+        self.of = f"{store.path}, site {site!r}"
+        n_rows = len(self._seen.rows)
+        if n_rows != len(labels) * self.tokens:
+            raise SparsightError(
+                f"{self.of}: {n_rows // self.tokens} images, but the manifest of images lists {len(labels)}; "
+                "extract again"
+            )
+        self._images = max(1, min(8192, _ENTRIES // like.d_sae) // self.tokens)
+
+    def head(self, rows: int) -> Tensor:
+        """The first rows, of whole images, (B, D); images are in random order."""
+        return self._seen.images(slice(0, min(len(self.labels), max(1, rows // self.tokens))))
+
+    def windows(self) -> Iterator[Window]:
+        """All rows in order."""
+        for at in row_slices(len(self.labels), self._images):
+            x = self._seen.images(at)
+            images = self._means(x)
+            if self.embedding_site == "embedding":
+                embedding = self.embedding.images(at.start, at.stop)
+            else:  # two chains look at the same images, not at their own residuals
+                embedding = self._means(self._seen.clean(at)) if self._seen.residual else images
+            yield Window(x, images, unit_rows(embedding), self.labels[at])
+
+    def _means(self, x_BD: Tensor) -> np.ndarray:
+        return np.asarray(x_BD.unflatten(0, (-1, self.tokens)).double().mean(dim=1).cpu().numpy())

@@ -1,0 +1,57 @@
+"""Matryoshka SAE (Bussmann et al. 2025, arXiv 2503.17547, equation 5): BatchTopK with nested prefixes.
+
+The first m latents reconstruct alone, for each prefix m: loss = sum over m of ||x - b_dec - z[:m] W_dec[:m]||^2,
+all of equal weight. Selection is one BatchTopK over all latents.
+
+Shapes: B batch, D width (d_in), F latents (d_sae), K active latents (k), P prefixes but the last, M entries per row.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparsight import kernels
+from sparsight.common.errors import SparsightError
+from sparsight.sae.base import SAE, variant
+from sparsight.sae.batch_selection import BatchSelection
+from sparsight.sae.codes import SparseCodes
+
+
+@variant
+class Matryoshka(BatchSelection):
+    """General latents first, special ones last.
+
+    Args:
+        sizes: d_in, d_sae, k, seed.
+        prefixes: shares of d_sae, rising to 1; the default is the paper's.
+        options: see :class:`SAE`.
+
+    Raises:
+        SparsightError: prefixes that do not rise to 1.
+    """
+
+    options = (*SAE.options, "prefixes")
+
+    def __init__(
+        self, *sizes: int, prefixes: Sequence[float] = (1 / 32, 3 / 32, 7 / 32, 15 / 32, 1.0), **options: Any
+    ) -> None:
+        super().__init__(*sizes, **options)
+        if list(prefixes) != sorted({*prefixes}) or not 0 < min(prefixes) <= max(prefixes) == 1:
+            raise SparsightError(f"prefixes: expected shares of d_sae rising to 1, got {list(prefixes)}")
+        self.prefixes = tuple(prefixes)
+
+    def training_codes(self, x: Tensor) -> tuple[SparseCodes, Tensor]:
+        codes, _ = super().training_codes(x)
+        ends = sorted({math.ceil(share * self.d_sae) for share in self.prefixes})[:-1]
+        if not ends:
+            return codes, x.new_zeros(())
+        # All prefixes are one decode of P * B rows, so the decoder's gradient is formed once.
+        ends_P11 = torch.tensor(ends, device=x.device)[:, None, None]
+        values_PBM = codes.values * (codes.indices < ends_P11)
+        indices_PBM = codes.indices.expand(values_PBM.shape)
+        x_hat = kernels.decode(values_PBM.flatten(0, 1), indices_PBM.flatten(0, 1), self.W_dec) + self.b_dec
+        error = x - x_hat.unflatten(0, values_PBM.shape[:2])
+        return codes, self._squared_error(error.flatten(0, 1)) * len(ends)

@@ -1,0 +1,99 @@
+"""Switch SAE (Mudide et al. 2024, arXiv 2410.08201, equations 5 to 9): each activation uses one expert's latents.
+
+p = softmax((x - b_router) W_router),  e = argmax p,  z = p_e * TopK(ReLU((x - b_dec) W_enc[e])),
+x_hat = z W_dec + b_dec,  loss = ||x - x_hat||^2 + balance * E * sum over e of (share of rows) * (mean p_e)
+
+Expert e owns the latents from e F / E to (e + 1) F / E; only those are computed. The factor p_e trains the router.
+
+Shapes: B batch, D width (d_in), F latents (d_sae), K active latents (k), E experts.
+"""
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from sparsight import kernels
+from sparsight.common.errors import SparsightError
+from sparsight.sae.base import SAE, variant
+from sparsight.sae.codes import SparseCodes
+
+
+@variant
+class Switch(SAE):
+    """Width at constant compute.
+
+    Args:
+        d_in: D.
+        d_sae: F.
+        k: K.
+        seed: of the initial weights.
+        experts: E; None takes the largest divisor of d_sae up to 16 that leaves each expert 4 k latents, or 1.
+        balance: weight of the load-balance loss against the error relative to the data's variance; 0.025 is
+            the paper's alpha = 3 with its data's variance and its factor d_in taken out.
+        options: see :class:`SAE`.
+
+    Raises:
+        SparsightError: experts that do not divide d_sae, or leave fewer than k latents each.
+    """
+
+    options = (*SAE.options, "experts", "balance")
+    scaled = ("b_dec", "b_router")
+
+    def __init__(
+        self, d_in: int, d_sae: int, k: int, seed: int = 0,
+        experts: int | None = None, balance: float = 0.025, **options: Any,
+    ) -> None:  # fmt: skip
+        super().__init__(d_in, d_sae, k, seed, **options)
+        del self.b_enc
+        if experts is None:
+            experts = max((e for e in range(2, 17) if d_sae % e == 0 and d_sae // e >= 4 * k), default=1)
+        if experts < 1 or d_sae % experts or d_sae // experts < k:
+            raise SparsightError(
+                f"experts: {experts} must divide d_sae = {d_sae} and leave each at least k = {k} latents"
+            )
+        self.experts, self.balance = experts, balance
+        router = torch.rand(d_in, experts, generator=torch.Generator().manual_seed(seed))
+        self.W_router = nn.Parameter((2 * router - 1) / math.sqrt(d_in))
+        self.b_router = nn.Parameter(torch.zeros(d_in))
+
+    @property
+    def macs_encode(self) -> int:
+        return self.d_in * (self.experts + self.d_sae // self.experts)
+
+    def encode(self, x: Tensor | np.ndarray) -> SparseCodes:
+        x = self.validate(x)
+        return self._codes(x, self._route(x))
+
+    def training_codes(self, x: Tensor) -> tuple[SparseCodes, Tensor]:
+        p_BE = self._route(x)
+        share_E = torch.bincount(p_BE.argmax(dim=1), minlength=self.experts) / len(x)
+        return self._codes(x, p_BE), self.balance * self.experts * (share_E * p_BE.mean(dim=0)).sum()
+
+    def _route(self, x: Tensor) -> Tensor:
+        return ((x - self.b_router) @ self.W_router).float().softmax(dim=1)
+
+    def _codes(self, x: Tensor, p_BE: Tensor) -> SparseCodes:
+        p_B, expert_B = p_BE.max(dim=1)
+        values, indices = kernels.routed_topk(x - self.b_dec, self.W_enc, None, expert_B, self.experts, self.k)
+        return SparseCodes(values * p_B.unsqueeze(1), indices, self.d_sae)
+
+    def _from_dead(self, x: Tensor, dead: Tensor) -> Tensor:
+        """Dead latents of the routed expert: no other is computed."""
+        p_B, expert_B = self._route(x).max(dim=1)
+        only_dead = x.new_full((self.d_sae,), -torch.inf).index_fill_(0, dead, 0.0)
+        k = min(self.aux_k, self.d_sae // self.experts)
+        values, indices = kernels.routed_topk(x - self.b_dec, self.W_enc, only_dead, expert_B, self.experts, k)
+        return kernels.decode(values * p_B.unsqueeze(1), indices, self.W_dec)
+
+    @torch.no_grad()
+    def set_center(self, center_D: Tensor | np.ndarray) -> None:
+        super().set_center(center_D)
+        self.b_router.copy_(self.b_dec)
+
+    @torch.no_grad()
+    def fold_scale(self, scale: float) -> None:
+        super().fold_scale(scale)
+        self.W_router.div_(scale)

@@ -1,0 +1,66 @@
+"""VS2 and its gate on another data set than the SAE's: what is reconstructed badly must fall back to the plain model.
+
+The strengths are those chosen at home, on val; nothing is chosen on the other data set, and its test split is used
+once. The model classifies it by prompts of its own class names.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from sparsight.backbones.backbone import Backbone
+from sparsight.backbones.prompts import templates_of
+from sparsight.common import tables
+from sparsight.common.files import write_json
+from sparsight.common.progress import log
+from sparsight.common.work import Work
+from sparsight.images.class_names import readable
+from sparsight.images.manifest import Manifest
+from sparsight.sae.base import SAE
+from sparsight.steering import vs2
+from sparsight.steering.evaluate import against_controls, gate_curve
+from sparsight.steering.runner import NONE, RECONSTRUCT, Row, Runner, check_images
+
+
+def steer_elsewhere(
+    sae: SAE, backbone: Backbone, about: dict[str, Any], home: dict[str, Any], vectors: Path, manifest: Manifest,
+    name: str, work: Work, record: dict[str, Any],
+) -> None:  # fmt: skip
+    """Write ``<name>.parquet`` (the rows of test) and ``<name>.json`` (the gate's curve).
+
+    Args:
+        about: ``config.json`` of the backbone.
+        home: ``<steering>.json`` at home, of kind ``vs2``.
+        vectors: ``<steering>.safetensors`` at home, for the gate's thresholds.
+        manifest: of the other images.
+
+    Raises:
+        SparsightError: a model without a text tower, an SAE of another model, images without labels.
+    """
+    names = [readable(label) for label in manifest.classes]
+    backbone.use_prompts(names, templates_of(manifest.about["source"], tuple(about["template_choice"])))
+    backbone.class_names = manifest.classes
+    test = manifest.split("test")
+    check_images(backbone, test, "test")
+    found = vs2.Calibration.load(vectors, sae.W_dec.device)
+    chosen = [Row(**row) for row in home["chosen_on_val"]]
+    runner = Runner(sae, backbone)
+    outcomes = runner.run([NONE, RECONSTRUCT, *chosen], vs2.edits(sae, found), test)
+    at_home = [line for line in home["gate"] if line["split"] == "test"]
+    quantiles = [line["quantile"] for line in at_home]
+    curve, gated = gate_curve(quantiles, found, chosen[0], outcomes, runner.sample_fvu(test, found))
+    (best,) = (line["quantile"] for line in at_home if line["chosen"])
+    outcomes[chosen[0]._replace(method=f"{chosen[0].method}-gated")] = gated[best]
+    rows = [{**row._asdict(), "split": "test", **outcome.measures(outcomes[NONE])} for row, outcome in outcomes.items()]
+    tables.write(work.out / f"{name}.parquet", rows)
+    summary = {
+        "format_version": 1,
+        "source": manifest.about["source"],
+        "classes": len(names),
+        "gate": [{**line, "split": "test", "chosen": line["quantile"] == best} for line in curve],
+        "steered_at_home": {str(line["quantile"]): line["steered"] for line in at_home},
+        "against_controls": against_controls(chosen, outcomes),
+        "record": record,
+    }
+    write_json(work.out / f"{name}.json", summary)
+    for line in curve:
+        log(f"{name}: gate at quantile {line['quantile']:g} steers {line['steered']:.4f} of the images")

@@ -1,0 +1,140 @@
+"""VS2++ (arXiv 2506.01247, sections 3.3 and 4.2): steer towards what an image's positives have and its negatives lack.
+
+The neighbours of an image, by the embeddings of any model, are train images. Those of one label are the positives, the
+others the negatives: v = W_dec^T (mean code of the positives - mean code of the negatives), x' = x + alpha v at the
+length of x, with alpha = lambda (gamma - 1) as in VS2. Which label is the two sections' disagreement: the one most
+frequent among the neighbours (``vs2++-majority``, the default) or the query's own (``vs2++-query``).
+
+Shapes: Q queries, N neighbours of a query, B rows of the bank (train images), D width (d_in), C classes.
+"""
+
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from sparsight.activations.store import ActivationStore, Rows
+from sparsight.backbones.backbone import Backbone
+from sparsight.common.errors import SparsightError
+from sparsight.common.slices import row_slices
+from sparsight.sae.base import SAE
+from sparsight.steering import retrieval
+from sparsight.steering.edits import Batch, Edit, keep_norm, of_size
+from sparsight.steering.nearest import Neighbours, nearest
+
+_ROWS = 4096
+_LABELS = ("predicted", "oracle")
+
+
+class NeighbourSteering:
+    """The train images around every image of a split, and the edits made of them.
+
+    Args:
+        n: neighbours per image (the paper's N = 50).
+        sae: whose codes are compared.
+        backbone: the steered model.
+        stores: by split, of the steered model: the SAE's site and ``embedding``.
+        finder: by split, of the model whose ``embedding`` finds neighbours.
+        labels: by split, int (n,): the true ones, for rows that are marked ``oracle``.
+        seed: of the permutation behind ``random-latents``.
+
+    Raises:
+        SparsightError: a store that has no embedding, or is of other images; more neighbours than train images.
+    """
+
+    def __init__(
+        self, n: int, sae: SAE, backbone: Backbone, stores: Mapping[str, ActivationStore],
+        finder: Mapping[str, ActivationStore], labels: Mapping[str, np.ndarray], seed: int,
+    ) -> None:  # fmt: skip
+        self.n, self.sae, self.backbone = n, sae, backbone
+        self.stores, self.finder = stores, finder
+        self.device = sae.W_dec.device
+        for split, store in stores.items():
+            for one in (store, finder[split]):
+                if len(one.rows("embedding")) != len(labels[split]):
+                    raise SparsightError(
+                        f"steering: a store of the {split} split has {len(one.rows('embedding'))} images, the manifest "
+                        f"{len(labels[split])}; run the activations stage again"
+                    )
+        self.labels = {split: torch.from_numpy(own).long().to(self.device) for split, own in labels.items()}
+        self.pseudo = {split: self._predict(store.rows("embedding")) for split, store in stores.items()}
+        generator = np.random.default_rng(seed)
+        self.permutation = torch.from_numpy(generator.permutation(sae.d_sae)).to(self.device)
+        self.found: dict[str, Neighbours] = {}
+
+    def edits(self, split: str) -> dict[str, Edit]:
+        """VS2++ and its controls for the images of a split, by name.
+
+        ``mean-difference``: the activations of the positives minus those of the negatives, without an SAE;
+        ``random-latents``: the codes on randomly permuted latents; both at the length of ``vs2++-majority``.
+        ``retrieval`` and ``embedding-steering`` are the paper's baselines, in the space of the embedding;
+        ``nearest-neighbours`` answers with the majority label and never looks at the image.
+        """
+        found = nearest(
+            self.finder[split].rows("embedding"), self.finder["train"].rows("embedding"), self.n, self.device
+        )
+        self.found[split] = found
+        train = self.stores["train"]
+        site_rows, embeddings = train.rows(self.sae.about["site"]), train.rows("embedding")
+        at_site: dict[tuple[str, str], Tensor] = {}
+        at_embedding, votes = {}, {}
+        for labels, of_train, of_queries in (
+            ("predicted", self.pseudo["train"], self.pseudo[split]),
+            ("oracle", self.labels["train"], self.labels[split]),
+        ):
+            labels_QN = of_train[found.indices]
+            majority_QN, query_QN = retrieval.positives(labels_QN), retrieval.positives(labels_QN, of_queries)
+            contrast = partial(retrieval.contrast, self.sae, site_rows, found)
+            main = contrast(majority_QN)
+            at_site["vs2++-majority", labels], size_Q = main, main.norm(dim=1)
+            at_site["vs2++-query", labels] = contrast(query_QN)
+            plain = retrieval.embedding_steering(site_rows, found, majority_QN)
+            at_site["mean-difference", labels] = of_size(plain, size_Q)
+            shuffled = contrast(majority_QN, self.sae.W_dec[self.permutation])
+            at_site["random-latents", labels] = of_size(shuffled, size_Q)
+            at_embedding[labels] = retrieval.embedding_steering(embeddings, found, majority_QN)
+            votes[labels] = self._votes(labels_QN, majority_QN)
+        own = torch.from_numpy(self.stores[split].rows("embedding")[:]).to(self.device).float()
+        retrieved_QD = retrieval.weighted_retrieval(own, embeddings, found, 0.0)
+
+        def along(method: str) -> Edit:
+            return Edit(lambda b, s: keep_norm(b.x, s * at_site[method, b.labels][b.images]), _LABELS)
+
+        def towards(batch: Batch, s: float) -> Tensor:  # a q + (1 - a) r with a = 1 / (1 + s)
+            return (batch.x + s * retrieved_QD[batch.images]) / (1 + s)
+
+        def shifted(batch: Batch, s: float) -> Tensor:
+            return batch.x + s * at_embedding[batch.labels][batch.images]
+
+        def voted(batch: Batch, s: float) -> Tensor:
+            return votes[batch.labels][batch.images]
+
+        return {
+            **{method: along(method) for method, labels in at_site if labels == "predicted"},
+            "retrieval": Edit(towards, at="embedding"),
+            "embedding-steering": Edit(shifted, _LABELS, at="embedding"),
+            "nearest-neighbours": Edit(voted, _LABELS, at="logits", strength=1.0),
+        }
+
+    def save(self, path: Path) -> None:
+        """Write a safetensors file: ``<split>.neighbours`` (Q, N), ``<split>.similarity`` (Q, N), ``permutation``."""
+        tensors = {"permutation": self.permutation}
+        for split, found in self.found.items():
+            tensors |= {f"{split}.neighbours": found.indices, f"{split}.similarity": found.similarity}
+        save_file({name: value.contiguous() for name, value in tensors.items()}, path)
+
+    @torch.no_grad()
+    def _predict(self, rows: Rows) -> Tensor:
+        """What the unsteered model says of stored embeddings, int64 (n,): the pseudo-labels."""
+        blocks = (torch.from_numpy(rows[window]).to(self.device).float() for window in row_slices(len(rows), _ROWS))
+        return torch.cat([self.backbone.classify_embedding(block).argmax(dim=1) for block in blocks])
+
+    def _votes(self, labels_QN: Tensor, majority_QN: Tensor) -> Tensor:
+        """How many neighbours have each label, (Q, C); the label of :func:`retrieval.positives` wins among equals."""
+        assert self.backbone.n_classes is not None
+        weights_QN = 1 + majority_QN / (2 * self.n)
+        return torch.stack([((labels_QN == c) * weights_QN).sum(1) for c in range(self.backbone.n_classes)], dim=1)

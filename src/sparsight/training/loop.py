@@ -1,0 +1,232 @@
+"""The loop that trains everything: seeded order, JSON-lines log, checkpoints, exact resumption.
+
+Nothing random has a state to save: order and noise are derived from (seed, epoch) and (seed, step). A
+checkpoint holds the sums of the log line in progress, so a resumed run writes the same log.
+"""
+
+import json
+import signal
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from sparsight.common.errors import SparsightError
+from sparsight.common.files import write_atomic
+from sparsight.common.progress import Progress, log
+from sparsight.common.seeds import derive_seed
+from sparsight.training.batches import Batches
+
+_CHECKPOINT_SECONDS = 15.0
+_PAUSE = 20  # times what the last checkpoint took, so that writing large states is 5 % of the time at most
+_LOG_LINES = 200
+_POSITION, _SUM = "loop.position", "loop.sum."
+
+
+B_contra = TypeVar("B_contra", contravariant=True)
+B = TypeVar("B")
+
+
+class Trainable(Protocol[B_contra]):
+    """What the loop needs of the thing it trains."""
+
+    def step(self, batch: B_contra, progress: float, generator: torch.Generator) -> dict[str, Tensor]:
+        """One optimiser step on ``batch``; ``progress`` in [0, 1) is the share of training done.
+
+        ``generator`` is a CPU generator seeded for this step. Returns scalars to log.
+        """
+
+    def epoch_end(self) -> dict[str, float]:
+        """Scalars to log after each epoch, e.g. validation accuracy."""
+
+    def state(self) -> dict[str, Tensor]:
+        """Every tensor that the next step depends on."""
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        """Take over what :meth:`state` returned."""
+
+
+def train(trainable: Trainable[B], batches: Batches[B], epochs: int, seed: int, state: Path, log_path: Path) -> None:
+    """Run all epochs, continuing from the checkpoint in ``state`` if there is one.
+
+    SIGTERM stops it with status 143 after the step in progress and a checkpoint.
+
+    Args:
+        trainable: what is trained.
+        batches: on what.
+        epochs: passes over the data.
+        seed: of the noise that steps ask for.
+        state: folder of the checkpoint.
+        log_path: the log, which belongs to the checkpoint: one line per logging step with the means since
+            the last one, and one per epoch.
+
+    Raises:
+        SparsightError: a step that is refused, or a mean that is not finite; names the last checkpoint.
+    """
+    per_epoch, total = batches.per_epoch, batches.per_epoch * epochs
+    log_every = max(1, total // _LOG_LINES)
+    checkpoint = _Checkpoint(state / "checkpoint.safetensors")
+    step = log_bytes = count = 0
+    sums: dict[str, Tensor] = {}
+    if saved := checkpoint.load():
+        step, log_bytes, count = (int(v) for v in saved.pop(_POSITION))
+        sums = {name.removeprefix(_SUM): saved.pop(name) for name in list(saved) if name.startswith(_SUM)}
+        trainable.restore(saved)
+    note = ""
+    with (
+        log_path.open("ab") as log_file,
+        Progress(_rows(batches, total), batches.unit, start=_rows(batches, step)) as progress,
+        _sigterm_noted() as signals,
+    ):
+        log_file.truncate(log_bytes)
+        log_file.seek(log_bytes)
+        while step < total:
+            epoch = step // per_epoch
+            for batch in batches.epoch(epoch, skip=step % per_epoch):
+                generator = torch.Generator().manual_seed(derive_seed(seed, "noise", step))
+                share, step, count = step / total, step + 1, count + 1
+                last = step % per_epoch == 0
+                line_ends = step % log_every == 0 or last
+                try:
+                    scalars = trainable.step(batch, share, generator)
+                    sums = {name: value.detach() + sums.get(name, 0) for name, value in scalars.items()}
+                    stop = bool(signals)
+                    save = stop or checkpoint.due
+                    means = _means(sums, count) if line_ends or save else {}
+                except SparsightError as error:
+                    raise SparsightError(f"step {step} of {total}: {error}; {checkpoint}") from None
+                if line_ends:
+                    _write(log_file, {"step": step, "epoch": round(step / per_epoch, 4), **means})
+                    sums, count, note = {}, 0, _note(means)
+                if last and (extra := trainable.epoch_end()):
+                    _write(log_file, {"step": step, "epoch": step // per_epoch, **extra})
+                progress(_rows(batches, step) - progress.done, note)
+                if save:
+                    log_file.flush()
+                    own = {_POSITION: torch.tensor([step, log_file.tell(), count])}
+                    own |= {f"{_SUM}{name}": value for name, value in sums.items()}
+                    checkpoint.save(step, {**trainable.state(), **own})
+                if stop:
+                    log(f"stopped by SIGTERM after step {step} of {total}; the same command continues there")
+                    raise SystemExit(128 + signal.SIGTERM)
+
+
+POSITION = ("step", "epoch")
+"""Keys of a log line that say where it stands."""
+
+
+class _Checkpoint:
+    """The file from which training continues."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self._step = path, 0
+        self._next = time.monotonic() + _CHECKPOINT_SECONDS
+
+    def load(self) -> dict[str, Tensor]:
+        """What :meth:`save` wrote; nothing if there is no file yet."""
+        if not self.path.exists():
+            return {}
+        state = load_file(self.path)
+        self._step = int(state[_POSITION][0])
+        return state
+
+    @property
+    def due(self) -> bool:
+        return time.monotonic() > self._next
+
+    def save(self, step: int, state: dict[str, Tensor]) -> None:
+        begin = time.monotonic()
+        write_atomic(self.path, partial(save_file, state))
+        self._step, end = step, time.monotonic()
+        self._next = end + max(_CHECKPOINT_SECONDS, _PAUSE * (end - begin))
+
+    def __str__(self) -> str:
+        if self._step == 0:
+            return "no checkpoint was written before"
+        return f"the last good checkpoint is {self.path}, after step {self._step}"
+
+
+@contextmanager
+def _sigterm_noted() -> Iterator[list[int]]:
+    """Inside ``with``, SIGTERM does no more than to grow this list. Only a main thread may handle signals."""
+    noted: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield noted
+        return
+    before = signal.signal(signal.SIGTERM, lambda number, _: noted.append(number))
+    try:
+        yield noted
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _rows(batches: Batches[Any], step: int) -> int:
+    """Rows that so many steps have seen."""
+    epochs, steps = divmod(step, batches.per_epoch)
+    return epochs * batches.n_rows + steps * batches.batch_size
+
+
+def _means(sums: Mapping[str, Tensor], count: int) -> dict[str, float]:
+    means = {name: value.item() / count for name, value in sums.items()}
+    for name, value in means.items():
+        if not np.isfinite(value):
+            raise SparsightError(
+                f"{name} {value} (mean of {count} steps); lower lr, or look for extreme values in the inputs"
+            )
+    return means
+
+
+def _note(means: Mapping[str, float]) -> str:
+    """A log line for the eye: of what several SAEs have (``topk-s0.fvu``, ``topk-s1.fvu``) their mean."""
+    values: dict[str, list[float]] = defaultdict(list)
+    for name, value in means.items():
+        values[name.rpartition(".")[2]].append(value)
+    return ", ".join(f"{name} {np.mean(same):.4g}" for name, same in values.items())
+
+
+def _write(log_file: Any, line: dict[str, Any]) -> None:
+    log_file.write((json.dumps(line) + "\n").encode())
+
+
+def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The optimiser's tensors under flat names, for safetensors."""
+    return {
+        f"optimizer.{index}.{name}": value
+        for index, slots in optimizer.state_dict()["state"].items()
+        for name, value in slots.items()
+    }
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Tensor]) -> None:
+    """Take over what :func:`optimizer_state` returned."""
+    plain = optimizer.state_dict()
+    plain["state"] = {}
+    for key, value in state.items():
+        if key.startswith("optimizer."):
+            _, index, name = key.split(".", 2)
+            plain["state"].setdefault(int(index), {})[name] = value
+    optimizer.load_state_dict(plain)
+
+
+def module_state(module: torch.nn.Module) -> dict[str, Tensor]:
+    """A module's parameters and buffers under flat names beside those of the optimiser."""
+    return {f"module.{name}": value.contiguous() for name, value in module.state_dict().items()}
+
+
+def restore_module(module: torch.nn.Module, state: dict[str, Tensor]) -> None:
+    """Take over what :func:`module_state` returned."""
+    module.load_state_dict({k.removeprefix("module."): v for k, v in state.items() if k.startswith("module.")})
+
+
+def warmup_cosine(progress: float, warmup: float = 0.1) -> float:
+    """Factor on the peak learning rate: linear over the first ``warmup``, then a half cosine to 0."""
+    return min(1.0, progress / warmup + 1e-3) * 0.5 * (1 + float(np.cos(np.pi * progress)))

@@ -1,9 +1,0 @@
-"""Cutting a range of rows into windows."""
-
-from collections.abc import Iterator
-
-
-def in_order(n_rows: int, batch_size: int) -> Iterator[slice]:
-    """Slices that cover ``range(n_rows)`` in order, the last one possibly shorter."""
-    for start in range(0, n_rows, batch_size):
-        yield slice(start, min(start + batch_size, n_rows))
