@@ -1,7 +1,7 @@
 # images -> backbone -> activations -> sae -> steering -> pruning -> report
-#
 #   snakemake --cores 2                            the default run (params.yaml) into results/default
 #   snakemake --cores 2 --configfile my.yaml       an overlay: only what differs from params.yaml
+import os
 import sys
 
 from sparsight.common.errors import SparsightError
@@ -9,7 +9,7 @@ from sparsight.config.schema import to_flags
 from sparsight.pipeline.run import check_writable, load_run
 
 
-configfile: "params.yaml"
+configfile: os.path.relpath(f"{workflow.basedir}/params.yaml")
 
 
 try:

@@ -21,7 +21,7 @@ from sparsight.common import machine
 from sparsight.common.slices import row_slices
 from sparsight.config import Compute
 from sparsight.pipeline.stage import prepare_torch
-from sparsight.steering import nearest
+from sparsight.steering import nearest_neighbours
 
 _CPU = torch.device("cpu")
 
@@ -43,7 +43,7 @@ def main() -> None:
         queries, bank = rows(arguments.queries, arguments.bank, arguments.width, clusters)
         contestants: dict[str, Callable[[], object]] = {
             "bare product": partial(product, queries, bank),
-            "search": partial(nearest.nearest, queries, bank, arguments.n, _CPU),
+            "search": partial(nearest_neighbours.nearest, queries, bank, arguments.n, _CPU),
         }
         seconds = take_turns(contestants, arguments.rounds, warm_up=0)
         with multiprocessing.get_context("spawn").Pool(1) as pool:
@@ -68,9 +68,9 @@ def rows(n_queries: int, n_bank: int, width: int, clusters: int) -> tuple[np.nda
 def product(queries: np.ndarray, bank: np.ndarray) -> None:
     """All similarities, block by block as the search takes them, into the same memory."""
     q, b = torch.from_numpy(queries), torch.from_numpy(bank)
-    for window in row_slices(len(b), nearest._WINDOW):
-        out = torch.empty(nearest._QUERIES, window.stop - window.start)
-        for block in row_slices(len(q), nearest._QUERIES):
+    for window in row_slices(len(b), nearest_neighbours._WINDOW):
+        out = torch.empty(nearest_neighbours._QUERIES, window.stop - window.start)
+        for block in row_slices(len(q), nearest_neighbours._QUERIES):
             torch.mm(q[block], b[window].T, out=out[: block.stop - block.start])
 
 
@@ -79,7 +79,7 @@ def memory(arguments: argparse.Namespace, clusters: int) -> tuple[float, float]:
     prepare_torch(Compute(threads=arguments.threads))
     queries, bank = rows(arguments.queries, arguments.bank, arguments.width, clusters)
     before = machine.peak_memory()
-    nearest.nearest(queries, bank, arguments.n, _CPU)
+    nearest_neighbours.nearest(queries, bank, arguments.n, _CPU)
     return before, machine.peak_memory()
 
 

@@ -71,7 +71,7 @@ def test_every_stage_script_is_one_rule_and_one_call() -> None:
     rules = "".join(path.read_text() for path in (ROOT / "workflow" / "rules").glob("*.smk"))
     for path in (ROOT / "workflow" / "scripts").glob("*.py"):
         times = 2 if path.name == "images.py" else 1  # the run's images, and those beside them
-        assert rules.count(f"python workflow/scripts/{path.name} ") == times, path.name
+        assert rules.count(f"python {{SCRIPTS}}/{path.name} ") == times, path.name
         assert [n.name for n in ast.parse(path.read_text()).body if isinstance(n, ast.FunctionDef)] == ["main"]
 
 

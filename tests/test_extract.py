@@ -178,10 +178,12 @@ def test_extraction_killed_at_twenty_random_moments_gives_the_same_bytes(
 READING = """
 import sys, time
 from pathlib import Path
-from sparsight.images import Manifest, Preprocess
+from sparsight.images.manifest import Manifest
+from sparsight.images.preprocess import Preprocess
+from sparsight.images.workers import stream
 
 split, preprocess = Manifest(Path(sys.argv[1])).split("train"), Preprocess((16, 16), 3, (0,) * 3, (1,) * 3)
-for _ in split.stream([slice(0, 2)] * 100, preprocess, workers=2):
+for _ in stream(split, [slice(0, 2)] * 100, preprocess, threads=1, workers=2):
     print("read", flush=True)
     time.sleep(60)
 """

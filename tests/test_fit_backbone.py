@@ -69,7 +69,7 @@ def test_recipe_learns_and_its_folder_opens_as_it_was_measured(name: str, manife
 def test_killed_and_continued_gives_the_bytes_of_a_run_that_was_not(
     name: str, manifest: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sparsight.training._CHECKPOINT_SECONDS", -1.0)
+    monkeypatch.setattr("sparsight.training.loop._CHECKPOINT_SECONDS", -1.0)
     section = replace(RECIPES[name], epochs=3)
     whole = run(section, manifest, tmp_path / "whole")
     plain, steps = Recipe.epoch_end, [0]
@@ -93,7 +93,7 @@ def test_killed_and_continued_gives_the_bytes_of_a_run_that_was_not(
 def test_parts_at_the_same_time_give_the_bytes_of_one_after_the_other(
     name: str, manifest: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sparsight.config.inputs._ROWS", 2)
+    monkeypatch.setattr("sparsight.config.compute._ROWS", 2)
     one, many = (run(RECIPES[name], manifest, tmp_path / str(n), n) for n in (1, 4))
     for file in ("model.safetensors", "config.json", "training.jsonl"):
         assert (one / file).read_bytes() == (many / file).read_bytes(), file

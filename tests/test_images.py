@@ -66,7 +66,8 @@ def test_splits_of_the_folder_are_kept(tmp_path: Path) -> None:
 
 def test_images_are_listed_and_checked_without_torch(tmp_path: Path) -> None:
     make_folder(tmp_path / "images")
-    code = "import sys; from pathlib import Path; from sparsight import config; from sparsight.images import *\n"
+    code = "import sys; from pathlib import Path; from sparsight import config\n"
+    code += "from sparsight.images.manifest import *\n"
     code += "write_manifest(config.Images('folder', sys.argv[1]), 0, {}, 2, Path(sys.argv[2]))\n"
     code += "print('torch' in sys.modules)"
     command = [sys.executable, "-c", code, str(tmp_path / "images"), str(tmp_path / "m.parquet")]

@@ -124,7 +124,7 @@ def test_training_moves_the_evaluated_usage_to_the_target(manifest: Manifest, tm
 def test_parts_at_the_same_time_give_the_bytes_of_one_after_the_other(
     change: dict[str, Any], manifest: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sparsight.config.inputs._ROWS", 2)
+    monkeypatch.setattr("sparsight.config.compute._ROWS", 2)
     section = config.Policy("vit", target=0.5, epochs=2, batch_size=7, **change)
     for n_parallel in (1, 4):
         fit(section, make_backbone(classes=2), manifest, tmp_path / str(n_parallel), n_parallel)
@@ -137,7 +137,7 @@ def test_a_step_in_parts_is_the_step_of_the_whole_batch(
 ) -> None:
     section, logs = config.Policy("vit", target=0.5, epochs=2, batch_size=7), []
     for rows in (1, 100):
-        monkeypatch.setattr("sparsight.config.inputs._ROWS", rows)
+        monkeypatch.setattr("sparsight.config.compute._ROWS", rows)
         logs.append(fit(section, make_backbone(classes=2), manifest, tmp_path / str(rows))[1])
     assert logs[0] != logs[1], "sums in another order"
     for part, whole in zip(*logs, strict=True):

@@ -19,8 +19,8 @@ import sparsight as ss
 from sparsight import kernels
 from sparsight.activations.store import ActivationStore, Rows
 from sparsight.common.errors import SparsightError
-from sparsight.steering import retrieval
-from sparsight.steering.nearest import Neighbours, nearest
+from sparsight.steering import nearest_neighbours, retrieval
+from sparsight.steering.nearest_neighbours import Neighbours, nearest
 
 CPU = torch.device("cpu")
 BLOCKS = st.fixed_dictionaries({
@@ -65,7 +65,7 @@ def test_nearest_equals_sorting_all_similarities_whatever_the_blocks(
     # Small whole numbers: many rows are equal, or multiples of each other, and tie.
     queries, bank = (generator.integers(-2, 3, (size, width)).astype(np.float64) for size in (n_queries, n_bank))
     queries[~queries.any(axis=1)], bank[~bank.any(axis=1)] = 1, 1
-    with mock.patch.multiple(retrieval, **blocks):
+    with mock.patch.multiple(nearest_neighbours, **blocks):
         check(queries, bank, data.draw(st.one_of(st.integers(1, n_bank), st.just(n_bank))))
 
 
@@ -73,7 +73,7 @@ def test_nearest_equals_sorting_all_similarities_whatever_the_blocks(
 def test_bank_sorted_by_similarity(order: int) -> None:
     angle_B = np.linspace(0, 3, 1000)[::order]
     bank = np.stack([np.cos(angle_B), np.sin(angle_B)], axis=1)
-    with mock.patch.multiple(retrieval, _WINDOW=256):
+    with mock.patch.multiple(nearest_neighbours, _WINDOW=256):
         check(bank[[0, 999]], bank, 20)
 
 
@@ -95,7 +95,11 @@ def test_bank_is_read_once_window_by_window(tmp_path: Path) -> None:
         read.append((first, last))
         return np.asarray(self._array.read(first, last))
 
-    with mock.patch.object(Rows, "images", images), mock.patch.multiple(retrieval, _WINDOW=16, _ENCODED=32):
+    with (
+        mock.patch.object(Rows, "images", images),
+        mock.patch.multiple(nearest_neighbours, _WINDOW=16),
+        mock.patch.multiple(retrieval, _ENCODED=32),
+    ):
         found = nearest(queries, rows, 7, CPU)
         assert read == [(0, 16), (16, 32), (32, 48), (48, 50)]
         del read[:]
@@ -111,7 +115,10 @@ def test_bank_is_read_once_window_by_window(tmp_path: Path) -> None:
 def test_row_without_a_direction_is_named(name: str, bad: float) -> None:
     arrays = {"queries": np.ones((40, 3), np.float32), "bank": np.ones((40, 3), np.float32)}
     arrays[name][33] = bad
-    with mock.patch.multiple(retrieval, _WINDOW=16), pytest.raises(SparsightError, match=f"row 33 of the {name} is"):
+    with (
+        mock.patch.multiple(nearest_neighbours, _WINDOW=16),
+        pytest.raises(SparsightError, match=f"row 33 of the {name} is"),
+    ):
         nearest(arrays["queries"], arrays["bank"], 2, CPU)
 
 
@@ -184,7 +191,7 @@ def test_contrast_decodes_the_difference_of_mean_codes(kind: str) -> None:
 def test_every_backend_gives_the_same(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     generator = np.random.default_rng(3)
     bank = np.concatenate([ONE.repeat(16, axis=0), generator.standard_normal((40, 2))])  # later windows add nothing
-    monkeypatch.setattr(retrieval, "_WINDOW", 16)
+    monkeypatch.setattr(nearest_neighbours, "_WINDOW", 16)
     expected = nearest(ONE, bank, 4, CPU)
     monkeypatch.setenv("SPARSIGHT_KERNELS", backend)
     found = nearest(ONE, bank, 4, CPU)

@@ -16,7 +16,6 @@ from snakemake.utils import update_config
 
 from sparsight.common.digests import file_digest
 from sparsight.common.files import write_json
-from sparsight.config import schema
 from sparsight.pipeline import records, staleness
 from sparsight.pipeline.run import Run, load_run
 
@@ -122,7 +121,7 @@ def test_files_are_read_once_until_they_change(made: Run, monkeypatch: pytest.Mo
         read.append(path)
         return plain(path)
 
-    monkeypatch.setattr(schema, "file_digest", digest)
+    monkeypatch.setattr(staleness, "file_digest", digest)
     staleness.mark(made)
     assert len(read) == 2
     staleness.mark(made)
@@ -251,9 +250,9 @@ def test_a_touched_input_of_equal_content_reruns_nothing(small: Path) -> None:
 @pytest.mark.parametrize(
     ("file", "follow"),
     [
-        ("report/figures.py", {"report"}),
+        ("report/figures/steering.py", {"report"}),
         ("report/captions/saes.rst", {"report"}),
-        ("sae/topk.py", FOLLOWS_SAE),
+        ("sae/variants/topk.py", FOLLOWS_SAE),
     ],
 )
 def test_a_changed_line_reruns_the_stages_that_use_it(small: Path, tmp_path: Path, file: str, follow: set[str]) -> None:

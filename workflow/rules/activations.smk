@@ -28,9 +28,9 @@ rule extract:
         parts=RUN.activations.parts,
         out=subpath(output[0], parent=True),
         work=f"{R}/.work/extract-{{backbone}}-{{split}}-{{part}}",
-        flags=flags(RUN.activations),
+        flags=lambda wildcards: flags(RUN.activations),
     shell:
-        "python workflow/scripts/extract.py --from-images {input.images} --from-backbone {input.backbone}"
+        "python {SCRIPTS}/extract.py --from-images {input.images} --from-backbone {input.backbone}"
         " --name {wildcards.split}.part-{wildcards.part} --out {params.out} --work {params.work} --record {output.record}"
         " {params.flags} --parts {params.parts} --workers {resources.workers} > {log} 2>&1"
 
@@ -54,6 +54,6 @@ rule activations:
         work=f"{R}/.work/activations-{{backbone}}-{{split}}",
         flags=flags(),
     shell:
-        "python workflow/scripts/activations.py --from-parts {input.parts} --name {wildcards.split}"
+        "python {SCRIPTS}/activations.py --from-parts {input.parts} --name {wildcards.split}"
         " --out {params.out} --work {params.work} --record {output.record}"
         " {params.flags} > {log} 2>&1"

@@ -21,6 +21,6 @@ rule backbone:
         work=f"{R}/.work/backbone-{{backbone}}",
         flags=lambda wildcards: flags(RUN.backbones[wildcards.backbone]),
     shell:
-        "python workflow/scripts/backbone.py --from-images {input.images} --name {wildcards.backbone}"
+        "python {SCRIPTS}/backbone.py --from-images {input.images} --name {wildcards.backbone}"
         " --cores {threads} --out {params.out} --work {params.work} --record {output.record}"
         " {params.flags} > {log} 2>&1"

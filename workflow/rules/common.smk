@@ -13,7 +13,10 @@ if workflow.is_main_process:  # not a job on a cluster node, which reads these f
 
 
 def flags(section=None):
-    """The flags that every stage script takes, and those of the stage's own section."""
+    """The flags that every stage script takes, and those of the stage's own section.
+
+    A rule calls it in a function of wildcards: in a plain text Snakemake would take braces for wildcards.
+    """
     common = f"--seed {RUN.seed} {to_flags(RUN.compute)}"
     return f"{common} {to_flags(section)}" if section is not None else common
 
@@ -75,9 +78,9 @@ def code(script, *extra):
     What is loaded by name at run time (an SAE variant, a template) is given as ``extra``.
     """
     names = [Path(script).stem, *dict.fromkeys(Path(path).stem for path in extra if path.endswith(".py"))]
-    path = Path(R, ".trust", "code", "-".join(names))
+    path, repository = Path(R, ".trust", "code", "-".join(names)), Path(workflow.basedir)
     if workflow.is_main_process:
-        write_digest(path, code_files(f"workflow/scripts/{script}", *extra))
+        write_digest(path, repository, code_files(repository, f"workflow/scripts/{script}", *extra))
     return path.as_posix()
 
 

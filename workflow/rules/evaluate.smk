@@ -1,4 +1,6 @@
-RANDOM_SAE = "src/sparsight/sae/variants/topk.py"  # the variant of the random dictionary that every SAE is compared with
+RANDOM_SAE = (
+    "src/sparsight/sae/variants/topk.py"  # the variant of the random dictionary that every SAE is compared with
+)
 OF_AN_SAE = ["metrics.json", "latents.parquet", "baselines.parquet", "probing.parquet"]
 
 # Rules are shared as those of training are.
@@ -38,7 +40,7 @@ for NUMBER, (ENDINGS, SECTIONS) in enumerate(RUN.shapes.items(), 1):
                 work=f"{R}/.work/evaluate-{{section}}",
                 flags=flags(),
             shell:
-                "python workflow/scripts/evaluate_sae.py --from-images {input.images} --from-backbone {input.backbone}"
+                "python {SCRIPTS}/evaluate_sae.py --from-images {input.images} --from-backbone {input.backbone}"
                 " --from-train {input.train} --from-test {input.test} --from-saes {input.saes}"
                 " --name {wildcards.section}"
                 " --out {params.out} --work {params.work} --record {output.record}"
@@ -79,7 +81,7 @@ for NUMBER, (ENDINGS, SECTIONS) in enumerate(RUN.shapes.items(), 1):
                 work=f"{R}/.work/evaluate-{{section}}-s{{seed}}",
                 flags=flags(),
             shell:
-                "python workflow/scripts/evaluate_chain.py --from-images {input.images}"
+                "python {SCRIPTS}/evaluate_chain.py --from-images {input.images}"
                 " --from-backbone {input.backbone} --from-train {input.train} --from-test {input.test}"
                 " --from-maps {input.maps} --from-saes {input.saes} --name {wildcards.section}-s{wildcards.seed}"
                 " --out {params.out} --work {params.work} --record {output.record}"

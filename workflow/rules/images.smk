@@ -15,9 +15,9 @@ rule images:
     params:
         out=subpath(output[0], parent=True),
         work=f"{R}/.work/images",
-        flags=flags(RUN.images),
+        flags=lambda wildcards: flags(RUN.images),
     shell:
-        "python workflow/scripts/images.py --out {params.out} --work {params.work} --record {output.record}"
+        "python {SCRIPTS}/images.py --out {params.out} --work {params.work} --record {output.record}"
         " {params.flags} > {log} 2>&1"
 
 
@@ -41,5 +41,5 @@ rule other_images:
         work=f"{R}/.work/images-{{other}}",
         flags=lambda wildcards: flags(RUN.other_images[wildcards.other]),
     shell:
-        "python workflow/scripts/images.py --out {params.out} --work {params.work} --record {output.record}"
+        "python {SCRIPTS}/images.py --out {params.out} --work {params.work} --record {output.record}"
         " {params.flags} > {log} 2>&1"

@@ -1,10 +1,14 @@
 import os
+import shlex
 import shutil
 import sys
 from pathlib import Path
 
 # `python` in a rule is the one that runs Snakemake, also where its environment is not activated.
 os.environ.update(PATH=os.pathsep.join([str(Path(sys.executable).parent), os.getenv("PATH", "")]))
+
+# The stage scripts, also where Snakemake is started in another folder (--directory); the path may have any character.
+SCRIPTS = shlex.quote(os.path.relpath(f"{workflow.basedir}/workflow/scripts"))
 
 THREADS = RUN.compute.threads  # what a stage takes; Snakemake's {threads} shrinks with --cores
 

@@ -1,23 +1,23 @@
-import dataclasses
-
-from sparsight.common.files import write_json
-
-
 # The run's whole configuration: defaults, params.yaml and overlays in one file. It waits for the images so that it holds no
 # core at the moment when a backbone wants all of them, and a smaller one would go first.
 rule configuration:
     input:
         images=f"{R}/images/manifest.parquet",
         trust=f"{R}/.trust/configuration",
+        code=code("configuration.py"),
     output:
         f"{R}/configuration.json",
     log:
         f"{R}/logs/configuration.log",
     localrule: True
     params:
-        content=dataclasses.asdict(RUN),
-    run:
-        write_json(Path(output[0]), params.content)
+        out=subpath(output[0], parent=True),
+        work=f"{R}/.work/configuration",
+        flags=flags(),
+    shell:
+        "python {SCRIPTS}/configuration.py --from-configuration {input.trust}"
+        " --out {params.out} --work {params.work}"
+        " {params.flags} > {log} 2>&1"
 
 
 FINISHED = [
@@ -46,6 +46,6 @@ rule provenance:
         work=f"{R}/.work/provenance",
         flags=flags(),
     shell:
-        "python workflow/scripts/provenance.py --from-configuration {input.configuration}"
+        "python {SCRIPTS}/provenance.py --from-configuration {input.configuration}"
         " --out {params.out} --work {params.work}"
         " {params.flags} > {log} 2>&1"

@@ -22,7 +22,7 @@ rule policy:
         work=f"{R}/.work/policy-{{policy}}",
         flags=lambda wildcards: flags(RUN.policies[wildcards.policy]),
     shell:
-        "python workflow/scripts/policy.py --from-images {input.images} --from-backbone {input.backbone}"
+        "python {SCRIPTS}/policy.py --from-images {input.images} --from-backbone {input.backbone}"
         " --name {wildcards.policy} --cores {threads} --out {params.out} --work {params.work} --record {output.record}"
         " {params.flags} > {log} 2>&1"
 
@@ -59,9 +59,9 @@ rule pruning:
     params:
         out=subpath(output[0], parent=True),
         work=f"{R}/.work/pruning-{{policy}}",
-        flags=flags(RUN.pruning),
+        flags=lambda wildcards: flags(RUN.pruning),
     shell:
-        "python workflow/scripts/pruning.py --from-images {input.images} --from-backbone {input.backbone}"
+        "python {SCRIPTS}/pruning.py --from-images {input.images} --from-backbone {input.backbone}"
         " --from-policy {input.policy} --from-saes {input.saes} --from-vectors {input.vectors} --name {wildcards.policy}"
         " --cores {threads}"
         " --out {params.out} --work {params.work} --record {output.record}"
@@ -91,7 +91,7 @@ rule timings:
         work=f"{R}/.work/timings",
         flags=flags(),
     shell:
-        "python workflow/scripts/timings.py --from-backbones {input.backbones}"
+        "python {SCRIPTS}/timings.py --from-backbones {input.backbones}"
         " --out {params.out} --work {params.work} --record {output.record}"
         " {params.flags} > {log} 2>&1"
 
@@ -113,6 +113,6 @@ rule export_pruned:
         work=f"{R}/.work/export-{{backbone}}-{{heads}}",
         flags=flags(),
     shell:
-        "python workflow/scripts/export_pruned.py --from-backbone {input.backbone} --name {wildcards.heads}"
+        "python {SCRIPTS}/export_pruned.py --from-backbone {input.backbone} --name {wildcards.heads}"
         " --out {params.out} --work {params.work}"
         " {params.flags} > {log} 2>&1"

@@ -28,7 +28,7 @@ rule summary:
         work=f"{R}/.work/summary",
         flags=flags(),
     shell:
-        "python workflow/scripts/summary.py --from-backbones {input.backbones} --from-saes {input.saes}"
+        "python {SCRIPTS}/summary.py --from-backbones {input.backbones} --from-saes {input.saes}"
         " --from-chains {input.chains} --from-stabilities {input.stabilities}"
         " --from-steerings {input.steerings} --from-transfers {input.transfers} --from-policies {input.policies}"
         " --out {params.out} --work {params.work} --record {output.record}"
@@ -66,9 +66,9 @@ rule report:
         out=subpath(output[0], parent=True),
         work=f"{R}/.work/report",
         name=RUN.run,
-        flags=flags(RUN.report),
+        flags=lambda wildcards: flags(RUN.report),
     shell:
-        "python workflow/scripts/report.py --from-backbones {input.backbones} --from-saes {input.saes}"
+        "python {SCRIPTS}/report.py --from-backbones {input.backbones} --from-saes {input.saes}"
         " --from-chains {input.chains} --from-stabilities {input.stabilities}"
         " --from-steerings {input.steerings} --from-transfers {input.transfers} --from-policies {input.policies}"
         " --from-images {input.images} --from-configuration {input.configuration} --from-stores {input.stores}"

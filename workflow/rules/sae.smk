@@ -39,7 +39,7 @@ for NUMBER, (ENDINGS, SECTIONS) in enumerate(RUN.shapes.items(), 1):
             work=f"{R}/.work/sae-{{section}}",
             flags=lambda wildcards: flags(RUN.saes[wildcards.section]),
         shell:
-            "python workflow/scripts/sae.py --from-images {input.images} --from-store {input.store}"
+            "python {SCRIPTS}/sae.py --from-images {input.images} --from-store {input.store}"
             " --name {wildcards.section}"
             " --out {params.out} --work {params.work} --record {output.record}"
             " {params.flags} > {log} 2>&1"

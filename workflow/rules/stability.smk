@@ -22,6 +22,6 @@ rule stability:
         work=f"{R}/.work/stability-{{section}}",
         flags=flags(),
     shell:
-        "python workflow/scripts/stability.py --from-saes {input.saes} --name {wildcards.section}"
+        "python {SCRIPTS}/stability.py --from-saes {input.saes} --name {wildcards.section}"
         " --out {params.out} --work {params.work} --record {output.record}"
         " {params.flags} > {log} 2>&1"

@@ -32,7 +32,7 @@ rule steering:
         work=f"{R}/.work/steering-{{steering}}-s{{seed}}",
         flags=lambda wildcards: flags(RUN.steering[wildcards.steering]),
     shell:
-        "python workflow/scripts/steering.py --from-images {input.images} --from-backbone {input.backbone}"
+        "python {SCRIPTS}/steering.py --from-images {input.images} --from-backbone {input.backbone}"
         " --from-stores {input.stores} --from-finder {input.finder} --from-sae {input.sae}"
         " --name {wildcards.steering}-s{wildcards.seed}"
         " --out {params.out} --work {params.work} --record {output.record}"
@@ -65,7 +65,7 @@ rule steering_elsewhere:
         work=f"{R}/.work/steering-{{steering}}-s{{seed}}-{{other}}",
         flags=flags(),
     shell:
-        "python workflow/scripts/steering_elsewhere.py --from-images {input.images} --from-backbone {input.backbone}"
+        "python {SCRIPTS}/steering_elsewhere.py --from-images {input.images} --from-backbone {input.backbone}"
         " --from-sae {input.sae} --from-vectors {input.vectors} --from-home {input.home} --name {wildcards.other}"
         " --out {params.out} --work {params.work} --record {output.record}"
         " {params.flags} > {log} 2>&1"

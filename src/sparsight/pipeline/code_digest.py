@@ -1,4 +1,7 @@
-"""The code that a stage runs, so that a changed line reruns the stages that can reach it and no others."""
+"""One digest file per stage script, so Snakemake checks one input instead of a hundred source files.
+
+A changed line reruns the stages that can reach it and no others: imports are followed from the script.
+"""
 
 import ast
 import os
@@ -12,11 +15,12 @@ from sparsight.common.files import write_shared
 _BACKENDS = "src/sparsight/kernels/__init__.py"  # which kernels it loads is decided at run time
 
 
-def files(script: str, *extra: str) -> list[str]:
+def files(root: Path, script: str, *extra: str) -> list[str]:
     """A script and every file of sparsight that it can reach, by paths from the repository's root.
 
     Args:
-        script: path of a stage script.
+        root: the repository.
+        script: path of a stage script from there.
         extra: what is loaded by name at run time: an SAE variant, a template.
     """
     found, todo = set(), [script, *extra]
@@ -24,19 +28,19 @@ def files(script: str, *extra: str) -> list[str]:
         path = todo.pop()
         if path not in found:
             found.add(path)
-            todo += _imports(path)
+            todo += _imports(root, path)
             if path == _BACKENDS:
-                todo += map(str, Path(path).parent.glob("*.py"))
+                todo += (file.relative_to(root).as_posix() for file in (root / path).parent.glob("*.py"))
     return sorted(found)
 
 
 @cache
-def _imports(path: str) -> list[str]:
+def _imports(root: Path, path: str) -> list[str]:
     """The files of src/sparsight that a Python file imports anywhere in it."""
     if not path.endswith(".py"):
         return []
     names: list[str] = []
-    nodes: list[ast.AST] = [ast.parse(Path(path).read_text())]
+    nodes: list[ast.AST] = [ast.parse((root / path).read_text())]
     while nodes:
         node = nodes.pop()
         if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
@@ -49,24 +53,24 @@ def _imports(path: str) -> list[str]:
     parts = [name.split(".") for name in names]
     places = [Path("src", *name[:n]) for name in parts for n in range(1, len(name) + 1)]  # packages run, too
     candidates = [p for place in places for p in (place.with_suffix(".py"), place / "__init__.py")]
-    return [str(p) for p in candidates if p.exists()]
+    return [p.as_posix() for p in candidates if (root / p).exists()]
 
 
-def write_digest(path: Path, of: Iterable[str]) -> None:
-    """Write a file that stands for many: their digest. Snakemake asks it of every job, and not a hundred files.
+def write_digest(path: Path, root: Path, names: Iterable[str]) -> None:
+    """Write the digest of files, given by their paths from ``root``, to ``path``.
 
-    The first time it gets the time of the newest of them, so that code does not look newer than results that were made
-    with it elsewhere. A digest that differs from the one that is there has the present time.
+    The first digest gets the time of the newest of the files. Otherwise code would look newer than results that were
+    made with it elsewhere. A digest that replaces another one has the present time.
     """
-    paths = list(of)
-    text = digest([[name, _digest(Path(name))] for name in paths]) + "\n"
+    sources = {name: root / name for name in names}
+    text = digest([[name, _digest(source)] for name, source in sources.items()]) + "\n"
     known = path.read_text() if path.exists() else None
     if known == text:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     write_shared(path, text)
     if known is None:
-        newest = max(Path(name).stat().st_mtime_ns for name in paths)
+        newest = max(source.stat().st_mtime_ns for source in sources.values())
         os.utime(path, ns=(newest, newest))
 
 

@@ -32,10 +32,11 @@ def mark(run: Run) -> dict[str, str]:
         found = {stage: _difference(run, stage, section, digests) for stage, section in stages(run)}
     for stage, reason in found.items():
         path = folder / stage
+        text = None if stage != "configuration" else json_text(dataclasses.asdict(run))  # what its script writes
         if reason:
-            write_shared(path, f"{uuid.uuid4()}\n")  # Snakemake compares contents too
-        elif not path.exists():
-            path.touch()
+            write_shared(path, text or f"{uuid.uuid4()}\n")  # Snakemake compares contents too
+        elif not path.exists() or (text is not None and path.read_text() != text):
+            write_shared(path, text or "")
             os.utime(path, (0, 0))  # older than any result
     return {stage: reason for stage, reason in found.items() if reason}
 

@@ -17,7 +17,7 @@ from sparsight.activations.store import Rows
 from sparsight.common.errors import SparsightError
 from sparsight.common.slices import row_slices
 from sparsight.sae.base import SAE
-from sparsight.steering.nearest import Neighbours
+from sparsight.steering.nearest_neighbours import Neighbours
 
 _ENCODED = 4096  # rows whose codes, dense for some SAEs, exist at a time
 

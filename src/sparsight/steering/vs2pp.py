@@ -24,7 +24,7 @@ from sparsight.common.slices import row_slices
 from sparsight.sae.base import SAE
 from sparsight.steering import retrieval
 from sparsight.steering.edits import Batch, Edit, keep_norm, of_size
-from sparsight.steering.nearest import Neighbours, nearest
+from sparsight.steering.nearest_neighbours import Neighbours, nearest
 
 _ROWS = 4096
 _LABELS = ("predicted", "oracle")
