@@ -1,6 +1,6 @@
-"""Writes docs/papers.md, the papers' numbers beside ours: python docs/papers.py [record RUN...].
+"""Write docs/papers.md, the papers' numbers beside ours: python docs/papers.py [record RUN...].
 
-``record`` first takes over the numbers of results/RUN into experiments/measured.json.
+``record`` first copies the numbers of results/RUN into experiments/measured.json.
 """
 
 import json
@@ -22,14 +22,22 @@ ROOT = Path(__file__).parent.parent
 PAPERS, MEASURED = ROOT / "experiments" / "papers.yaml", ROOT / "experiments" / "measured.json"
 HEAD = """# The papers' numbers and ours
 
-Made by `python docs/papers.py` from `experiments/papers.yaml` and, for ours, `experiments/measured.json`. After
-`snakemake --cores 8 --configfile experiments/<experiment>.yaml` a run's numbers are taken over by
-`python docs/papers.py record <experiment>`. Ours are means over SAE seeds, on the test split, the range over the seeds
-in brackets; what was chosen was chosen on val. Of a change against a control, seed by seed, the brackets hold the 95 %
-interval over seeds (Student's t). *not run*: nothing is recorded of this experiment.
+This page puts what the papers report beside what was measured here. It begins with the answers, one sentence each. Then
+come all tables with measured numbers, with a longer answer below. Tables without measured numbers are at the end.
+
+How to read the tables:
+
+* *ours* is the mean over SAE seeds on the test split, with the range over the seeds in brackets. All choices were made
+  on val.
+* A change against a control is computed seed by seed. Its brackets hold the 95 % interval over seeds (Student's t).
+* *not run*: no result of this experiment is recorded.
+
+`python docs/papers.py` writes this page from `experiments/papers.yaml` and, for our numbers,
+`experiments/measured.json`. To add a run: `snakemake --cores 8 --configfile experiments/<experiment>.yaml`, then
+`python docs/papers.py record <experiment>`.
 """
 UNITS = {"%": (100, 2), "share": (1, 4), "points": (100, 2), "cosine": (1, 3), "nats": (1, 4)}
-"""By unit, the factor on a metric and the digits shown."""
+"""Per unit, the factor on a metric and the digits shown."""
 
 
 @dataclass(frozen=True)
@@ -45,20 +53,20 @@ class Entry:
     """Data set or model, where an experiment or a table has several."""
     paper: float | None = None
     over: str = ""
-    """Key of a control: shown is the relative change against it."""
+    """Key of a control; the relative change against it is shown."""
     minus: str = ""
-    """Key of a control: shown is the difference to it."""
+    """Key of a control; the difference to it is shown."""
 
     @property
     def keys(self) -> list[str]:
-        """Everything that is read from ``metrics.json``."""
+        """All keys to read from ``metrics.json``."""
         return [key for key in (self.metric, self.over, self.minus) if key]
 
     def values(self, metrics: dict[str, float]) -> list[float]:
-        """One a seed, in the unit shown.
+        """One value per seed, in the unit shown.
 
         Raises:
-            SparsightError: a metric that was not recorded.
+            SparsightError: a metric was not recorded.
         """
         for key in self.keys:
             if not matching(key, metrics):
@@ -72,17 +80,22 @@ class Entry:
 
 @dataclass(frozen=True)
 class Table:
-    """A table of a paper, or what we measured of an experiment of our own."""
+    """A table of a paper, or the numbers of a study of our own."""
 
     title: str
     note: str = ""
     entries: list[Entry] = field(default_factory=list)
     answer: str = ""
-    """In plain words, what our numbers say of the paper's claim."""
+    """In plain words, what our numbers say about the paper's claim."""
 
 
 def read(papers: Any) -> Iterator[tuple[str, list[Table]]]:
-    """Every section of the page with its tables; ``papers`` is the content of papers.yaml."""
+    """Every section of the page with its tables, ours first; ``papers`` is the content of papers.yaml."""
+    ours = []
+    for run in papers["ours"]:
+        entries = [Entry(experiment=run["experiment"], **row) for row in run["rows"]]
+        ours.append(Table(_name(run), run["note"], entries, run.get("answer", "")))
+    yield "Our own studies, without a paper's numbers", ours
     for system in papers["systems"]:
         tables = []
         for table in system["tables"]:
@@ -97,16 +110,18 @@ def read(papers: Any) -> Iterator[tuple[str, list[Table]]]:
                     )
                     found.entries.append(entry)
             tables.append(found)
-        yield f"{system['system']} ({system['paper']})", tables
-    ours = []
-    for run in papers["ours"]:
-        entries = [Entry(experiment=run["experiment"], **row) for row in run["rows"]]
-        ours.append(Table(run["experiment"], run["note"], entries, run.get("answer", "")))
-    yield "Without a paper's number", ours
+        yield _name(system), tables
+
+
+def _name(about: dict[str, Any]) -> str:
+    """The heading of a system or of a study of our own."""
+    if "system" in about:
+        return f"{about['system']} ({about['paper']})"
+    return str(about.get("title", about["experiment"]))
 
 
 def _filled(key: str, column: dict[str, Any]) -> str:
-    """A key with <name> replaced by what the column has under that name."""
+    """A key with every <name> replaced by the column's value of that name."""
     for name, value in column.items():
         key = key.replace(f"<{name}>", str(value))
     return key
@@ -114,24 +129,54 @@ def _filled(key: str, column: dict[str, Any]) -> str:
 
 def page(papers: Any, measured: dict[str, Any]) -> str:
     """The text of docs/papers.md."""
-    lines = [HEAD]
+    lines = [HEAD, *_summary(papers), *_sections(papers, measured, 2), *_runs(measured)]
+    if later := list(_sections(papers, measured, 3, run=False)):
+        lines += ["## Tables that nobody has run yet", "", *later]
+    return "\n".join(lines).rstrip("\n") + "\n"
+
+
+def _summary(papers: Any) -> Iterator[str]:
+    """The answers in one sentence each."""
+    yield from ("## What was found", "")
+    for about in (*papers["ours"], *papers["systems"]):
+        if "summary" in about:
+            yield f"* **{_name(about)}**: {about['summary']}"
+    yield ""
+
+
+def _sections(papers: Any, measured: dict[str, Any], level: int, run: bool = True) -> Iterator[str]:
+    """The tables that have measured numbers, or those that have none, under headings of a level and the next."""
     for title, tables in read(papers):
-        lines += [f"## {title}", ""]
-        for table in tables:
-            experiments = ", ".join(f"`{name}`" for name in dict.fromkeys(e.experiment for e in table.entries))
-            lines += [f"### {table.title}", "", f"{table.note} Experiments: {experiments}.".strip(), ""]
-            lines += _lines(table.entries, measured)
-            lines.append("")
-            if table.answer:
-                lines += [table.answer.strip(), ""]
-                lines += _steered_heads(measured.get(table.title, {}).get("pruning", {}))
-    lines += ["## Runs", "", "| experiment | commit | test images |", "|---|---|---|"]
+        chosen = [table for table in tables if any(e.experiment in measured for e in table.entries) == run]
+        if chosen:
+            yield from (f"{'#' * level} {title}", "")
+        for table in chosen:
+            yield from (f"{'#' * (level + 1)} {table.title}", "")
+            yield from _table(table, measured)
+
+
+def _table(table: Table, measured: dict[str, Any]) -> Iterator[str]:
+    """A table with its note above, its answer and the intervals of head policies below."""
+    experiments = list(dict.fromkeys(entry.experiment for entry in table.entries))
+    names = ", ".join(f"`{name}`" for name in experiments)
+    yield from (f"{table.note} Experiment{'s' * (len(experiments) > 1)}: {names}.".strip(), "")
+    yield from _lines(table.entries, measured)
+    yield ""
+    if table.answer:
+        yield from (table.answer.strip(), "")
+    for name in experiments:
+        yield from _steered_heads(measured.get(name, {}).get("pruning", {}))
+
+
+def _runs(measured: dict[str, Any]) -> Iterator[str]:
+    """Of which commit the measured numbers are, and over how many images."""
+    yield from ("## Runs", "", "| experiment | commit | test images |", "|---|---|---|")
     for name, run in sorted(measured.items()):
         others = "".join(f", {other} {n:,}" for other, n in sorted(run["n_other"].items()))
-        lines.append(f"| {name} | {run['commit']} | {run['n']:,}{others} |")
+        yield f"| {name} | {run['commit']} | {run['n']:,}{others} |"
     if not measured:
-        lines.append("| none yet | | |")
-    return "\n".join(lines) + "\n"
+        yield "| none yet | | |"
+    yield ""
 
 
 def _lines(entries: list[Entry], measured: dict[str, Any]) -> Iterator[str]:
@@ -157,9 +202,9 @@ def _lines(entries: list[Entry], measured: dict[str, Any]) -> Iterator[str]:
 
 
 def _steered_heads(policies: dict[str, Any]) -> Iterator[str]:
-    """What the class latents do to every head policy of a run, with intervals."""
+    """How class latents change every head policy of a run, with intervals."""
     for name, found in policies.items():
-        yield f"Policy `{name}`: chosen on val, all test images; lost at most is a one-sided 95 % bound."
+        yield f"Policy `{name}`, on all test images; settings chosen on val. *Lost at most*: one-sided 95 % bound."
         yield from (
             "",
             "| labels | heads kept | unsteered | accuracy, points | lost at most |",
@@ -168,13 +213,17 @@ def _steered_heads(policies: dict[str, Any]) -> Iterator[str]:
         for row in found["against_none"]:
             cells = [row["labels"], f"{row['usage_last']:.3f}", f"{found['usage_none']:.3f}", _points(row)]
             yield "| " + " | ".join([*cells, f"{100 * row['loss_bound']:.2f}"]) + " |"
-        yield from ("", "Only the classes whose usage a strategy halves on val at no loss there are steered:", "")
+        yield from ("", "Steering only the classes whose usage a strategy halves on val without loss there:", "")
         yield "| strategy | labels | classes | heads kept | accuracy, points | lost at most |"
         yield "|---|---|---|---|---|---|"
         for row in found["selected_classes"]:
             cells = [row["strategy"], row["labels"], str(row["classes_selected"]), f"{row['usage_last']:.3f}"]
             yield "| " + " | ".join([*cells, _points(row), f"{100 * row['loss_bound']:.2f}"]) + " |"
-        yield from ("", "Class latents minus a control at the same share of heads, where its frontier reaches it:", "")
+        yield from (
+            "",
+            "Class latents minus a control, at the same share of heads or the nearest that the control reaches:",
+            "",
+        )
         yield "| control | labels | heads kept | control's heads | class latents minus control, points |"
         yield "|---|---|---|---|---|"
         for row in found["matched_usage"]:
@@ -188,13 +237,13 @@ def _points(row: dict[str, Any]) -> str:
 
 
 def matching(metric: str, metrics: dict[str, float]) -> dict[str, float]:
-    """The metrics of a key, one per seed where it has a *."""
+    """The metrics that a key names, one per seed if it has a *."""
     pattern = re.compile(re.escape(metric).replace(r"\*", r"\d+"))
     return {key: value for key, value in metrics.items() if pattern.fullmatch(key)}
 
 
 def record(run: str, folder: Path, papers: Any) -> dict[str, Any]:
-    """What measured.json keeps of a run: commit, number of test images, the metrics that papers.yaml names.
+    """The entry of a run in measured.json: commit, number of test images, the metrics that papers.yaml names.
 
     Raises:
         SparsightError: a run that papers.yaml does not name, that is not finished, or that lacks a metric.
@@ -224,7 +273,7 @@ def record(run: str, folder: Path, papers: Any) -> dict[str, Any]:
 
 
 def _pruning(folder: Path) -> dict[str, Any]:
-    """What is kept of every head policy for :func:`_steered_heads`."""
+    """The numbers of every head policy that :func:`_steered_heads` shows."""
     columns = (
         "strategy",
         "labels",

@@ -97,6 +97,21 @@ def test_a_recorded_run_stands_beside_the_paper_as_the_mean_over_its_seeds(paper
     assert "| run | abc | 4, birds 3 |" in page
 
 
+def test_measured_tables_come_before_those_that_nobody_has_run(papers: ModuleType, tmp_path: Path) -> None:
+    some = copy.deepcopy(SOME)
+    system = some["systems"][0]
+    later = {**system["tables"][0], "title": "Later", "columns": system["tables"][0]["columns"][1:]}
+    later["rows"] = [{"what": "x", "metric": "steering.x-s*.<images>.accuracy", "paper": [61.5]}]
+    system |= {"summary": "It holds.", "tables": [later, *system["tables"]]}
+    page = papers.page(some, {"run": papers.record("run", results(tmp_path / "run", METRICS), some)})
+    order = ["* **S (P)**: It holds.", "\n### run\n", "\n## S (P)\n", "\n### T\n", "\n## Runs\n"]
+    order += ["\n## Tables that nobody has run yet\n", "\n### S (P)\n", "\n#### Later\n"]
+    places = [page.index(text) for text in order]
+    assert places == sorted(places)
+    run = {"run": papers.record("run", results(tmp_path / "again", METRICS), SOME)}
+    assert "nobody" not in papers.page(SOME, run), "every table has a measured number"
+
+
 def test_the_answer_on_steered_heads_stands_with_its_intervals(papers: ModuleType, tmp_path: Path) -> None:
     folder = results(tmp_path / "run", METRICS)
     numbers = {"delta": -0.012, "delta_lo": -0.02, "delta_hi": -0.004, "loss_bound": 0.018}

@@ -1,1 +1,1 @@
-"""The activation store: its format on disk, its reader and writer, and the extraction that fills it."""
+"""The activation store: format on disk, reader, writer, and the extraction that fills it."""

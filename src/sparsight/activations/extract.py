@@ -1,4 +1,4 @@
-"""Images x backbone -> the shards of an activation store.
+"""Runs images through a backbone and writes the shards of an activation store.
 
 Shapes: B batch, T tokens, D width.
 """
@@ -36,19 +36,19 @@ def extract(
     backbone: Backbone, split: Split, section: Activations, compute: Compute, work: Work, store: Path, part: int,
     about: Mapping[str, Any],
 ) -> None:  # fmt: skip
-    """Write one part's shards of ``store`` and, to ``work.out``, ``<split>.part-<part>.json``: their records.
+    """Write one part's shards of ``store``, and their records to ``<split>.part-<part>.json`` in ``work.out``.
 
-    Batches do not cross shards, so neither the number of parts nor an interruption changes a byte; shards
-    that are complete and verify are kept.
+    Batches do not cross shards, so neither the number of parts nor an interruption changes a byte. Complete
+    shards with matching checksums are kept.
 
     Args:
-        store: ``<split>.zarr``. A manifest that still vouches for it is removed first.
+        store: ``<split>.zarr``. An existing manifest of it is removed first.
         part: this part's number, below ``section.parts``.
-        about: what the manifest is to say of images and backbone.
+        about: entries of the manifest about images and backbone.
 
     Raises:
-        SparsightError: a site that the model does not have, no class token where one is asked for, too
-            little disk space, an image that cannot be read, or a value that cannot be stored.
+        SparsightError: a site that the model does not have, tokens ``cls`` without a class token, too little
+            disk space, an image that cannot be read, or a value that cannot be stored.
     """
     plan = _plan(backbone, section, len(split))
     store.with_suffix(".json").unlink(missing_ok=True)
@@ -108,12 +108,12 @@ def extract(
 
 
 def precision(compute: Compute, device: torch.device) -> AbstractContextManager[object]:
-    """Autocast to bfloat16 where ``compute.precision`` asks for it."""
+    """Autocast to bfloat16 if ``compute.precision`` is ``bf16``."""
     return torch.autocast(device.type, torch.bfloat16, enabled=compute.precision == "bf16")
 
 
 def _normalized(backbone: Backbone, batches: Iterator[np.ndarray]) -> Iterator[Tensor]:
-    """Batches as the model wants them; a GPU gets the next one while it works on the last."""
+    """Normalised batches; a GPU receives the next batch while it computes on the current one."""
     if backbone.device.type != "cuda":
         yield from map(backbone.normalize, batches)
         return
@@ -121,7 +121,7 @@ def _normalized(backbone: Backbone, batches: Iterator[np.ndarray]) -> Iterator[T
     for pixels in batches:
         with torch.cuda.stream(copies):
             images = backbone.normalize(pixels)
-        torch.cuda.synchronize(backbone.device)  # so that no more than two batches are there
+        torch.cuda.synchronize(backbone.device)  # so that at most two batches are on the GPU
         yield images
 
 
@@ -137,10 +137,10 @@ def _plan(backbone: Backbone, section: Activations, n_images: int) -> Plan:
 
 
 def _records(writer: StoreWriter, work: Work, part: int, parts: int) -> dict[int, dict[str, Any] | None]:
-    """Per shard of the part its record, None where it is still to be made."""
-    n = len(writer.plan.shards)
+    """Record of each shard of the part; None if the shard is still to be written."""
+    n_shards = len(writer.plan.shards)
     records: dict[int, dict[str, Any] | None] = {}
-    for shard in range(n * part // parts, n * (part + 1) // parts):
+    for shard in range(n_shards * part // parts, n_shards * (part + 1) // parts):
         path = _record_path(work, shard)
         record = json.loads(path.read_text()) if path.exists() else None
         records[shard] = record if record is not None and writer.verified(record) else None
@@ -161,12 +161,13 @@ def _check_space(plan: Plan, todo: list[int], store: Path) -> None:
 
 def _inside(shard: slice, batch_size: int) -> list[slice]:
     return [
-        slice(shard.start + w.start, shard.start + w.stop) for w in row_slices(shard.stop - shard.start, batch_size)
+        slice(shard.start + window.start, shard.start + window.stop)
+        for window in row_slices(shard.stop - shard.start, batch_size)
     ]
 
 
 def _buffers(plan: Plan, device: torch.device) -> dict[str, Tensor]:
-    """Room for one shard of every site, page-locked where a GPU copies to it."""
+    """Buffers for one shard of every site, page-locked if a GPU copies to them."""
     pinned = device.type == "cuda"
     return {
         site: torch.empty((plan.shard_images, *shape), dtype=_DTYPES[plan.dtype], pin_memory=pinned)
@@ -175,7 +176,7 @@ def _buffers(plan: Plan, device: torch.device) -> dict[str, Tensor]:
 
 
 def _pick(x: Tensor, tokens: str, n_prefix: int) -> Tensor:
-    """The wanted tokens of (B, T, D); ``embedding`` is (B, D) already."""
+    """The tokens to store of (B, T, D); ``embedding`` is (B, D) already."""
     if x.ndim == 2 or tokens == "all":
         return x
     if tokens == "cls":

@@ -1,9 +1,8 @@
 """Shard files of a store: standard Zarr v3 on disk, written and read at the speed of plain files.
 
-A shard without a compressor is its inner chunks one after another, each followed by its crc32c, and at the
-end an index of their offsets and lengths with a crc32c of its own (Zarr's ``sharding_indexed`` codec). That
-is simple enough to write in one pass and to read with ``preadv`` straight into its destination; zarr-python
-takes several times as long for both.
+An uncompressed shard is a sequence of inner chunks, each followed by its crc32c. At the end is an index of their
+offsets and lengths, with a crc32c of its own (Zarr's ``sharding_indexed`` codec). Such a file can be written in
+one pass and read with ``preadv`` straight into its destination. zarr-python takes several times as long for both.
 
 Shapes: N images, S images in a shard, C images in a chunk; the trailing dimensions are never split.
 """
@@ -81,7 +80,7 @@ class Layout:
 
     @classmethod
     def of(cls, metadata: Mapping[str, Any]) -> "Layout | None":
-        """The layout that a ``zarr.json`` describes; None where only zarr can read the array."""
+        """The layout that a ``zarr.json`` describes; None if only zarr can read the array."""
         try:
             sharding = metadata["codecs"][0]["configuration"]
             layout = cls(
@@ -90,19 +89,19 @@ class Layout:
                 metadata["chunk_grid"]["configuration"]["chunk_shape"][0],
                 sharding["chunk_shape"][0],
             )
-            same = {key: metadata[key] for key in ("chunk_grid", "chunk_key_encoding", "codecs", "fill_value")}
+            described = {key: metadata[key] for key in ("chunk_grid", "chunk_key_encoding", "codecs", "fill_value")}
         except (KeyError, IndexError, TypeError):
             return None
-        return layout if all(layout.metadata()[key] == value for key, value in same.items()) else None
+        return layout if all(layout.metadata()[key] == value for key, value in described.items()) else None
 
 
 def write_shard(path: Path, values: np.ndarray, layout: Layout) -> str:
     """Write one whole shard; returns the sha256 of the file.
 
     Args:
-        path: where; the caller renames it into its place.
-        values: (n, ...), n <= S; fewer only in the last shard, whose last chunk is filled up with zeros.
-        layout: of the array.
+        path: the file to write; the caller renames it into its place.
+        values: (n, ...), n <= S. Only the last shard may have n < S; its last chunk is padded with zeros.
+        layout: layout of the array.
 
     Raises:
         OSError: the disk is full, or a file-size limit is reached.
@@ -132,24 +131,24 @@ def write_shard(path: Path, values: np.ndarray, layout: Layout) -> str:
 
 
 class Array(Protocol):
-    """One array of a store, as readers use it."""
+    """Read access to one array of a store."""
 
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
     chunk_images: int
 
     def read(self, first: int, last: int, out: np.ndarray | None = None) -> np.ndarray:
-        """Images ``first`` to ``last`` - 1, (last - first, ...), put into ``out`` if that is given."""
+        """Images ``first`` to ``last`` - 1, (last - first, ...), written to ``out`` if given."""
 
     def close(self) -> None:
-        """Close the files that are open; reading opens them again."""
+        """Close all open files; reading opens them again."""
 
 
 class RawArray:
     """Reads an array of uncompressed shards; see :class:`Array`.
 
-    When a chunk is first read, its crc32c is checked, and that every value is finite. Safe to use from
-    several threads, in forked processes, and, pickled, in spawned ones.
+    The first read of a chunk checks its crc32c, and that every value is finite. Safe to use from several
+    threads, in forked processes and, pickled, in spawned ones.
     """
 
     def __init__(self, folder: Path, layout: Layout) -> None:
@@ -163,46 +162,46 @@ class RawArray:
         return vars(self) | {"_shards": {}}
 
     def close(self) -> None:
-        """Close the shards that are open; reading opens them again."""
+        """Close all open shards; reading opens them again."""
         self._shards.clear()
 
     def read(self, first: int, last: int, out: np.ndarray | None = None) -> np.ndarray:
         """Images ``first`` to ``last`` - 1.
 
         Raises:
-            SparsightError: a shard that is damaged, by its path, or an image with a value that is not finite.
+            SparsightError: a damaged shard, with its path, or an image with a value that is not finite.
         """
         if out is None:
             out = np.empty((last - first, *self.shape[1:]), self.dtype)
         flat = out.reshape(-1).view(np.uint8)
         for number in range(first // self.chunk_images, -(-last // self.chunk_images)):
             start = number * self.chunk_images
-            a, b = max(first, start), min(last, start + self.chunk_images)
-            target = flat[(a - first) * self._row_bytes : (b - first) * self._row_bytes]
-            self._read_rows(number, (a - start) * self._row_bytes, target)
+            begin, end = max(first, start), min(last, start + self.chunk_images)
+            target = flat[(begin - first) * self._row_bytes : (end - first) * self._row_bytes]
+            self._read_rows(number, (begin - start) * self._row_bytes, target)
         return out
 
     def _read_rows(self, number: int, skip: int, target: np.ndarray) -> None:
-        """Fill ``target`` with the bytes of a chunk from ``skip`` on."""
+        """Fill ``target`` with the bytes of a chunk, starting at byte ``skip``."""
         shard, place = self._shard(number)
         if self._checked[number]:
             shard.read(place, skip, target)
             return
-        whole = target if len(target) == self.layout.chunk_bytes else np.empty(self.layout.chunk_bytes, np.uint8)
-        shard.read_checked(place, whole)
-        check_finite(whole.view(self.dtype).reshape(self.layout.chunk_shape), self.folder, number * self.chunk_images)
+        chunk = target if len(target) == self.layout.chunk_bytes else np.empty(self.layout.chunk_bytes, np.uint8)
+        shard.read_checked(place, chunk)
+        check_finite(chunk.view(self.dtype).reshape(self.layout.chunk_shape), self.folder, number * self.chunk_images)
         self._checked[number] = True
-        if whole is not target:
-            target[:] = whole[skip : skip + len(target)]
+        if chunk is not target:
+            target[:] = chunk[skip : skip + len(target)]
 
     def _shard(self, number: int) -> tuple["_Shard", int]:
         per_shard = self.layout.shard_images // self.chunk_images
         key, place = divmod(number, per_shard)
         shard = self._shards.get(key)
-        if shard is None:  # no lock, which a fork could copy while it is held: at worst a shard is opened twice
+        if shard is None:  # no lock, as a fork could copy it while held: at worst a shard is opened twice
             shard = _Shard(self.folder / self.layout.file(key), per_shard, self.layout.chunk_bytes)
             if len(self._shards) >= _OPEN_SHARDS:
-                self._shards.clear()  # each stays open for the threads that are still reading it
+                self._shards.clear()  # each stays open while a thread still reads it
             self._shards[key] = shard
         return shard, place
 
@@ -244,13 +243,13 @@ class _Shard:
         return offset
 
     def _fill(self, target: np.ndarray, offset: int, *more: np.ndarray) -> None:
-        wanted = len(target) + sum(map(len, more))
-        if offset < 0 or os.preadv(self._descriptor, [target.data, *(part.data for part in more)], offset) != wanted:
+        n_bytes = len(target) + sum(map(len, more))
+        if offset < 0 or os.preadv(self._descriptor, [target.data, *(part.data for part in more)], offset) != n_bytes:
             raise SparsightError(damaged(self.path, "it is too short"))
 
 
 class ZarrArray:
-    """Reads an array that is not laid out as ours (a compressor, other codecs) through zarr; see :class:`Array`."""
+    """Reads an array of another layout (a compressor, other codecs) through zarr; see :class:`Array`."""
 
     def __init__(self, folder: Path) -> None:
         import zarr
@@ -290,8 +289,8 @@ def open_array(folder: Path) -> RawArray | ZarrArray:
 
 
 def check_finite(x: np.ndarray, folder: Path, first: int) -> None:
-    """Raise SparsightError for the first image of (n, ...) with a value that is not finite; ``first`` is its number."""
-    # Exponent bits all set: an order of magnitude faster than np.isfinite on half precision.
+    """Raise SparsightError if a value of (n, ...) is not finite; ``first`` is the number of the first image."""
+    # Tests for exponent bits that are all set: ten times as fast as np.isfinite on half precision.
     bits, magnitude, infinity = _BITS[x.itemsize]
     if x.size and int((np.ascontiguousarray(x).view(bits) & magnitude).max()) >= infinity:
         row = first + int(np.flatnonzero(~np.isfinite(x).reshape(len(x), -1).all(axis=1))[0])
@@ -301,5 +300,5 @@ def check_finite(x: np.ndarray, folder: Path, first: int) -> None:
 
 
 def damaged(path: Path, reason: str) -> str:
-    """The message for a file of a store that cannot be trusted."""
+    """The error message for a damaged file of a store."""
     return f"{path}: damaged ({reason}); delete the store's manifest beside it and give the same command again"

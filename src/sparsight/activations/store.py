@@ -1,6 +1,6 @@
-"""The activation store: one Zarr v3 group per split, and a JSON manifest that vouches for every byte.
+"""The activation store: one Zarr v3 group per split, and a JSON manifest with the checksum of every file.
 
-``docs/store-format.md`` is the normative description; this module writes, opens and verifies stores.
+This module opens and verifies stores. ``docs/store-format.md`` is the normative description of the format.
 
 Shapes: N images, T tokens, D width.
 """
@@ -21,7 +21,7 @@ from sparsight.common.slices import row_slices
 
 FORMAT_VERSION = 1
 NO_CHECKSUM = "0" * 64
-"""What stands for the manifest's checksum while it is computed."""
+"""Placeholder for the manifest's checksum while it is computed."""
 
 
 class Rows:
@@ -42,7 +42,7 @@ class Rows:
         return self.shape[0]
 
     def images(self, first: int, last: int, out: np.ndarray | None = None) -> np.ndarray:
-        """The rows of images ``first`` to ``last`` - 1, (rows, D), put into ``out`` if that is given."""
+        """The rows of images ``first`` to ``last`` - 1, (rows, D), written to ``out`` if given."""
         if self._every_token:
             return self._array.read(first, last, out).reshape(-1, self.shape[1])
         picked = self._array.read(first, last)[:, self._tokens].reshape(-1, self.shape[1])
@@ -68,7 +68,7 @@ class Rows:
         out = np.empty((len(rows), self.shape[1]), self.dtype)
         images, tokens = np.divmod(rows, self.tokens_per_image)
         order = np.argsort(images, kind="stable")
-        # Neighbouring images are read together, each chunk once where every image is wanted.
+        # Neighbouring images are read together, each chunk once if all its images are requested.
         for run in np.split(order, np.flatnonzero(np.diff(images[order]) > 1) + 1):
             for part in np.split(run, np.flatnonzero(np.diff(images[run] // self.chunk_images)) + 1):
                 if len(part):
@@ -98,7 +98,7 @@ class ActivationStore:
         """Open ``<split>.zarr`` (or its ``<split>.json``) after checking manifest, file list and file sizes.
 
         Raises:
-            SparsightError: no manifest, another format, or a missing or truncated file (named).
+            SparsightError: no manifest, another format, or a missing or truncated file, with its name.
         """
         group, manifest_path = Path(path).with_suffix(".zarr"), Path(path).with_suffix(".json")
         text, manifest = _read_manifest(manifest_path)
@@ -113,7 +113,7 @@ class ActivationStore:
         return cls(group, manifest)
 
     def close(self) -> None:
-        """Close the files that are open; reading opens them again."""
+        """Close all open files; reading opens them again."""
         for array in self._arrays.values():
             array.close()
 
@@ -130,11 +130,13 @@ class ActivationStore:
 
     @property
     def tokens(self) -> str:
-        """What was stored: ``cls``, ``patches``, ``all`` or ``mean``."""
+        """Which tokens are stored: ``cls``, ``patches``, ``all`` or ``mean``."""
         return str(self.manifest["tokens"])
 
     def token_groups(self, site: str) -> dict[str, list[int]]:
-        """Positions along a site's token axis by kind: ``cls``, ``registers``, ``patches``; else what is stored.
+        """Positions along a site's token axis by kind: ``cls``, ``registers``, ``patches``.
+
+        ``embedding``, and a store of other tokens than ``all``, have a single kind, named after what is stored.
 
         Raises:
             SparsightError: a site that the store does not hold.
@@ -145,10 +147,10 @@ class ActivationStore:
         positions = self.manifest["token_positions"]
         patches = list(range(*positions["patches"]))
         kinds = {"cls": positions["class"], "registers": positions["register"], "patches": patches}
-        return {kind: at for kind, at in kinds.items() if at}
+        return {kind: indices for kind, indices in kinds.items() if indices}
 
     def rows(self, site: str, tokens: str | None = None) -> Rows:
-        """Activations of a site, (rows, D); ``tokens`` picks from a store of several tokens.
+        """Activations of a site, (rows, D); ``tokens`` selects ``cls`` or ``patches`` from a store of all tokens.
 
         Raises:
             SparsightError: a site or tokens that the store does not hold.
@@ -178,10 +180,10 @@ class ActivationStore:
 
 
 def verify(path: str | Path) -> list[str]:
-    """Hash every file of a store, also of one too damaged to be opened; returns one line per problem.
+    """Hash every file of a store, even if it is too damaged to be opened; returns one line per problem.
 
     Raises:
-        SparsightError: there is no manifest that could be read.
+        SparsightError: the manifest is missing or cannot be read.
     """
     group, manifest_path = Path(path).with_suffix(".zarr"), Path(path).with_suffix(".json")
     text, manifest = _read_manifest(manifest_path)
@@ -195,14 +197,16 @@ def verify(path: str | Path) -> list[str]:
 
 
 def checksum(text: bytes, found: str) -> str:
-    """sha256 of a manifest whose own checksum ``found`` is replaced by zeros."""
+    """sha256 of a manifest's text in which its own checksum ``found`` is replaced by zeros."""
     return hashlib.sha256(text.replace(found.encode(), NO_CHECKSUM.encode(), 1)).hexdigest()
 
 
 def problems_of(path: Path, files: Mapping[str, str]) -> list[str]:
-    """What is wrong with ``files`` (sha256 by name relative to ``path``), one line each."""
-    with ThreadPoolExecutor() as pool:  # hashing leaves the interpreter's lock
-        return [p for p in pool.map(lambda item: _problem(path, *item), files.items()) if p is not None]
+    """Problems of ``files`` (sha256 by name relative to ``path``), one line each."""
+    with ThreadPoolExecutor() as pool:  # hashing releases the interpreter's lock
+        return [
+            problem for problem in pool.map(lambda item: _problem(path, *item), files.items()) if problem is not None
+        ]
 
 
 def _problem(path: Path, name: str, sha256: str) -> str | None:
@@ -225,9 +229,9 @@ def _read_manifest(path: Path) -> tuple[bytes, dict[str, Any]]:
         raise SparsightError(f"{path}: no store manifest ({error.strerror}); run extraction") from None
     except ValueError as error:
         raise SparsightError(f"{path}: not JSON ({error}); {_again(path)}") from None
-    found = manifest.get("format_version") if isinstance(manifest, dict) else None
-    if found != FORMAT_VERSION:
-        raise SparsightError(f"{path}: format_version {found}, this sparsight reads {FORMAT_VERSION}")
+    version = manifest.get("format_version") if isinstance(manifest, dict) else None
+    if version != FORMAT_VERSION:
+        raise SparsightError(f"{path}: format_version {version}, this sparsight reads {FORMAT_VERSION}")
     return text, manifest
 
 

@@ -1,4 +1,4 @@
-"""Writing an activation store: shards first, by one or many processes, the manifest last.
+"""Writes an activation store: first the shards, by one or more processes, then the manifest.
 
 Shapes: N images, T tokens, D width.
 """
@@ -27,7 +27,7 @@ _GROUP = {"attributes": {}, "node_type": "group", "zarr_format": 3}
 
 
 def shard_size(n_images: int, most: int) -> int:
-    """Images in a shard: a power of two, at most ``most``, and small enough for 8 shards."""
+    """Images per shard: a power of two, at most ``most``, and small enough for 8 shards."""
     return _power_of_two(min(most, n_images // _MIN_SHARDS))
 
 
@@ -37,7 +37,7 @@ def _power_of_two(limit: int) -> int:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a store will hold, known before its first shard is written."""
+    """The contents of a store, known before its first shard is written."""
 
     n_images: int
     """N."""
@@ -46,11 +46,11 @@ class Plan:
     dtype: str
     """``float16`` or ``float32``."""
     shard_images: int
-    """Images in a shard, a power of two."""
+    """Images per shard, a power of two."""
 
     @cached_property
     def layouts(self) -> dict[str, Layout]:
-        """Per site, how its array is cut."""
+        """Per site, the layout of its array."""
         item = np.dtype(self.dtype).itemsize
         return {
             site: Layout(
@@ -69,7 +69,7 @@ class Plan:
 
     @property
     def image_bytes(self) -> int:
-        """Bytes that one image takes, all sites."""
+        """Bytes of one image's activations at all sites."""
         return sum(int(np.prod(shape)) for shape in self.shapes.values()) * np.dtype(self.dtype).itemsize
 
     def files(self, shard: int) -> dict[str, str]:
@@ -78,12 +78,12 @@ class Plan:
 
 
 class StoreWriter:
-    """Writes a store shard by shard, whole shards only; several writers may fill disjoint shards of one store.
+    """Writes a store in whole shards; several writers may fill disjoint shards of one store.
 
     Args:
         path: the group, e.g. ``train.zarr``.
-        plan: what the store will hold.
-        aside: folder for shards that are being written, on the file system of ``path``.
+        plan: contents of the store.
+        aside: folder for unfinished shards, on the file system of ``path``.
     """
 
     def __init__(self, path: Path, plan: Plan, aside: Path) -> None:
@@ -98,10 +98,10 @@ class StoreWriter:
             uris: names of these images, for messages.
 
         Raises:
-            SparsightError: a value that is not finite (or that the dtype could not hold), a full disk.
+            SparsightError: a value that is not finite or that the dtype cannot hold, or a full disk.
         """
         files = self.plan.files(shard)
-        with ThreadPoolExecutor(len(files)) as pool:  # a site is hashed and written while others are
+        with ThreadPoolExecutor(len(files)) as pool:  # sites are hashed and written in parallel
             results = pool.map(lambda site: self._write_site(site, files[site], values[site], uris), files)
             parts = dict(zip(files, results, strict=True))
         return {
@@ -126,13 +126,13 @@ class StoreWriter:
             raise SparsightError(
                 f"float16 overflow at site {site!r}, image {uris[row]}: more than 65504; set activations.dtype: float32"
             )
-        aside, target = self._aside / name.replace("/", "-"), self.path / name
+        temporary, target = self._aside / name.replace("/", "-"), self.path / name
         try:
-            sha256 = write_shard(aside, x, layout)
+            sha256 = write_shard(temporary, x, layout)
             target.parent.mkdir(parents=True, exist_ok=True)
-            os.replace(aside, target)
+            os.replace(temporary, target)
         except OSError as error:
-            aside.unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
             raise SparsightError(
                 f"{target}: cannot be written ({error.strerror}); make room and give the same command again,"
                 " finished shards are kept"
@@ -140,21 +140,21 @@ class StoreWriter:
         return {"sha256": sha256, "sum": total.tolist(), "square": square}
 
     def verified(self, record: Mapping[str, Any]) -> bool:
-        """Whether the shard that ``record`` describes is there, whole and unchanged."""
+        """Whether the shard that ``record`` describes is complete and unchanged on disk."""
         return not problems_of(self.path, record["files"])
 
 
 def finish_store(path: Path, parts: Sequence[Path], manifest_path: Path) -> None:
-    """Verify every shard, write the group's metadata, and write the manifest that vouches for all of it.
+    """Verify every shard, write the group's metadata, then write the manifest with all checksums.
 
     Args:
         path: the group; files that do not belong to it are removed.
-        parts: what the writers of the shards left: JSON with ``plan``, ``about`` (keys of the manifest) and
+        parts: JSON files from the writers of the shards, with ``plan``, ``about`` (entries of the manifest) and
             ``shards`` (records by number).
         manifest_path: ``<split>.json``.
 
     Raises:
-        SparsightError: parts of different stores, a shard that is missing or not as its record says.
+        SparsightError: parts of different stores, or a shard that is missing or differs from its record.
     """
     contents = [json.loads(part.read_text()) for part in parts]
     for part, content in zip(parts, contents, strict=True):
@@ -162,10 +162,10 @@ def finish_store(path: Path, parts: Sequence[Path], manifest_path: Path) -> None
             raise SparsightError(f"{part}: belongs to another store than {parts[0]}; delete both and extract again")
     shapes = {site: tuple(shape) for site, shape in contents[0]["plan"]["shapes"].items()}
     plan = Plan(**{**contents[0]["plan"], "shapes": shapes})
-    found = {int(shard): record for content in contents for shard, record in content["shards"].items()}
-    if sorted(found) != list(range(len(plan.shards))):
-        raise SparsightError(f"{path}: the parts hold {len(found)} of {len(plan.shards)} shards; extract again")
-    records = [found[shard] for shard in sorted(found)]
+    by_shard = {int(shard): record for content in contents for shard, record in content["shards"].items()}
+    if sorted(by_shard) != list(range(len(plan.shards))):
+        raise SparsightError(f"{path}: the parts hold {len(by_shard)} of {len(plan.shards)} shards; extract again")
+    records = [by_shard[shard] for shard in sorted(by_shard)]
     files = {name: sha256 for record in records for name, sha256 in record["files"].items()}
     if problems := problems_of(path, files):
         names = ", ".join(part.name for part in parts)
@@ -180,11 +180,11 @@ def finish_store(path: Path, parts: Sequence[Path], manifest_path: Path) -> None
             "mean": (total / (entries // layout.shape[-1])).tolist(),
             "rms": float(np.sqrt(np.sum([record["square"][site] for record in records]) / entries)),
         }
-    metadata = {"zarr.json": _GROUP} | {f"{site}/zarr.json": lay.metadata() for site, lay in plan.layouts.items()}
+    metadata = {"zarr.json": _GROUP} | {f"{site}/zarr.json": layout.metadata() for site, layout in plan.layouts.items()}
     for name, value in metadata.items():
         write_atomic(path / name, partial(write_json, value=value))
         files[name] = file_digest(path / name)
-    for name in files_of(path) - files.keys():  # shards of another configuration
+    for name in files_of(path) - files.keys():  # left over from another configuration
         (path / name).unlink()
     manifest = {
         "format_version": FORMAT_VERSION,

@@ -1,4 +1,4 @@
-"""Vision Transformers: loading, sites to read and heads to switch, weights, and their training here."""
+"""Vision Transformers: loading, weights, reading activations at sites, switching heads, training."""
 
 from typing import TYPE_CHECKING
 

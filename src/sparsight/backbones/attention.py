@@ -1,6 +1,7 @@
-"""Attention with some heads switched off, per image: masked (the reference) and gathered (not computed).
+"""Attention with some heads switched off per image: masked (the reference), or gathered (only kept heads computed).
 
-Shapes: B batch, T tokens, R of them that are read, D width, H heads, K kept heads, C channels of a head.
+Shapes: B batch, T tokens, R tokens that are read, D width, H heads, K kept heads, C channels of a head, G distinct
+head masks of a batch.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -22,7 +23,7 @@ HeadMode = Literal["masked", "gathered"]
 
 @dataclass(frozen=True)
 class Layer:
-    """The parts of an attention layer, whatever its class calls them."""
+    """The parts of an attention layer, under the same names for every class."""
 
     n_heads: int
     linears: list[tuple[Tensor, Tensor | None]]
@@ -31,28 +32,28 @@ class Layer:
     q_norm: Callable[[Tensor], Tensor] | None = None
     k_norm: Callable[[Tensor], Tensor] | None = None
     bias_HTT: Tensor | None = None
-    """Added to the scores."""
+    """Added to the attention scores."""
     rope: Tensor | None = None
-    """Rotary embedding of the patches, (patches, 2C), or (H, patches, 2C) where heads differ."""
+    """Rotary embedding of the patches, (patches, 2C), or (H, patches, 2C) if heads differ."""
     n_prefix: int = 0
-    """Tokens in front that are not rotated."""
+    """Number of leading tokens that are not rotated."""
     rope_half: bool = False
-    """Rotary layout: halves instead of interleaved."""
+    """Rotary layout: halves instead of interleaved pairs."""
     scale_H11: Tensor | None = None
     """Factor on each head's output."""
     mix: Callable[[Tensor, Tensor], Tensor] | None = None
-    """(input, heads' outputs (B, T, HC)) -> what the projection reads; reads all heads at once."""
+    """(input, heads' outputs (B, T, HC)) -> input of the projection; needs the outputs of all heads."""
     tokens_first: bool = False
-    """Products in the order of torch's MultiheadAttention, rows by (T, B): the same order, the same bits."""
+    """Whether products take rows in the order (T, B), like torch's MultiheadAttention, to give the same bits."""
 
 
 def attend(attention: nn.Module, x_BTD: Tensor, keep_BH: Tensor, mode: HeadMode, **shared: Tensor) -> Tensor:
     """Output (B, T, D) of an attention layer in which image b uses the heads with ``keep_BH[b]`` true.
 
-    A head that is off contributes nothing before the output projection; the projection's bias stays, also
-    where no head is kept. ``masked`` computes every head and multiplies by 0 or 1, which passes gradients
-    to a float ``keep_BH``; with every head on it gives the layer's own bits. ``gathered`` computes the kept
-    heads only, image by image. ``shared`` is what the layer takes beside x (``rope``, a position bias).
+    A head that is off adds nothing to the input of the output projection. The projection's bias is always added,
+    even if no head is kept. ``masked`` computes every head and multiplies by 0 or 1, which passes gradients to a
+    float ``keep_BH``; with every head on it gives the layer's own bits. ``gathered`` computes only the heads that
+    each image keeps. ``shared`` holds the layer's arguments other than x (``rope``, a position bias).
 
     Raises:
         SparsightError: the layer's class has no heads that can be switched (gathered: no heads that can be
@@ -60,8 +61,8 @@ def attend(attention: nn.Module, x_BTD: Tensor, keep_BH: Tensor, mode: HeadMode,
     """
     layer = read_layer(attention, **shared)
     if keep_BH.shape != (len(x_BTD), layer.n_heads):
-        wanted = (len(x_BTD), layer.n_heads)
-        raise SparsightError(f"head mask: expected shape {wanted}, got {tuple(keep_BH.shape)}")
+        expected = (len(x_BTD), layer.n_heads)
+        raise SparsightError(f"head mask: expected shape {expected}, got {tuple(keep_BH.shape)}")
     if mode == "masked":
         out_BTHC = _heads(layer, x_BTD, None)
         return _project(layer, out_BTHC * keep_BH[:, None, :, None].to(out_BTHC.dtype), None, layer.proj.bias)
@@ -81,7 +82,7 @@ def attend(attention: nn.Module, x_BTD: Tensor, keep_BH: Tensor, mode: HeadMode,
 def narrowed(linears: Sequence[nn.Linear], keep_BH: Tensor, mode: HeadMode) -> Iterator[None]:
     """Inside ``with``, these maps read only the channels of the heads that image b keeps (AdaViT's coupling of fc1).
 
-    Channels h C to (h + 1) C are those of head h, with C = D / H. ``mode`` as for :func:`attend`.
+    Channels h C to (h + 1) C belong to head h, with C = D / H. ``mode`` as for :func:`attend`.
     """
     for linear in linears:
         linear.forward = _Narrow(linear, keep_BH, mode)  # type: ignore[method-assign, assignment]
@@ -89,7 +90,7 @@ def narrowed(linears: Sequence[nn.Linear], keep_BH: Tensor, mode: HeadMode) -> I
         yield
     finally:
         for linear in linears:
-            del linear.forward  # the instance's; the class's own is seen again
+            del linear.forward  # deletes the instance's, so the class's own applies again
 
 
 @dataclass(frozen=True)
@@ -112,10 +113,10 @@ class _Narrow:
 
 
 def head_outputs(attention: nn.Module, x_BTD: Tensor, n_read: int | None = None, /, **shared: Tensor) -> Tensor:
-    """What each head hands to the output projection, (B, T, H, C), or of the first ``n_read`` tokens alone.
+    """Each head's input to the output projection, (B, T, H, C), or (B, R, H, C) for the first ``n_read`` tokens.
 
     ``proj(head_outputs.flatten(2))`` is the layer's output; columns h C to (h + 1) C of the projection's
-    weight belong to head h. Raises SparsightError as :func:`attend`.
+    weight belong to head h. Raises SparsightError like :func:`attend`.
     """
     return _heads(read_layer(attention, **shared), x_BTD, None, n_read)
 
@@ -124,7 +125,7 @@ def read_layer(attention: nn.Module, **shared: Tensor) -> Layer:
     """The parts of a layer of timm (Attention, AttentionRope, EVA, BEiT), torch or open_clip.
 
     Raises:
-        SparsightError: another class, or an option of these whose heads cannot be told apart.
+        SparsightError: another class, or an option of these classes with which heads cannot be separated.
     """
     if isinstance(attention, nn.MultiheadAttention):
         weight, bias = attention.in_proj_weight, attention.in_proj_bias
@@ -151,7 +152,7 @@ def _rope(attention: Any, rope: Tensor | None = None) -> Layer:
     if getattr(attention, "num_kv_groups", 1) > 1:
         raise SparsightError("heads that share keys and values (grouped-query attention) cannot be switched")
     if attention.qkv is None:
-        linears = [(p.weight, p.bias) for p in (attention.q_proj, attention.k_proj, attention.v_proj)]
+        linears = [(linear.weight, linear.bias) for linear in (attention.q_proj, attention.k_proj, attention.v_proj)]
     else:
         linears = [(attention.qkv.weight, _separate_bias(attention, attention.qkv.bias))]
     return Layer(
@@ -198,7 +199,7 @@ _KNOWN = "timm's Attention, AttentionRope, EvaAttention and BEiT attention, torc
 
 
 def _separate_bias(attention: Any, fused: Tensor | None) -> Tensor | None:
-    """EVA and BEiT keep the biases of queries and values apart and have none for keys."""
+    """EVA and BEiT store the biases of queries and values separately and have none for keys."""
     if getattr(attention, "q_bias", None) is None:
         return fused
     return torch.cat((attention.q_bias, attention.k_bias, attention.v_bias))
@@ -230,12 +231,12 @@ def _by_group(
     bias: Tensor | None,
     run: Callable[[Tensor, Tensor, Tensor | None], Tensor],
 ) -> Tensor:
-    """Images are grouped by mask, or by head where there are more masks than heads: the fewer, larger products.
+    """Group images by mask, or by head if there are more masks than heads, to get fewer and larger products.
 
     Args:
         x_BTD: the input.
         keep_BH: bool.
-        width: of the output.
+        width: width of the output.
         bias: added once to every image.
         run: (images, kept heads, bias) -> their part of the output.
     """
@@ -248,7 +249,7 @@ def _by_group(
         for (rows, _), out in zip(groups, outs, strict=True):
             out_BTD[rows] = out
         return out_BTD
-    total_BTD = x_BTD.new_zeros(shape)  # the stream's float32, also of bfloat16 parts
+    total_BTD = x_BTD.new_zeros(shape)  # float32 like the stream, even if the parts are bfloat16
     for head in range(H):
         rows = torch.nonzero(keep_BH[:, head])[:, 0]
         total_BTD[rows] += run(rows, torch.tensor([head], device=keep_BH.device), None)
@@ -256,7 +257,7 @@ def _by_group(
 
 
 def _heads(layer: Layer, x_BTD: Tensor, kept_K: Tensor | None, n_read: int | None = None) -> Tensor:
-    """What the kept heads (None: all) hand to the projection, (B, T, K, C), or at the first tokens: (B, R, K, C)."""
+    """Input of the projection from the kept heads (None: all), (B, T, K, C), or (B, R, K, C) for the first tokens."""
     B, T, H = *x_BTD.shape[:2], layer.n_heads
     C = layer.proj.in_features // H
     K = H if kept_K is None else len(kept_K)
@@ -283,7 +284,7 @@ def _heads(layer: Layer, x_BTD: Tensor, kept_K: Tensor | None, n_read: int | Non
         q, k = (_rotate(layer, part, rope).type_as(v) for part in (q, k))
     bias = layer.bias_HTT
     bias = bias[kept_K] if bias is not None and kept_K is not None else bias
-    if n_read is not None:  # every token is looked at, from few
+    if n_read is not None:  # few tokens attend to every token
         q, x_BTD, bias = q[:, :, :n_read], x_BTD[:, :n_read], None if bias is None else bias[:, :n_read]
     out_BKTC = F.scaled_dot_product_attention(q, k, v, attn_mask=None if bias is None else bias[None].to(q.dtype))
     if layer.scale_H11 is not None:

@@ -1,4 +1,4 @@
-"""A Vision Transformer with named taps and head gates, whatever family it is of.
+"""A Vision Transformer of any family, with named taps and head gates.
 
 Shapes: B batch, T tokens (class tokens first, then registers, then patches), D width (d_in), L blocks, H heads,
 C channels of a head, E joint embedding of images and texts.
@@ -22,7 +22,7 @@ from sparsight.images.preprocess import Preprocess
 
 
 class BlockPolicy(Protocol):
-    """Something that decides, block by block, which heads an image uses."""
+    """Decides, block by block, which heads an image uses."""
 
     def decide(self, block: int, cls_BD: Tensor) -> Tensor | None:
         """Bool (B, H) for one block from the class token at its input; None keeps every head."""
@@ -31,16 +31,16 @@ class BlockPolicy(Protocol):
 class Backbone(nn.Module):
     """A Vision Transformer whose blocks can be tapped and whose heads can be gated.
 
-    Works in float32 and, inside ``torch.autocast``, in bfloat16. What is computed is the library's own forward,
-    bit for bit, unless heads are switched off.
+    Works in float32 and, inside ``torch.autocast``, in bfloat16. Unless heads are switched off, the results are
+    those of the library's own forward, bit for bit.
 
     Args:
-        model: a timm or open_clip model, in eval mode from here on.
+        model: a timm or open_clip model; it is put into eval mode.
         name: ``timm/...`` or ``open_clip/...``; open_clip finds the tokenizer by it.
-        preprocess: how pictures become its input; None takes the model's own configuration.
+        preprocess: how pictures become the model's input; None uses the model's own configuration.
 
     Raises:
-        SparsightError: a model or blocks of a kind whose parts have no names here.
+        SparsightError: an unsupported kind of model or block.
     """
 
     model: Any  # timm and open_clip do not type their attributes
@@ -52,20 +52,20 @@ class Backbone(nn.Module):
         self.tower = _tower(model)
         self.model, self.preprocess = model.eval(), preprocess or _preprocess(model, self.tower)
         self.class_names: list[str] | None = None
-        """What its outputs stand for, where the backbone stage said so."""
+        """Names of the output classes, if the backbone stage recorded them."""
         self.couples_mlp = False
-        """Whether a head that is off also takes its channels from what the block's MLP reads (AdaViT's released
-        models); see :meth:`run_blocks`."""
+        """Whether switching off a head also removes its channels from the input of the block's MLP (AdaViT's
+        released models); see :meth:`run_blocks`."""
         self.register_buffer("prompts_CE", None, persistent=False)
 
     @property
     def n_blocks(self) -> int:
-        """L."""
+        """L, the number of blocks."""
         return len(self.tower.blocks)
 
     @property
     def n_heads(self) -> int:
-        """H, of every block."""
+        """H, the number of heads of every block."""
         layer: Any = self.tower.parts(0).attention
         return 0 if layer is None else int(layer.num_heads)
 
@@ -106,19 +106,19 @@ class Backbone(nn.Module):
 
     @property
     def n_classes(self) -> int | None:
-        """Outputs of the classifier, or prompts in its place; None where there is neither."""
+        """Outputs of the classifier, or number of prompts instead; None if there is neither."""
         if self.prompts_CE is not None:
             return len(self.prompts_CE)
         return None if self.has_text else int(self.model.num_classes)
 
     @property
     def has_text(self) -> bool:
-        """Whether a text tower comes with the image tower."""
+        """Whether the model has a text tower."""
         return hasattr(self.model, "encode_text")
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """Device of the weights."""
         return next(self.parameters()).device
 
     def normalize(self, pixels: np.ndarray) -> Tensor:
@@ -148,9 +148,9 @@ class Backbone(nn.Module):
         if head_mask is not None and policy is not None:
             raise SparsightError("give head_mask or policy, not both")
         if head_mask is not None:
-            wanted = (len(images), self.n_blocks, self.n_heads)
-            if head_mask.shape != wanted:
-                raise SparsightError(f"head_mask: expected shape {wanted}, got {tuple(head_mask.shape)}")
+            expected = (len(images), self.n_blocks, self.n_heads)
+            if head_mask.shape != expected:
+                raise SparsightError(f"head_mask: expected shape {expected}, got {tuple(head_mask.shape)}")
             policy = _Fixed(head_mask)
         x_BTD, _ = self.run_blocks(self.tokens(images), 0, self.n_blocks, policy, heads)
         return self.classify(x_BTD)
@@ -159,9 +159,9 @@ class Backbone(nn.Module):
     def taps(self, images: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
         """Activations by site from one forward pass: (B, T, D) each, ``embedding`` (B, D).
 
-        ``.attn`` and ``.mlp`` are what the sublayer adds to the residual stream. The pass stops after the
-        last block that is asked for. ``embedding`` follows the final norm and pooling: what the classifier
-        or the projection reads.
+        ``.attn`` and ``.mlp`` are the sublayer's additions to the residual stream. ``embedding`` is the output of
+        the final norm and pooling, which the classifier or the projection reads. The pass stops after the last
+        block that is needed.
 
         Raises:
             SparsightError: a site that does not exist in this model.
@@ -170,28 +170,30 @@ class Backbone(nn.Module):
             sites.check(name, self.n_blocks, "sites")
         last = max(self.n_blocks if name == "embedding" else int(name.split(".")[1]) + 1 for name in names)
         x_BTD, shared = self.tokens(images), self.tower.shared()
-        found: dict[str, Tensor] = {}
+        activations: dict[str, Tensor] = {}
         for i in range(last):
             parts = self.tower.parts(i)
             attn_BTD = parts.after(parts.attend(parts.before(x_BTD), **shared[i]))
             middle_BTD = x_BTD + attn_BTD
             mlp_BTD = parts.mlp(middle_BTD)
             out_BTD = middle_BTD + mlp_BTD
-            seen = {"input": x_BTD, "attn": attn_BTD, "mlp": mlp_BTD, "output": out_BTD}
-            found |= {f"blocks.{i}.{part}": value for part, value in seen.items() if f"blocks.{i}.{part}" in names}
+            by_part = {"input": x_BTD, "attn": attn_BTD, "mlp": mlp_BTD, "output": out_BTD}
+            activations |= {
+                f"blocks.{i}.{part}": value for part, value in by_part.items() if f"blocks.{i}.{part}" in names
+            }
             x_BTD = out_BTD
         if "embedding" in names:
-            found["embedding"] = self.tower.pool(x_BTD)
-        return {name: found[name] for name in names}
+            activations["embedding"] = self.tower.pool(x_BTD)
+        return {name: activations[name] for name in names}
 
     @torch.no_grad()
     def head_outputs(self, images: Tensor, block: int) -> Tensor:
-        """What each head of one block hands to its output projection, (B, T, H, C).
+        """Each head's input to the output projection of one block, (B, T, H, C).
 
-        Flattened to (B, T, H C) and projected they are the block's attention; no other block is touched.
+        Flattened to (B, T, H C) and projected, they are the block's attention. Later blocks are not run.
 
         Raises:
-            SparsightError: heads that cannot be told apart, or no such block.
+            SparsightError: heads that cannot be separated, or no such block.
         """
         sites.check(f"blocks.{block}.attn", self.n_blocks, "head_outputs")
         x_BTD, _ = self.run_blocks(self.tokens(images), 0, block)
@@ -207,9 +209,9 @@ class Backbone(nn.Module):
     def run_blocks(
         self, x_BTD: Tensor, start: int, stop: int, policy: BlockPolicy | None = None, heads: HeadMode = "masked"
     ) -> tuple[Tensor, dict[int, Tensor]]:
-        """Blocks ``start`` to ``stop`` - 1: the residual stream after them, and the masks that were decided.
+        """Run blocks ``start`` to ``stop`` - 1: the residual stream after them, and the policy's mask of each block.
 
-        Running a prefix once and several suffixes gives the same bits as several whole passes.
+        Running the first blocks once and the remaining ones several times gives the same bits as full passes.
         """
         masks: dict[int, Tensor] = {}
         blocks, shared = self.tower.blocks, self.tower.shared()
@@ -226,10 +228,10 @@ class Backbone(nn.Module):
         return x_BTD, masks
 
     def mlp(self, block: int, x_BTD: Tensor, keep_BH: Tensor, heads: HeadMode = "masked") -> Tensor:
-        """What a block's MLP adds to the stream where the heads of ``keep_BH`` were kept.
+        """The addition of a block's MLP to the stream, given that the heads of ``keep_BH`` were kept.
 
         Raises:
-            SparsightError: the MLP is coupled to the heads, and its input or the heads' channels have no names here.
+            SparsightError: the MLP is coupled to the heads, but its input maps are unknown or D is no multiple of H.
         """
         parts = self.tower.parts(block)
         if not self.couples_mlp:
@@ -241,7 +243,7 @@ class Backbone(nn.Module):
             return parts.mlp(x_BTD)
 
     def switchable(self, block: int) -> nn.Module:
-        """The attention layer of a block; :class:`SparsightError` where it is more than one."""
+        """The attention layer of a block; :class:`SparsightError` if there are several."""
         layer = self.tower.parts(block).attention
         if layer is None:
             kind = type(self.tower.blocks[block]).__name__
@@ -249,11 +251,11 @@ class Backbone(nn.Module):
         return layer
 
     def classify(self, x_BTD: Tensor) -> Tensor:
-        """From the residual stream after the last block to what :meth:`forward` returns."""
+        """The output of :meth:`forward`, from the residual stream after the last block."""
         return self._logits(self.tower.head(x_BTD))
 
     def classify_embedding(self, embedding_BD: Tensor) -> Tensor:
-        """The same from ``embedding``, (B, D); :class:`SparsightError` for a distilled DeiT, which reads two tokens."""
+        """The same from ``embedding``, (B, D); :class:`SparsightError` for a distilled DeiT, which needs two tokens."""
         return self._logits(self.tower.read(embedding_BD))
 
     def _logits(self, features_BE: Tensor) -> Tensor:
@@ -264,7 +266,7 @@ class Backbone(nn.Module):
         return open_clip.prompt_logits(self.model, features_BE, self.prompts_CE)
 
     def features(self, images: Tensor) -> Tensor:
-        """What the model makes of images without prompts: open_clip's image features, timm's logits (B, E)."""
+        """Output for images without prompts, (B, E): open_clip's image features, or timm's logits."""
         x_BTD, _ = self.run_blocks(self.tokens(images), 0, self.n_blocks)
         return self.tower.head(x_BTD)
 
@@ -280,7 +282,7 @@ class Backbone(nn.Module):
         return open_clip.encode_text(self.model, self._own_name, list(texts))
 
     def use_prompts(self, classes: Sequence[str], templates: Sequence[str]) -> None:
-        """Make :meth:`forward` a classifier by prompts: scaled similarity to the texts of each class (CLIP).
+        """Make :meth:`forward` classify by prompts: scaled similarity to the texts of each class (CLIP).
 
         Args:
             classes: readable class names.
@@ -301,13 +303,13 @@ class Backbone(nn.Module):
 
     @property
     def blank(self) -> Tensor:
-        """One empty image, as :meth:`forward` takes it."""
+        """One blank image, as input of :meth:`forward`."""
         return torch.zeros(1, self.preprocess.channels, *self.tower.image_size, device=self.device)
 
 
 @dataclasses.dataclass
 class _Fixed:
-    """A mask given in advance, as a policy."""
+    """A policy that returns a given mask."""
 
     mask_BLH: Tensor
 
@@ -332,9 +334,9 @@ def _preprocess(model: Any, tower: Tower) -> Preprocess:
         )
     data = resolve_model_data_config(model)
     mean, std = tuple(data["mean"]), tuple(data["std"])
-    if model.in_chans == 1:  # timm names RGB statistics whatever in_chans is
+    if model.in_chans == 1:  # timm gives RGB statistics whatever in_chans is
         mean, std = (sum(mean) / len(mean),), (sum(std) / len(std),)
-    trained_here = tower.image_size == tuple(data["input_size"][-2:])
-    crop_pct = data["crop_pct"] if trained_here else 1.0
+    original_size = tower.image_size == tuple(data["input_size"][-2:])
+    crop_pct = data["crop_pct"] if original_size else 1.0
     squash = data.get("crop_mode") == "squash"
     return Preprocess(tower.image_size, model.in_chans, mean, std, data["interpolation"], crop_pct, squash)

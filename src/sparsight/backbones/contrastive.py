@@ -21,11 +21,11 @@ _MAX_LOGIT_SCALE = math.log(100)  # CLIP's limit (arXiv 2103.00020, section 2.5)
 
 
 class Contrastive(Recipe):
-    """Images against captions of the classes in the batch, both ways; an image matches every caption of its class.
+    """Matches images with captions of the classes in the batch, in both directions.
 
-    The symmetric loss of CLIP with several positives per text, as in UniCL (arXiv 2204.03610, equations 2 to 4):
-    with few classes most of a batch shares its caption with others, which plain CLIP would push apart. Each step
-    draws one template per class.
+    The loss is CLIP's symmetric loss with several positives per text, as in UniCL (arXiv 2204.03610, equations 2
+    to 4): a caption matches every image of its class. With few classes, most images share their caption with
+    others, and plain CLIP would push them apart. Each step draws one template per class.
     """
 
     def __init__(
@@ -37,7 +37,7 @@ class Contrastive(Recipe):
         self.names, self.templates = names, templates
         tokenizer = open_clip.tokenizer(backbone.model, backbone.name.partition("/")[2])
         texts = [[template.format(name) for template in templates] for name in names]
-        self.tokens = torch.stack([tokenizer(of_class) for of_class in texts])  # (classes, templates, length)
+        self.tokens = torch.stack([tokenizer(class_texts) for class_texts in texts])  # (classes, templates, length)
 
     def inputs(self, rows: np.ndarray, generator: torch.Generator) -> Tensor:
         return augment(self.backbone.normalize(self.pixels[rows]), self.section, generator)

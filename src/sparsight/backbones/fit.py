@@ -1,4 +1,4 @@
-"""Train a backbone (or take its weights as they are) and say how accurate it is."""
+"""Trains a backbone, or uses its weights as they are, and measures its accuracy."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -31,15 +31,15 @@ def fit(
 ) -> None:  # fmt: skip
     """Write ``model.safetensors``, ``prompts.safetensors``, ``config.json`` and ``training.jsonl`` to ``work.out``.
 
-    An open_clip model classifies by prompts: the class names in ``templates``. Where it was trained here it knows
-    these names, so this is prompt classification, not zero-shot. The test split is used once, at the end.
+    An open_clip model classifies by prompts: the class names in ``templates``. If it was trained by this run, it has
+    seen these names, so this is prompt classification, not zero-shot. The test split is used once, at the end.
 
     Args:
-        n_parallel: micro-batches that train at the same time (:mod:`sparsight.training.microbatches`); no result
-            depends on it.
+        n_parallel: number of micro-batches that run at the same time (:mod:`sparsight.training.microbatches`).
+            Never changes a result.
 
     Raises:
-        SparsightError: weights used as they are (epochs 0) with a classifier for other classes.
+        SparsightError: weights used as they are (epochs 0) with a classifier for another number of classes.
     """
     torch.manual_seed(derive_seed(seed, "backbone", name, "init"))
     classes = manifest.classes
@@ -78,7 +78,7 @@ def fit(
             backbone.use_prompts(names, templates)
     for part, value in accuracy.items():
         log(f"{name}: accuracy on {part} {value['accuracy']:.4f}")
-    about = {
+    metadata = {
         "format_version": 1,
         "model": section.model,
         "weights": section.weights,
@@ -99,7 +99,7 @@ def fit(
     }
     save_file(state, work.out / "model.safetensors")
     keep_prompts(backbone, work.out, names, list(templates))
-    write_json(work.out / "config.json", about)
+    write_json(work.out / "config.json", metadata)
 
 
 def _recipe(
@@ -118,5 +118,5 @@ def _recipe(
 def _licence(section: config.Backbone, backbone: Backbone) -> str:
     if section.weights is None:
         return "trained by this run"
-    known = getattr(backbone.model, "pretrained_cfg", {}) if section.weights == "pretrained" else {}
-    return known.get("license") or "unknown"
+    pretrained_cfg = getattr(backbone.model, "pretrained_cfg", {}) if section.weights == "pretrained" else {}
+    return pretrained_cfg.get("license") or "unknown"

@@ -1,4 +1,4 @@
-"""Backbones by name: timm and open_clip models with their weights, or what the backbone stage wrote."""
+"""Loads backbones: timm and open_clip models by name, or a folder that the backbone stage wrote."""
 
 import json
 import sys
@@ -29,8 +29,8 @@ def load(name: str, weights: str | None = None, num_classes: int | None = None, 
             ``open_clip/local-dir:<folder>``.
         weights: None (random), ``"pretrained"`` (downloaded by the library) or the path of a safetensors file
             or a checkpoint, read without running code.
-        num_classes: outputs of the classifier; None keeps the architecture's. A classifier in the weights
-            that has another number of outputs is left out and starts at random. Not for open_clip.
+        num_classes: outputs of the classifier; None keeps the architecture's. If the classifier in the weights
+            has another number of outputs, it is left out and starts at random. Not for open_clip.
         architecture: overrides by the library's names, e.g. ``img_size=28, patch_size=7, in_chans=1`` (timm)
             or ``**{"vision.width": 192, "text.layers": 4}`` (open_clip).
 
@@ -65,7 +65,7 @@ def load(name: str, weights: str | None = None, num_classes: int | None = None, 
 
 
 def _load_weights(model: nn.Module, name: str, path: Path) -> None:
-    """Weights under timm's names, or under those that timm's filter of the family translates (DINOv2, CLIP, ...)."""
+    """Load weights under timm's names, or names that timm's filter of the family translates (DINOv2, CLIP, ...)."""
     state = {key: value.float() if value.is_floating_point() else value for key, value in read_weights(path).items()}
     module = sys.modules[timm.model_entrypoint(name.partition(".")[0]).__module__]
     translate = getattr(module, "checkpoint_filter_fn", lambda state, model: state)
@@ -73,52 +73,52 @@ def _load_weights(model: nn.Module, name: str, path: Path) -> None:
         state = translate(state, model)
     except (KeyError, RuntimeError, AssertionError, ValueError) as error:
         raise SparsightError(f"{path}: does not fit the architecture ({error})") from None
-    own = model.state_dict()
+    expected = model.state_dict()
     heads = ("head.", "head_dist.")
-    other = {k for k in state if k.startswith(heads) and (k not in own or state[k].shape != own[k].shape)}
-    wrong = sorted(k for k in state.keys() - other if k not in own or state[k].shape != own[k].shape)
-    missing = sorted(k for k in own.keys() - state.keys() if not k.startswith(heads))
+    ignored = {k for k in state if k.startswith(heads) and (k not in expected or state[k].shape != expected[k].shape)}
+    wrong = sorted(k for k in state.keys() - ignored if k not in expected or state[k].shape != expected[k].shape)
+    missing = sorted(k for k in expected.keys() - state.keys() if not k.startswith(heads))
     if wrong or missing:
         raise SparsightError(f"{path}: does not fit the architecture, see e.g. {(wrong + missing)[0]!r}")
-    model.load_state_dict({k: v for k, v in state.items() if k not in other}, strict=False)
+    model.load_state_dict({k: v for k, v in state.items() if k not in ignored}, strict=False)
 
 
 def open_folder(folder: Path) -> tuple[Backbone, dict[str, Any]]:
     """The backbone that the backbone stage wrote, and its config.json.
 
     Raises:
-        SparsightError: the folder does not hold one.
+        SparsightError: the folder holds no backbone.
     """
     try:
-        about = json.loads((folder / "config.json").read_text())
+        metadata = json.loads((folder / "config.json").read_text())
     except OSError as error:
         raise SparsightError(f"{folder}: no backbone here ({error.strerror}: config.json)") from None
-    classifies = about["training"] != "none"
-    n_classes = None if about["templates"] else len(about["classes"]) if classifies else 0
-    backbone = load(about["model"], str(folder / "model.safetensors"), n_classes, **about["architecture"])
-    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in about["preprocess"].items()}
+    classifies = metadata["training"] != "none"
+    n_classes = None if metadata["templates"] else len(metadata["classes"]) if classifies else 0
+    backbone = load(metadata["model"], str(folder / "model.safetensors"), n_classes, **metadata["architecture"])
+    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in metadata["preprocess"].items()}
     backbone.preprocess = Preprocess(**values)
-    backbone.class_names = about["classes"] if classifies else None
-    if about["templates"]:
-        names, templates = about["prompt_names"], about["templates"]
+    backbone.class_names = metadata["classes"] if classifies else None
+    if metadata["templates"]:
+        names, templates = metadata["prompt_names"], metadata["templates"]
         backbone.prompts_CE = _kept_prompts(folder, names, templates)
         if backbone.prompts_CE is None:
             backbone.use_prompts(names, templates)
-    return backbone, about
+    return backbone, metadata
 
 
 def keep_prompts(backbone: Backbone, folder: Path, names: list[str], templates: list[str]) -> None:
     """Write ``prompts.safetensors``: the text feature of every class, which takes minutes to compute for many classes.
 
-    It holds ``prompts`` (classes, E) under the digest of the texts and of ``model.safetensors`` in the same folder; it
-    is empty for a model with a classifier of its own.
+    The file holds ``prompts`` (classes, E) and a digest of the texts and of ``model.safetensors`` in the same folder.
+    It holds no tensor for a model with a classifier of its own.
     """
     tensors = {} if backbone.prompts_CE is None else {"prompts": backbone.prompts_CE.contiguous()}
     save_file(tensors, folder / _PROMPTS, {"digest": _prompts_digest(folder, names, templates)})
 
 
 def _kept_prompts(folder: Path, names: list[str], templates: list[str]) -> Tensor | None:
-    """What :func:`keep_prompts` wrote; None where that is missing, or of other texts or weights."""
+    """The prompts that :func:`keep_prompts` wrote; None if there are none, or of other texts or weights."""
     if not (folder / _PROMPTS).exists():
         return None
     with safe_open(folder / _PROMPTS, "pt") as file:

@@ -1,4 +1,4 @@
-"""open_clip models: creation by name, their image tower under the common names, texts and prompts.
+"""open_clip models: creation by name, image towers under the common names, texts and prompts.
 
 Shapes: B batch, T tokens (the class token first, then patches), D width, E joint embedding.
 """
@@ -22,8 +22,8 @@ from sparsight.backbones.towers import Tower, timm_tower
 from sparsight.backbones.weights import read_weights
 from sparsight.common.errors import SparsightError, reason
 
-# MultiheadAttention has a second implementation that it takes only without hooks and without gradients, with
-# other rounding. One implementation always: a tap, a gate or a gradient must not change the bits of the rest.
+# MultiheadAttention has a second implementation, with other rounding, which runs only without hooks and gradients.
+# It is disabled, because a tap, a gate or a gradient must not change the bits of other values.
 torch.backends.mha.set_fastpath_enabled(False)
 
 
@@ -57,8 +57,8 @@ class ClipTower(Tower):
 
     @property
     def n_read(self) -> int:
-        plain = self.visual.pool_type == "tok" and self.visual.attn_pool is None
-        return self.n_class if plain else self.n_prefix + self.n_patches
+        takes_class_token = self.visual.pool_type == "tok" and self.visual.attn_pool is None
+        return self.n_class if takes_class_token else self.n_prefix + self.n_patches
 
     @property
     def image_size(self) -> tuple[int, int]:
@@ -124,7 +124,7 @@ def tower(clip: Any) -> Tower:
     """The image tower of an open_clip model.
 
     Raises:
-        SparsightError: a tower that is no Vision Transformer.
+        SparsightError: a tower that is not a Vision Transformer.
     """
     if type(clip.visual) is VisionTransformer:
         return ClipTower(clip)
@@ -137,30 +137,31 @@ def create(name: str, weights: str | None, **architecture: Any) -> nn.Module:
     """An open_clip model.
 
     Args:
-        name: ``ViT-B-32-quickgelu``, ``ViT-B-32-quickgelu@openai`` (a tag of open_clip: its preprocessing, and
-            its weights where ``weights`` is ``pretrained``), ``hf-hub:org/repo`` or ``local-dir:folder``.
+        name: ``ViT-B-32-quickgelu``, ``ViT-B-32-quickgelu@openai`` (a tag of open_clip, which gives the
+            preprocessing, and the weights if ``weights`` is ``pretrained``), ``hf-hub:org/repo`` or
+            ``local-dir:folder``.
         weights: None (random), ``pretrained`` (downloaded) or the path of a safetensors file or checkpoint.
         architecture: overrides of open_clip's model config, with dots: ``embed_dim``, ``vision.width``,
             ``vision.layers``, ``vision.head_width``, ``vision.image_size``, ``text.layers``, ...
 
     Raises:
-        SparsightError: unknown name, tag or option, an activation (QuickGELU) that the tag's weights were not
-            trained with, weights that cannot be had or do not fit.
+        SparsightError: an unknown name, tag or option; an activation (QuickGELU) that the tag's weights were not
+            trained with; weights that cannot be loaded or do not fit.
     """
     model_name, _, tag = name.partition("@")
     from_hub = ":" in model_name
     config = None if from_hub else open_clip.get_model_config(model_name)
     if not from_hub and config is None:
         raise SparsightError(f"open_clip knows no model {model_name!r}; see open_clip.list_models()")
-    about = open_clip.get_pretrained_cfg(model_name, tag) if tag else {}
-    if tag and not about:
+    tag_config = open_clip.get_pretrained_cfg(model_name, tag) if tag else {}
+    if tag and not tag_config:
         known = ", ".join(open_clip.list_pretrained_tags_by_model(model_name)) or "none"
         raise SparsightError(f"open_clip has no weights {tag!r} for {model_name}; it has: {known}")
-    if config is not None and about and (about.get("quick_gelu", False) != config.get("quick_gelu", False)):
-        other = model_name.removesuffix("-quickgelu") if config.get("quick_gelu") else f"{model_name}-quickgelu"
+    if config is not None and tag_config and (tag_config.get("quick_gelu", False) != config.get("quick_gelu", False)):
+        variant = model_name.removesuffix("-quickgelu") if config.get("quick_gelu") else f"{model_name}-quickgelu"
         raise SparsightError(
-            f"open_clip: {tag!r} was {'' if about.get('quick_gelu') else 'not '}trained with QuickGELU, unlike "
-            f"{model_name}, so its outputs would be wrong; use {other}@{tag}"
+            f"open_clip: {tag!r} was {'' if tag_config.get('quick_gelu') else 'not '}trained with QuickGELU, unlike "
+            f"{model_name}, so its outputs would be wrong; use {variant}@{tag}"
         )
     if weights == "pretrained" and not tag and not from_hub:
         raise SparsightError(f"open_clip: say which weights, e.g. {model_name}@openai; see open_clip.list_pretrained()")
@@ -168,7 +169,7 @@ def create(name: str, weights: str | None, **architecture: Any) -> nn.Module:
         raise SparsightError(f"open_clip: {model_name!r} comes with its weights; set weights: pretrained")
     options = _options(config, architecture, name)
     keys = ("mean", "std", "interpolation", "resize_mode")
-    logging.disable(logging.WARNING)  # open_clip writes to the root logger; what it warns of is settled above
+    logging.disable(logging.WARNING)  # open_clip writes to the root logger; the checks above cover its warnings
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)
@@ -177,7 +178,7 @@ def create(name: str, weights: str | None, **architecture: Any) -> nn.Module:
                 pretrained=tag if weights == "pretrained" and not from_hub else None,
                 load_weights=weights == "pretrained",
                 pretrained_text=False,
-                force_preprocess_cfg={key: about[key] for key in keys if key in about},
+                force_preprocess_cfg={key: tag_config[key] for key in keys if key in tag_config},
                 **options,
             )
     except (RuntimeError, ValueError, TypeError, OSError, AssertionError) as error:
@@ -190,7 +191,7 @@ def create(name: str, weights: str | None, **architecture: Any) -> nn.Module:
 
 
 def _options(config: dict[str, Any] | None, architecture: dict[str, Any], name: str) -> dict[str, Any]:
-    """The model config's sections with dotted overrides laid over them."""
+    """The model config's sections, with dotted overrides applied."""
     if not architecture:
         return {}
     if config is None:
@@ -202,13 +203,13 @@ def _options(config: dict[str, Any] | None, architecture: dict[str, Any], name: 
             raise SparsightError(f"open_clip/{name}: unknown architecture option {key!r}; use vision.<x> or text.<x>")
         (merged[f"{section}_cfg"] if section else merged)[option] = value
     options = {key: merged[key] for key in ("embed_dim", "vision_cfg", "text_cfg")}
-    if "vision.image_size" in architecture:  # a tower of timm's is made at its own size, then changed
+    if "vision.image_size" in architecture:  # a timm tower is created at its own size, then resized
         options["force_image_size"] = architecture["vision.image_size"]
     return options
 
 
 def _load(model: Any, path: Path) -> None:
-    """Weights in open_clip's names, or in those of its friends that open_clip converts; positions are resized."""
+    """Load weights under open_clip's names or names that open_clip converts; position embeddings are resized."""
     state = {key: value.float() if value.is_floating_point() else value for key, value in read_weights(path).items()}
     try:
         state = convert_state_dict(model, state)
@@ -232,7 +233,7 @@ def encode_text(clip: Any, name: str, texts: list[str], batch_size: int = 256) -
     """Text features of unit norm, (n, E).
 
     Raises:
-        SparsightError: the model's tokenizer is not at hand (some must be downloaded).
+        SparsightError: the model's tokenizer is not available (some must be downloaded).
     """
     tokens_NT = tokenizer(clip, name)(texts).to(next(clip.parameters()).device)
     parts = [clip.encode_text(tokens, normalize=True) for tokens in tokens_NT.split(batch_size)]
@@ -240,7 +241,7 @@ def encode_text(clip: Any, name: str, texts: list[str], batch_size: int = 256) -
 
 
 def tokenizer(clip: Any, name: str) -> Any:
-    """Texts -> token numbers (n, context length); raises SparsightError where it cannot be had."""
+    """The tokenizer: texts -> token ids (n, context length); raises SparsightError if it cannot be loaded."""
     try:
         return open_clip.get_tokenizer(name.partition("@")[0], context_length=getattr(clip, "context_length", None))
     except (OSError, ImportError, ValueError, RuntimeError) as error:

@@ -1,4 +1,4 @@
-"""The texts that name a class: templates with ``{}`` for the class name."""
+"""Prompt texts of a class: templates with ``{}`` for the class name."""
 
 from sparsight.config.backbone import PUBLISHED
 
@@ -40,13 +40,13 @@ _ENSEMBLES: dict[str, tuple[str, ...]] = {
 
 
 def templates_of(source: str, choice: tuple[str, ...] = ()) -> tuple[str, ...]:
-    """The templates that a choice means for an image source.
+    """The templates for an image source.
 
     Args:
         source: name of the image source.
-        choice: none (one plain template), ``("published",)`` or templates. Published are the ensembles of CLIP's own
-            evaluation (arXiv 2103.00020; openai/CLIP, data/prompts.md), for Tiny-ImageNet its 80 for ImageNet, for
-            CUB-200 its pattern for fine-grained sets. A source without one has the plain template.
+        choice: templates, or ``("published",)``; empty for one plain template. Published are the ensembles of CLIP's
+            own evaluation (arXiv 2103.00020; openai/CLIP, data/prompts.md). Tiny-ImageNet gets its 80 templates for
+            ImageNet, CUB-200 its pattern for fine-grained sets. A source without an ensemble gets the plain template.
     """
     if choice != (PUBLISHED,):
         return choice or PLAIN

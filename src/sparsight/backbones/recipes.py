@@ -1,4 +1,4 @@
-"""How a backbone is trained here: what every recipe shares, supervised training, linear probe.
+"""Training recipes of backbones: the base class, supervised training, linear probe.
 
 Shapes: B batch, N images, H height, W width, C channels (augment) or classes, D width.
 """
@@ -24,14 +24,14 @@ class Recipe:
     """AdamW with warm-up and cosine, gradient clipping, moving average; see :class:`sparsight.training.loop.Trainable`.
 
     Args:
-        section: the recipe's numbers.
-        backbone: what is trained, in part or whole.
+        section: the hyperparameters.
+        backbone: the backbone to train, in part or as a whole.
         trained: the part whose weights change.
         train, val: the splits.
-        n_parallel: parts of a batch that run at the same time.
+        n_parallel: number of micro-batches that run at the same time.
 
     Raises:
-        SparsightError: a model that draws random numbers while it is trained.
+        SparsightError: a model with dropout.
     """
 
     def __init__(
@@ -46,23 +46,23 @@ class Recipe:
         if section.epochs:
             _check_dropout(trained)
         self.section, self.backbone, self.trained, self.train, self.val = section, backbone, trained, train, val
-        decay = [p for p in trained.parameters() if p.ndim > 1]
-        rest = [p for p in trained.parameters() if p.ndim <= 1]
-        groups = [{"params": decay, "weight_decay": section.weight_decay}, {"params": rest, "weight_decay": 0.0}]
+        decay = [parameter for parameter in trained.parameters() if parameter.ndim > 1]
+        no_decay = [parameter for parameter in trained.parameters() if parameter.ndim <= 1]
+        groups = [{"params": decay, "weight_decay": section.weight_decay}, {"params": no_decay, "weight_decay": 0.0}]
         self.optimizer = torch.optim.AdamW(groups, lr=section.lr, fused=True)
         self.average = copy.deepcopy(trained).requires_grad_(False) if section.ema else None
         self.parts = MicroBatches(n_parallel)
 
     def inputs(self, rows: np.ndarray, generator: torch.Generator) -> Tensor:
-        """What :meth:`outputs` reads, (B, ...)."""
+        """Inputs of :meth:`outputs`, (B, ...)."""
         raise AssertionError("the base class serves weights that are used as they are: it takes no steps")
 
     def outputs(self, inputs: Tensor) -> Tensor:
-        """What :meth:`loss` reads of some of the rows, (B, C)."""
+        """Outputs for some of the rows, (B, C), for :meth:`loss`."""
         return self.trained(inputs)
 
     def loss(self, outputs_BC: Tensor, rows: np.ndarray, generator: torch.Generator) -> dict[str, Tensor]:
-        """``loss`` to descend, and other scalars to log; here those of a classifier."""
+        """``loss`` to minimise, and other scalars to log; here those of a classifier."""
         labels_B = labels_of(self.train, rows, outputs_BC)
         loss = F.cross_entropy(outputs_BC, labels_B, label_smoothing=self.section.label_smoothing)
         return {"loss": loss, "train_accuracy": share(outputs_BC, labels_B)}
@@ -125,12 +125,12 @@ class _Swap:
 
     def _swap(self) -> None:
         if self.other is not None:
-            for a, b in zip(self.module.parameters(), self.other.parameters(), strict=True):
-                a.data, b.data = b.data, a.data
+            for parameter, counterpart in zip(self.module.parameters(), self.other.parameters(), strict=True):
+                parameter.data, counterpart.data = counterpart.data, parameter.data
 
 
 class Supervised(Recipe):
-    """Every weight, by cross-entropy on augmented images."""
+    """Trains every weight by cross-entropy on augmented images."""
 
     def __init__(self, section: config.Backbone, backbone: Backbone, train: Split, val: Split, n_parallel: int) -> None:
         super().__init__(section, backbone, backbone, train, val, n_parallel)
@@ -141,7 +141,7 @@ class Supervised(Recipe):
 
 
 class LinearProbeRecipe(Recipe):
-    """A linear head on what the frozen tower says of the plain images; each image passes the tower once."""
+    """Trains a linear head on the frozen tower's embeddings of the plain images; each image passes the tower once."""
 
     def __init__(self, section: config.Backbone, backbone: Backbone, train: Split, val: Split, n_parallel: int) -> None:
         backbone.requires_grad_(False)
@@ -161,17 +161,17 @@ class LinearProbeRecipe(Recipe):
 
 
 def _embeddings(backbone: Backbone, split: Split, batch_size: int) -> Tensor:
-    """What the classifier reads of each image, (N, D)."""
-    found = []
+    """The classifier's input for each image, (N, D)."""
+    embeddings = []
     with Progress(len(split), "images") as progress:
         for pixels in split.batches(backbone.preprocess, batch_size, torch.get_num_threads()):
-            found.append(backbone.taps(backbone.normalize(pixels), ["embedding"])["embedding"])
+            embeddings.append(backbone.taps(backbone.normalize(pixels), ["embedding"])["embedding"])
             progress(len(pixels))
-    return torch.cat(found)
+    return torch.cat(embeddings)
 
 
 def _check_dropout(trained: nn.Module) -> None:
-    """Its masks would come from a generator that no checkpoint holds and that all parts of a batch share."""
+    """Raise SparsightError for dropout: its generator is in no checkpoint and is shared by all parts of a batch."""
     for name, module in trained.named_modules():
         rate = next((getattr(module, key) for key in ("p", "drop_prob", "prob") if hasattr(module, key)), 0)
         if "Drop" in type(module).__name__ and rate:
@@ -187,7 +187,7 @@ def share(logits_BC: Tensor, labels_B: Tensor) -> Tensor:
 
 
 def labels_of(split: Split, rows: np.ndarray, like: Tensor) -> Tensor:
-    """Labels of some images, int64 (B,), where ``like`` is."""
+    """Labels of some images, int64 (B,), on the device of ``like``."""
     return torch.from_numpy(split.labels[rows]).long().to(like.device)
 
 
@@ -201,7 +201,7 @@ def correct(backbone: Backbone, split: Split, batch_size: int, parts: MicroBatch
 
 
 def augment(images_BCHW: Tensor, section: config.Backbone, generator: torch.Generator) -> Tensor:
-    """Random rotation, zoom, shift and mirror image, one affine map per image; corners repeat the border."""
+    """Random rotation, zoom, shift and mirror image, one affine map per image; empty corners repeat the border."""
     B = len(images_BCHW)
 
     def uniform(limit: float, *shape: int) -> Tensor:

@@ -1,8 +1,8 @@
-"""How each family of Vision Transformers is put together, under common names.
+"""The structure of each family of Vision Transformers, under common names.
 
-A :class:`Tower` says how images become tokens, which blocks follow, and what is read off at the end; a
-:class:`Parts` says how one block adds its attention and its MLP to the residual stream. A new family is one
-class and one line in a table.
+A :class:`Tower` defines how images become tokens, which blocks follow, and how the output is read. A
+:class:`BlockParts` defines how one block adds its attention and its MLP to the residual stream. A new family needs
+one class and one line in a table.
 
 Shapes: B batch, T tokens (class tokens first, then registers, then patches), D width, E outputs.
 """
@@ -29,17 +29,17 @@ class BlockParts:
     """A block: ``y = x + after(attend(before(x)))``, then ``y + mlp(y)``, bit for bit as its own forward."""
 
     before: Branch
-    """The norm in front of attention, or nothing (post-norm)."""
+    """The norm before attention, or the identity (post-norm)."""
     attend: Branch
-    """Attention as the block calls it; takes what :meth:`Tower.shared` gives beside x."""
+    """Attention as the block calls it, with x and the arguments of :meth:`Tower.shared`."""
     attention: nn.Module | None
-    """The layer behind ``attend``, whose heads may be switched; None where it is more than one."""
+    """The layer behind ``attend``, whose heads may be switched; None if there are several."""
     after: Branch
     """Everything between attention and the residual stream: layer scale, norm (post-norm), drop path."""
     mlp: Branch
     """The whole MLP branch."""
     mlp_inputs: tuple[nn.Linear, ...] = ()
-    """The linear maps in it that read the normalised stream; () where they have no names here."""
+    """The MLP's linear maps that read the normalised stream; () if they are unknown."""
 
 
 class Tower:
@@ -61,12 +61,12 @@ class Tower:
 
     @property
     def d_in(self) -> int:
-        """D."""
+        """D, the width of the residual stream."""
         return int(self.model.embed_dim)
 
     @property
     def n_class(self) -> int:
-        """Class tokens in front: 0, 1, or 2 (the class and the distillation token of a distilled DeiT)."""
+        """Number of class tokens: 0, 1, or 2 (the class and the distillation token of a distilled DeiT)."""
         return sum(getattr(self.model, name, None) is not None for name in ("cls_token", "dist_token"))
 
     @property
@@ -81,7 +81,7 @@ class Tower:
 
     @property
     def n_read(self) -> int:
-        """Tokens in front that :meth:`head` reads: the class tokens, or every token where it pools."""
+        """Number of leading tokens that :meth:`head` reads: the class tokens, or every token if it pools."""
         return self.n_class if self.model.global_pool == "token" else self.n_prefix + self.n_patches
 
     @property
@@ -92,7 +92,7 @@ class Tower:
 
     @property
     def classifier(self) -> nn.Linear | None:
-        """The layer that turns the embedding into class logits, where it is one linear layer."""
+        """The layer that maps the embedding to class logits, if it is one linear layer."""
         head = self.model.head
         return head if isinstance(head, nn.Linear) and self.n_class < 2 else None
 
@@ -102,15 +102,15 @@ class Tower:
         return model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(images))))
 
     def shared(self) -> list[dict[str, Tensor]]:
-        """What each block takes beside the stream, in order: rotary embedding, position bias, or nothing."""
+        """Per block, its arguments other than the stream: rotary embedding, position bias, or nothing."""
         return [{}] * len(self.model.blocks)
 
     def pool(self, x_BTD: Tensor) -> Tensor:
-        """The stream after the last block -> what the classifier or projection reads, (B, D)."""
+        """The stream after the last block -> input of the classifier or projection, (B, D)."""
         return self.model.forward_head(self.model.norm(x_BTD), pre_logits=True)
 
     def read(self, pooled_BD: Tensor) -> Tensor:
-        """What :meth:`pool` gives -> the model's output, (B, E)."""
+        """The output of :meth:`pool` -> the model's output, (B, E)."""
         if self.n_class == 2:
             raise SparsightError("a distilled DeiT reads two class tokens: its embedding alone cannot be classified")
         return self.model.head(pooled_BD)
@@ -136,7 +136,7 @@ class EvaTower(Tower):
 
 
 class BeitTower(Tower):
-    """timm's BEiT and BEiTv2: relative position biases, own or shared."""
+    """timm's BEiT and BEiTv2: relative position biases, per block or shared."""
 
     def embed(self, images: Tensor) -> Tensor:
         model = self.model
@@ -162,7 +162,7 @@ def timm_tower(model: nn.Module) -> Tower:
     """The tower of a timm model.
 
     Raises:
-        SparsightError: a class whose parts have no names here (a subclass may compute something else).
+        SparsightError: an unsupported class; also a subclass, which may compute something else.
     """
     kind = TOWERS.get(type(model))
     if kind is None:
@@ -256,7 +256,7 @@ def _open_clip_custom(block: Any) -> BlockParts:
 
 
 def _mlp_inputs(mlp: nn.Module) -> tuple[nn.Linear, ...]:
-    """By the names that timm and open_clip give them."""
+    """The MLP's input maps, by the names that timm and open_clip give them."""
     layers = [getattr(mlp, name, None) for name in ("fc1", "fc1_g", "fc1_x", "c_fc")]
     return tuple(layer for layer in layers if isinstance(layer, nn.Linear))
 

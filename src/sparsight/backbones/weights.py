@@ -1,4 +1,4 @@
-"""Weights from a file, without running anything that the file holds."""
+"""Reads weights from a file without running code that the file holds."""
 
 import pickle
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sparsight.common.errors import SparsightError, reason
 
-# Where training scripts put the weights inside a checkpoint; averaged weights first, as timm does.
+# Keys under which training scripts store weights in a checkpoint; averaged weights first, as in timm.
 _WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model")
 
 
@@ -22,10 +22,10 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     Half precision becomes float32.
 
     A checkpoint is unpickled with ``weights_only=True``: tensors and plain containers, no code. A wrapper
-    (state_dict, model, their averages) and DataParallel's ``module.`` prefix are taken off.
+    (state_dict, model, their averages) and DataParallel's ``module.`` prefix are removed.
 
     Raises:
-        SparsightError: not such a file, code in it, or NaN or infinite weights.
+        SparsightError: no such file, a file of another kind or with code, or NaN or infinite weights.
     """
     if not path.is_file():
         raise SparsightError(f"{path}: there is no such weights file; give null, pretrained or a path")
@@ -45,18 +45,18 @@ def _safetensors(path: Path) -> dict[str, Tensor]:
 
 def _checkpoint(path: Path) -> dict[str, Tensor]:
     try:
-        found: Any = torch.load(path, map_location="cpu", weights_only=True)
+        content: Any = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise SparsightError(
             f"{path}: holds more than tensors (code or objects) and is not loaded; save the state_dict as safetensors"
         ) from None
     except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
         raise SparsightError(f"{path}: not a readable checkpoint of tensors ({reason(error)})") from None
-    while isinstance(found, Mapping) and (inside := next((w for w in _WRAPPERS if _is_state(found.get(w))), None)):
-        found = found[inside]
-    if not _is_state(found):
+    while isinstance(content, Mapping) and (wrapper := next((w for w in _WRAPPERS if _is_state(content.get(w))), None)):
+        content = content[wrapper]
+    if not _is_state(content):
         raise SparsightError(f"{path}: holds no state_dict; save model.state_dict()")
-    state = {key: value for key, value in found.items() if isinstance(value, Tensor)}
+    state = {key: value for key, value in content.items() if isinstance(value, Tensor)}
     if all(key.startswith("module.") for key in state):
         state = {key.removeprefix("module."): value for key, value in state.items()}
     return state

@@ -1,1 +1,1 @@
-"""Small things that every other package uses: errors, seeds, files, tables, intervals, progress. Imports no package."""
+"""Helpers shared by every package: errors, seeds, files, tables, intervals, progress. Imports no other package."""

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 FREE = {"free": True}
-"""Metadata of a field that changes how fast a result comes, never the result: no digest contains it."""
+"""Metadata of a field that affects only speed, never the result. Digests leave such fields out."""
 
 
 def is_free(field: "dataclasses.Field[Any]") -> bool:
@@ -20,7 +20,7 @@ def is_free(field: "dataclasses.Field[Any]") -> bool:
 
 
 def digest(value: Any) -> str:
-    """sha256 of a dataclass (without its free fields) or JSON value in canonical form."""
+    """sha256 of a JSON value, or of a dataclass without its free fields, serialised with sorted keys."""
     plain = value
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         plain = {f.name: getattr(value, f.name) for f in dataclasses.fields(value) if not is_free(f)}

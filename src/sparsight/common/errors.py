@@ -1,14 +1,14 @@
-"""The one exception that stands for a user's mistake."""
+"""The exception for a user's mistakes."""
 
 
 class SparsightError(ValueError):
     """Bad input: the message says what is wrong, where, and what to do.
 
-    Stage scripts print it as one line and exit with status 1; every other exception is a defect of
+    Stage scripts print the message in one line and exit with status 1. Any other exception is a bug in
     sparsight and keeps its traceback.
     """
 
 
 def reason(error: Exception) -> str:
-    """What another library's exception says, in one line."""
+    """First line of another library's error message, or the exception's class name if there is no message."""
     return (str(error) or type(error).__name__).splitlines()[0]

@@ -10,7 +10,7 @@ def lazy_names(package: str, homes: Mapping[str, str]) -> Callable[[str], Any]:
 
     Args:
         package: name of the package.
-        homes: the module in which each public name is defined.
+        homes: for each public name, the module that defines it.
     """
 
     def load(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""Names of the machine and of the software, for results that depend on them."""
+"""Describes the machine and the software versions, for results that depend on them."""
 
 import importlib.metadata
 import os
@@ -24,7 +24,7 @@ def describe() -> dict[str, Any]:
 
 
 def cards() -> dict[str, str]:
-    """Names of the NVIDIA cards by their UUID, which means the same to every program; none without a driver."""
+    """Names of the NVIDIA GPUs by UUID, which is the same in every program; empty without a driver."""
     command = ["nvidia-smi", "--query-gpu=uuid,name", "--format=csv,noheader"]
     try:
         lines = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
@@ -34,12 +34,12 @@ def cards() -> dict[str, str]:
 
 
 def versions() -> dict[str, str]:
-    """Python and the packages that decide results."""
+    """Versions of Python and of the packages that influence results."""
     return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in _PACKAGES}}
 
 
 def commit() -> str | None:
-    """The git commit of the working directory, with ``+changes`` if it differs from it; None outside git."""
+    """The git commit of the working directory, with ``+changes`` if tracked files differ; None outside git."""
     try:
         name = _git("rev-parse", "HEAD")
         return name + ("+changes" if _git("status", "--porcelain", "--untracked-files=no") else "")
@@ -48,7 +48,10 @@ def commit() -> str | None:
 
 
 def peak_memory() -> float:
-    """Most memory that this process has held, in MiB; getrusage would count what its parent held when it started it."""
+    """Peak memory of this process, in MiB.
+
+    getrusage would include the memory that the parent held when it started this process.
+    """
     return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 1024
 
 
@@ -57,7 +60,7 @@ def _git(*words: str) -> str:
 
 
 def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()

@@ -1,4 +1,4 @@
-"""Progress that suits the reader: a bar on a terminal, a plain line now and then in a log file."""
+"""Progress display: a bar on a terminal, a plain line every few seconds in a log file."""
 
 import sys
 import time
@@ -9,12 +9,12 @@ _SECONDS = 5.0
 
 
 def log(message: str) -> None:
-    """Write one line to the log without tearing a bar."""
+    """Write one line to the log (stderr) without breaking a progress bar."""
     tqdm.write(message, file=sys.stderr)
 
 
 class Progress:
-    """Follows ``total`` units of work: a context manager, called with each number done."""
+    """Progress over ``total`` units of work. Use it as a context manager and call it with the number of units done."""
 
     def __init__(self, total: int, unit: str, start: int = 0) -> None:
         self.total, self.unit, self.done = total, unit, start
@@ -39,6 +39,6 @@ class Progress:
         if now - self._said > _SECONDS or self.done >= self.total:
             self._said = now
             rate = (self.done - self._start) / max(now - self._begin, 1e-9)
-            left = (self.total - self.done) / max(rate, 1e-9)
+            seconds_left = (self.total - self.done) / max(rate, 1e-9)
             note = note and f", {note}"
-            log(f"{self.done}/{self.total} {self.unit}, {rate:.1f} {self.unit}/s, {left:.0f} s left{note}")
+            log(f"{self.done}/{self.total} {self.unit}, {rate:.1f} {self.unit}/s, {seconds_left:.0f} s left{note}")

@@ -1,4 +1,4 @@
-"""Names of the places in a Vision Transformer where activations are read or edited."""
+"""Sites: names of the places in a Vision Transformer where activations are read or edited."""
 
 import math
 import re
@@ -12,7 +12,7 @@ def parse(site: str) -> tuple[int | None, str]:
     """Split a site into its block and part; ``embedding`` has no block.
 
     Raises:
-        SparsightError: not a site.
+        SparsightError: the name is not a site.
     """
     if site == "embedding":
         return None, site
@@ -23,10 +23,10 @@ def parse(site: str) -> tuple[int | None, str]:
 
 
 def depth(site: str) -> tuple[float, int]:
-    """What sorts sites by their place in the model; the output of a block and the next one's input are one place.
+    """Sort key of a site by its place in the model; a block's output and the next block's input count as one.
 
     Raises:
-        SparsightError: not a site.
+        SparsightError: the name is not a site.
     """
     block, part = parse(site)
     if block is None:

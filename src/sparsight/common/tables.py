@@ -1,4 +1,4 @@
-"""Result tables as Parquet."""
+"""Reads and writes result tables as Parquet."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 
 
 def write(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """One row per mapping; the columns are the keys of the first row."""
+    """Write one row per mapping; the columns are the keys of the first row."""
     pq.write_table(pa.Table.from_pylist([dict(row) for row in rows]), path)
 
 

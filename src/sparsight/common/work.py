@@ -1,13 +1,13 @@
-"""The working state of a stage: locked, kept outside every declared output, promoted by rename.
+"""The working folder of a stage: locked, and kept outside all declared outputs until the results are complete.
 
-Snakemake deletes a job's outputs before it runs, so checkpoints and half-written shards must lie elsewhere:
+Snakemake deletes a job's outputs before the job runs, so checkpoints and half-written shards must lie elsewhere:
 
     results/<run>/.work/<stage>/lock      held with flock while the stage runs
-                               /key       what the state belongs to; another key empties the folder
+                               /key       digest of all that decides the result; another key empties the folder
                                /state/    checkpoints
-                               /out/      finished files, renamed to their place at the end
-                               /record    what they were made of, renamed after them
-                               /complete  written when out/ is complete: only the renaming is left
+                               /out/      finished files, put into their place at the end
+                               /record    what they were made from, put into its place after them
+                               /complete  written when out/ is complete: only putting files into place is left
 """
 
 import fcntl
@@ -23,11 +23,11 @@ from sparsight.common.files import remove, write_atomic
 
 
 class Work:
-    """A stage's working folder, as a context manager that holds the lock.
+    """A stage's working folder; a context manager that holds its lock.
 
     Args:
-        folder: the working folder, made if absent.
-        key: digest of everything that decides the result; state under another key is thrown away.
+        folder: the working folder, created if missing.
+        key: digest of everything that decides the result; state under another key is deleted.
 
     Raises:
         SparsightError: another process holds the folder.
@@ -65,7 +65,7 @@ class Work:
                     f"{self.folder} is in use by {holder}: this stage is still running. "
                     "Wait for it or stop it, then run the same command again"
                 ) from None
-            # A stage that finished in between has removed the file that was just locked: try again.
+            # A stage that finished in the meantime has removed the file that was just locked: try again.
             if path.exists() and path.stat().st_ino == os.fstat(descriptor).st_ino:
                 os.ftruncate(descriptor, 0)
                 os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
@@ -74,18 +74,18 @@ class Work:
 
     @property
     def complete(self) -> bool:
-        """Whether ``out`` holds everything and only the renaming is left."""
+        """Whether ``out`` is complete, so that only putting its files into place is left."""
         return (self.folder / "complete").exists()
 
     def finish(self, destination: Path, record: Path | None = None) -> None:
-        """Put every file of ``out``, in folders or not, into ``destination`` and remove the working folder.
+        """Put every file of ``out``, also in subfolders, into ``destination`` and remove the working folder.
 
-        Files are linked, not moved: after a kill in between Snakemake deletes those that had arrived, and
-        they are put there again.
+        Files are linked, not moved: if the process is killed in between, Snakemake deletes the outputs that
+        are already in place, and the next run links them again.
 
         Args:
             destination: folder of the results.
-            record: where the stage's record goes, if it wrote one.
+            record: path for the stage's record, if it wrote one.
         """
         (self.folder / "complete").touch()
         destination.mkdir(parents=True, exist_ok=True)
@@ -106,7 +106,7 @@ def _link(source: Path, target: Path) -> None:
     target.unlink(missing_ok=True)
     try:
         os.link(source, target)
-    except OSError:  # a file system without hard links
+    except OSError:  # the file system has no hard links
         shutil.copy2(source, target)
 
 

@@ -1,4 +1,4 @@
-"""The configuration: one frozen dataclass per section; the docstring under a field is its documentation everywhere."""
+"""The configuration: one frozen dataclass per section. Field docstrings become --help and docs/configuration.md."""
 
 from sparsight.config.activations import Activations
 from sparsight.config.backbone import Backbone

@@ -11,20 +11,20 @@ from sparsight.config.checks import positive
 
 @dataclass(frozen=True)
 class Activations:
-    """What of every backbone is stored."""
+    """Which activations of every backbone are stored, and how."""
 
     sites: tuple[str, ...]
-    """What is stored: blocks.<i>.input, .output, .attn, .mlp, or embedding."""
+    """Places to read: blocks.<i>.input, .output, .attn, .mlp, or embedding."""
     tokens: Literal["cls", "patches", "all", "mean"] = "cls"
-    """Which tokens: the class token, the patches, every token, or the mean over patches."""
+    """Which tokens are stored: the class token, the patches, every token, or the mean over patches."""
     dtype: Literal["float16", "float32"] = "float16"
-    """Number format on disk; a value that float16 cannot hold is an error."""
+    """Number format on disk. A value too large for float16 is an error."""
     shard_images: int = 4096
-    """Most images in a shard; a small split is cut further so that it has 8 shards or more."""
+    """Maximum images per shard, rounded down to a power of two. Small splits are cut into at least 8 shards."""
     batch_size: int = 128
-    """Images a forward pass."""
+    """Images per forward pass."""
     parts: int = field(default=1, metadata=FREE)
-    """Jobs that share each split, over cores, GPUs or cluster nodes. Never changes a result."""
+    """Number of jobs per split, to use several cores, GPUs or cluster nodes. Never changes a result."""
 
     def __post_init__(self) -> None:
         for site in self.sites:

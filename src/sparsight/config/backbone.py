@@ -9,59 +9,59 @@ from sparsight.config.checks import positive
 from sparsight.config.compute import n_microbatches
 
 PUBLISHED = "published"
-"""Stands, in the place of templates, for the ensemble that was published for the image source."""
+"""Value of ``templates`` that selects the prompt ensemble published for the image source."""
 
 
 @dataclass(frozen=True)
 class Backbone:
-    """One Vision Transformer: its architecture, its weights, and its training here."""
+    """A Vision Transformer: its architecture, its weights and its training."""
 
     model: str
     """``timm/<architecture>``, ``open_clip/<model>[@<tag>]`` or ``open_clip/hf-hub:<org>/<repo>``; docs/models.md."""
     weights: str | None = None
-    """Where training starts: null (random), ``pretrained`` (the library's hub), a safetensors file or a checkpoint
-    (read without running code)."""
+    """Initial weights: null (random), ``pretrained`` (downloaded by the library), or the path of a safetensors file or
+    checkpoint (read without running code)."""
     architecture: dict[str, int] = field(default_factory=dict)
-    """Overrides of the architecture, by the library's names: img_size, patch_size, in_chans, embed_dim, depth,
+    """Architecture options to override, by the library's names: img_size, patch_size, in_chans, embed_dim, depth,
     num_heads (timm); embed_dim, vision.width, vision.layers, vision.image_size, text.layers, ... (open_clip)."""
     training: Literal["supervised", "probe", "contrastive", "none"] = "supervised"
-    """``supervised``: all weights and a class head; ``probe``: a linear head on the frozen tower; ``contrastive``:
-    images against captions made of class names (open_clip); ``none``: weights as they are, of which only embeddings
-    are wanted: no classifier."""
+    """``supervised`` trains all weights and a class head. ``probe`` trains a linear head on the frozen tower.
+    ``contrastive`` matches images with captions made from class names (open_clip). ``none`` uses the weights as they
+    are, without a classifier, when only embeddings are needed."""
     templates: tuple[str, ...] = ()
-    """Captions with {} for the class name, in training and as prompts; none given: "a photo of a {}."; the one word
-    ``published``: the ensemble that was published for the image source (docs/steering.md)."""
+    """Captions with {} for the class name, used in training and as prompts. If none is given, "a photo of a {}." is
+    used. The single word ``published`` selects the ensemble published for the image source (docs/steering.md)."""
     held_out_templates: tuple[str, ...] = ()
-    """Captions never trained on; test accuracy with them as prompts is reported beside."""
+    """Captions that are never trained on. Test accuracy with them as prompts is also reported."""
     epochs: int = 0
     """Passes over the train split; 0 uses the weights as they are."""
     batch_size: int = 64
-    """Images a step, in training and in evaluation."""
+    """Images per step, in training and in evaluation."""
     lr: float = 1e-3
-    """Peak learning rate of AdamW; linear warm-up over the first tenth, then cosine to 0."""
+    """Peak learning rate of AdamW: linear warm-up over the first tenth of training, then cosine decay to 0."""
     weight_decay: float = 0.05
     """Decoupled weight decay of AdamW."""
     label_smoothing: float = 0.1
-    """Share of the target spread over all classes."""
+    """Share of the target probability that is spread over all classes."""
     ema: float = 0.0
-    """Decay a step of the moving average of the weights, which is then what is evaluated and kept; 0: none."""
+    """Decay per step of the weights' moving average. The averaged weights are evaluated and saved. 0 turns this off."""
     rotate: float = 0.0
-    """Augmentation: largest rotation, in degrees, either way."""
+    """Augmentation: largest rotation in degrees, in either direction."""
     zoom: float = 0.0
-    """Augmentation: largest relative change of scale, either way."""
+    """Augmentation: largest relative change of scale, in either direction."""
     shift: float = 0.0
     """Augmentation: largest shift, as a share of the image's side."""
     flip: bool = False
-    """Augmentation: mirror half of the images."""
+    """Augmentation: mirror each image with probability 1/2."""
 
     @property
     def cores(self) -> int:
-        """That training can use: parts of a batch side by side."""
+        """Number of CPU cores that training can use, one per micro-batch."""
         return n_microbatches(self.batch_size) if self.epochs else 1
 
     @property
     def depth(self) -> int | None:
-        """Number of blocks, where ``architecture`` says so."""
+        """Number of blocks, if ``architecture`` sets it."""
         return self.architecture.get("vision.layers" if self.model.startswith("open_clip/") else "depth")
 
     def __post_init__(self) -> None:
@@ -82,8 +82,8 @@ class Backbone:
             )
         if (self.templates or self.held_out_templates) and not clip:
             raise SparsightError("templates: only an open_clip model reads texts")
-        own = () if self.templates == (PUBLISHED,) else self.templates
-        for template in (*own, *self.held_out_templates):
+        templates = () if self.templates == (PUBLISHED,) else self.templates
+        for template in (*templates, *self.held_out_templates):
             if template.count("{}") != 1 or template.replace("{}", "").count("{"):
                 raise SparsightError(f"templates: {template!r} needs one {{}} for the class name")
         if not 0 <= self.ema < 1:

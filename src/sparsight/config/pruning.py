@@ -19,28 +19,29 @@ class Policy:
     """A head policy and its training."""
 
     backbone: str
-    """Name of the backbone whose heads it switches."""
+    """Name of the backbone whose heads the policy switches."""
     blocks: Literal["all", "last"] = "all"
-    """Which it decides: ``all`` but the first, as AdaViT, or the ``last`` alone."""
+    """Blocks whose heads the policy switches: ``all`` but the first, as in AdaViT, or only the ``last``."""
     target: float = 0.6
-    """Share of heads to keep on average in the blocks that it decides, above 0, at most 1."""
+    """Share of heads to keep on average in these blocks, above 0, at most 1."""
     couple_mlp: bool = False
-    """A head that is off also takes its channels from the input of the block's MLP, as in AdaViT's released models."""
+    """Whether switching off a head also removes its channels from the input of the block's MLP, as in AdaViT's
+    released models."""
     usage_weight: float = 2.0
-    """Weight of the usage loss against the cross-entropy."""
+    """Weight of the usage loss relative to the cross-entropy."""
     temperature: float = 5.0
     """Temperature of the Gumbel-sigmoid relaxation."""
     noise: Literal["gumbel", "none"] = "gumbel"
-    """Training decides with Gumbel noise on the head logits, as AdaViT, or as evaluation does, straight through."""
+    """How training decides: with Gumbel noise on the head logits, as in AdaViT, or without noise, as in evaluation."""
     epochs: int = 10
     """Passes over the train split."""
     batch_size: int = 64
-    """Images a step."""
+    """Images per step."""
     lr: float = 1e-2
-    """Peak learning rate of Adam; cosine to 0."""
+    """Peak learning rate of Adam, with cosine decay to 0."""
     backbone_lr: float | None = None
-    """The same for the backbone's weights, which are then fine-tuned with the policy, as in AdaViT, and kept in its
-    file; null freezes them."""
+    """Peak learning rate for the backbone's weights, which are then fine-tuned with the policy, as in AdaViT, and
+    saved in the policy's file. null freezes them."""
 
     def __post_init__(self) -> None:
         if not 0 < self.target <= 1:
@@ -57,38 +58,39 @@ class Policy:
 
     @property
     def at_last_block(self) -> bool:
-        """Whether training needs no more of an image than what enters the last block."""
+        """Whether the input of the last block is all that training needs of an image."""
         return self.blocks == "last" and self.backbone_lr is None
 
     @property
     def cores(self) -> int:
-        """That training can use: parts of a batch side by side, where they pass the whole model.
+        """Number of CPU cores that training can use, one per micro-batch that passes the whole model.
 
-        One where MLPs are coupled: they are narrowed in the model itself, which one pass at a time can have.
+        One if training needs only the last block's input. One also if MLPs are coupled, because coupling narrows
+        the MLPs of the model itself, which only one pass at a time can do.
         """
         return 1 if self.at_last_block or self.couple_mlp else n_microbatches(self.batch_size)
 
 
 @dataclass(frozen=True)
 class Pruning:
-    """The evaluation of steered head policies; null where there are none."""
+    """Evaluation of steered head policies; null if there are none."""
 
     steering: str
     """Name of the steering section (of kind class-latents) whose SAEs steer the head policies."""
     strategies: tuple[Strategy, ...] = get_args(Strategy)
-    """Rows of the tables (docs/pruning.md); ``none`` is always among them."""
+    """Rows of the tables (docs/pruning.md); must include ``none``."""
     strengths: tuple[float, ...] = (1.5, 2.0, 3.0, 5.0, 10.0, 30.0, 100.0)
     """Factors on the amplified latents."""
     latents: tuple[int, ...] = (1, 5, 10, 20)
-    """How many are amplified, where a strategy chooses some. Validation picks strength and number."""
+    """Numbers of latents to amplify, for strategies that choose latents. Validation picks strength and number."""
     bias_strengths: tuple[float, ...] = (0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 100.0)
-    """Factors on the class's mean shift of the head logits, for logit-bias."""
+    """Factors on the class's mean shift of the head logits, for ``logit-bias``."""
     tolerance: float = 0.01
-    """Accuracy on val that a row may cost before it is refused; the least last-block usage then wins."""
+    """Largest accepted loss of val accuracy. The accepted option with the least last-block usage is chosen."""
     margin: float = 0.02
-    """Accuracy on test that may be lost without being inferior: the one-sided 95 % bound of the loss must be less."""
+    """Non-inferiority margin for test accuracy: the one-sided 95 % upper bound of the loss must be below it."""
     batch_size: int = 125
-    """Images a forward pass."""
+    """Images per forward pass."""
 
     def __post_init__(self) -> None:
         if "none" not in self.strategies:

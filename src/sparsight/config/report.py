@@ -1,15 +1,15 @@
-"""The report."""
+"""The HTML report."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Report:
-    """The page."""
+    """The report page."""
 
     title: str | None = None
-    """Heading of the page; null names the run."""
+    """Heading of the page; null uses the name of the run."""
     latents: int = 200
-    """Latents of each SAE in the browser: those that select for a class most."""
+    """Number of latents shown per SAE: those most selective for a class."""
     images: int = 10
-    """Images of each: those that activate it most."""
+    """Number of images shown per latent: those that activate it most."""

@@ -14,19 +14,19 @@ class Sae:
     """A sparse autoencoder and its training, once per seed."""
 
     backbone: str
-    """Name of the backbone whose activations it explains."""
+    """Name of the backbone whose activations the SAE is trained on."""
     site: str | None = None
-    """One of activations.sites: an SAE of its own. Either this or ``sites``."""
+    """One of activations.sites, for a single SAE. Give either this or ``sites``."""
     sites: tuple[str, ...] = ()
     """Two or more of activations.sites, in the order of the model: a ReSAE chain, one SAE per site (docs/sae.md)."""
     affine: Literal["full", "diagonal", "identity", "zero"] = "full"
-    """Only for ``sites``: the map that predicts a site from the one before, whose residual the SAE there learns. The
-    controls: a diagonal map, none but the shift of the mean, or nothing at all (``zero``: plain SAEs)."""
+    """Only for ``sites``: the affine map that predicts a site from the previous one; the SAE learns the residual.
+    Controls: a ``diagonal`` matrix, the ``identity`` (only the mean shifts), or ``zero`` (no map: plain SAEs)."""
     ridge: float = 1e-3
-    """Only for ``sites``: weight of ||A||^2 in the fit of the maps, in mean eigenvalues of the earlier site's
+    """Only for ``sites``: ridge penalty in the fit of the maps, relative to the mean eigenvalue of the earlier site's
     covariance."""
     kind: str = "topk"
-    """The variant: a file of src/sparsight/sae/variants."""
+    """Name of the variant: a file in src/sparsight/sae/variants."""
     d_sae: int = 768
     """Number of latents."""
     k: int = 16
@@ -36,37 +36,37 @@ class Sae:
     epochs: int = 50
     """Passes over the stored train split."""
     batch_size: int = 256
-    """Activations a step."""
+    """Activations per step."""
     memory_mb: int = 1024
-    """Memory for activations while training, in MB. A store that fits is shuffled as a whole in every epoch,
-    a larger one in pools of half this size."""
+    """Memory for activations during training, in MB. A store that fits is shuffled as a whole in every epoch. A larger
+    store is shuffled in pools of half this size."""
     lr: float | None = None
-    """Peak learning rate of Adam on activations scaled to unit variance, linear decay over the last fifth;
-    null takes 2e-4 / sqrt(d_sae / 2^14)."""
+    """Peak learning rate of Adam on activations scaled to unit variance, with linear decay over the last fifth of
+    training. null uses 2e-4 / sqrt(d_sae / 2^14)."""
     aux_k: int = 64
-    """Dead latents that the AuxK loss revives at a time; 0 turns it off."""
+    """Number of dead latents that the AuxK loss revives at a time; 0 turns the loss off."""
     aux_coefficient: float = 1 / 32
     """Weight of the AuxK loss."""
     dead_after: int = 20_000
-    """Activations without firing after which a latent counts as dead in training."""
+    """In training, a latent counts as dead after this many activations on which it does not fire."""
     bf16: bool = False
-    """Run the forward products of training in bfloat16; weights stay fp32."""
+    """Run the matrix products of training's forward pass in bfloat16; weights stay fp32."""
     prototype_weight: float = 0.0
-    """PASS: weight of the squared distance of codes to the mean code of their class (arXiv 2506.01247: 0.8). More than
-    0 uses the labels of the train split."""
+    """PASS: weight of the squared distance between codes and the mean code of their class (arXiv 2506.01247: 0.8).
+    Values above 0 use the labels of the train split."""
     experts: int | None = None
-    """Only for kind ``switch``: number of experts. Width-matched with a TopK SAE at the same d_sae; compute-matched
-    at d_sae times experts."""
+    """Only for kind ``switch``: number of experts. With the d_sae of a TopK SAE it is width-matched, with ``experts``
+    times that d_sae compute-matched."""
     prefixes: tuple[float, ...] | None = None
-    """Only for kind ``matryoshka``: shares of d_sae that must reconstruct alone, rising to 1."""
+    """Only for kind ``matryoshka``: shares of d_sae that must each reconstruct alone, rising to 1."""
 
     @property
     def places(self) -> tuple[str, ...]:
-        """The site, or the sites of the chain."""
+        """The SAE's site, or the sites of the chain."""
         return self.sites if self.site is None else (self.site,)
 
     def options(self) -> dict[str, Any]:
-        """What ``sae.create`` takes beside sizes and seed."""
+        """Arguments of ``sae.create`` other than kind, sizes and seed."""
         names = ("aux_k", "aux_coefficient", "experts", "prefixes")
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 

@@ -1,7 +1,7 @@
-"""Frozen dataclasses as the one description of a configuration section.
+"""Frozen dataclasses as the single description of a configuration section.
 
-The same class validates YAML, becomes the flags and ``--help`` of a stage script, and gives the digest
-by which a result remembers its configuration.
+The same class validates YAML and defines the flags and ``--help`` of a stage script. Its digest is recorded
+with every result.
 """
 
 import argparse
@@ -30,11 +30,11 @@ def parse(cls: type[T], section: Any, where: str) -> T:
     Args:
         cls: a frozen dataclass whose annotations are int, float, bool, str, Literal, ``X | None``,
             ``tuple[X, ...]`` or ``dict[str, X]``.
-        section: what YAML gave for it; ``None`` (an empty section) means all defaults.
+        section: the section as read from YAML; ``None`` (an empty section) means all defaults.
         where: dotted path of the section, for messages.
 
     Raises:
-        SparsightError: unknown or missing key, wrong type, or a value that the class refuses.
+        SparsightError: unknown or missing key, wrong type, or a value that the class rejects.
     """
     section = {} if section is None else section
     if not isinstance(section, Mapping):
@@ -54,11 +54,11 @@ def parse(cls: type[T], section: Any, where: str) -> T:
 
 
 def check_keys(section: Mapping[str, Any], known: Mapping[str, Any], where: str) -> None:
-    """Raise SparsightError for the first key that is not known, naming the nearest known one."""
+    """Raise SparsightError for the first unknown key, naming the closest known one."""
     for key in section:
         if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
-            hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
+            matches = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
+            hint = f"did you mean {matches[0]!r}?" if matches else f"known keys: {', '.join(known)}"
             raise SparsightError(f"{where}: unknown key {key!r}; {hint}")
 
 
@@ -106,11 +106,11 @@ def add_arguments(parser: argparse.ArgumentParser, cls: type) -> None:
     """Give a stage script one flag per field of ``cls``; the help is the field's docstring."""
     group, docs = parser.add_argument_group(cls.__name__), field_docs(cls)
     for field in dataclasses.fields(cls):
-        many = get_origin(get_type_hints(cls)[field.name]) in (tuple, dict)
+        takes_several = get_origin(get_type_hints(cls)[field.name]) in (tuple, dict)
         default = "required" if field.default is dataclasses.MISSING else f"default: {field.default}"
         group.add_argument(
             f"--{field.name.replace('_', '-')}",
-            nargs="*" if many else None,
+            nargs="*" if takes_several else None,
             metavar="KEY=VALUE" if get_origin(get_type_hints(cls)[field.name]) is dict else field.name.upper(),
             default=argparse.SUPPRESS,
             help=f"{docs[field.name]} ({default})".replace("%", "%%"),
@@ -118,7 +118,7 @@ def add_arguments(parser: argparse.ArgumentParser, cls: type) -> None:
 
 
 def from_arguments(cls: type[T], arguments: argparse.Namespace) -> T:
-    """The section that the flags of :func:`add_arguments` spell, validated as if it came from YAML."""
+    """Build ``cls`` from the flags of :func:`add_arguments`, validated as if it came from YAML."""
     section: dict[str, Any] = {}
     for name, hint in get_type_hints(cls).items():
         if not hasattr(arguments, name):
@@ -135,19 +135,22 @@ def from_arguments(cls: type[T], arguments: argparse.Namespace) -> T:
 
 
 def _read(hint: Any, text: str) -> Any:
-    """A flag's text as the type its field wants; text that does not fit is left for :func:`parse` to refuse."""
-    for wanted in get_args(hint) or (hint,):
-        if wanted is bool and text in ("true", "false"):
+    """Convert a flag's text to the type of its field.
+
+    Text that does not fit is returned unchanged, and :func:`parse` rejects it.
+    """
+    for kind in get_args(hint) or (hint,):
+        if kind is bool and text in ("true", "false"):
             return text == "true"
-        if wanted is int and text.removeprefix("-").isdecimal():
+        if kind is int and text.removeprefix("-").isdecimal():
             return int(text)
     return text
 
 
 def to_flags(section: Any) -> str:
-    """The shell words that make a stage script read ``section`` again; unset (None) fields are left out.
+    """Shell flags from which a stage script reads ``section`` again; unset (None) fields are left out.
 
-    So are free fields: Snakemake reruns a rule when its flags change.
+    Free fields are left out too, because Snakemake reruns a rule when its flags change.
     """
     words: list[str] = []
     for field in dataclasses.fields(section):

@@ -9,33 +9,35 @@ from sparsight.config.checks import positive, rising
 
 @dataclass(frozen=True)
 class Steering:
-    """Edits along an SAE's latents at its site, beside their controls."""
+    """Edits of activations along an SAE's latents, and their controls."""
 
     sae: str
-    """Name of the SAE section whose latents steer, every seed of it: of the class token, in the residual stream."""
+    """Name of the SAE section whose latents steer; every seed is used. The SAEs must read the class token in the
+    residual stream."""
     kind: Literal["class-latents", "vs2", "vs2++"] = "class-latents"
-    """``class-latents``: latents of the class that is predicted (or known) are amplified. ``vs2``: every image's own
-    active latents are, without labels (arXiv 2506.01247). ``vs2++``: along the difference between its neighbours of one
-    label and the others. Each brings its controls; docs/steering.md."""
+    """``class-latents`` amplifies latents of the predicted (or known) class. ``vs2`` amplifies every image's own active
+    latents, without labels (arXiv 2506.01247). ``vs2++`` steers along the difference between the image's neighbours of
+    one label and its other neighbours. Each kind has its own controls; see docs/steering.md."""
     strengths: tuple[float, ...] = (1.5, 2.0, 3.0, 5.0, 10.0)
-    """Factors on the class's latents, or alpha = lambda (gamma - 1) of VS2, 0.25 to 2 for a start, and of VS2++, 0.5 to
-    16. Validation picks one per method."""
+    """Factors on the class's latents. For ``vs2`` and ``vs2++``, values of alpha = lambda (gamma - 1): try 0.25 to 2
+    for ``vs2``, 0.5 to 16 for ``vs2++``. Validation picks one per method."""
     latents: int = 10
-    """Only for kind ``class-latents``: how many are amplified, the first ones by ``ranking`` on the train split."""
+    """Only for kind ``class-latents``: number of latents to amplify, the first by ``ranking`` on the train split."""
     ranking: Literal["mean-difference", "mean", "attribution"] = "mean-difference"
-    """Only for kind ``class-latents``: mean activation in the class minus elsewhere, mean activation in the class, or
-    what the class's logit owes to the latent (activation times gradient)."""
+    """Only for kind ``class-latents``: how latents are ranked. ``mean-difference``: mean activation in the class minus
+    that outside it. ``mean``: mean activation in the class. ``attribution``: the latent's contribution to the class's
+    logit (activation times gradient)."""
     edit: Literal["amplify", "clamp"] = "amplify"
-    """Only for kind ``class-latents``: the image's own codes times the strength, or the strength times the latents'
-    mean activation in the class. Strength 0 ablates them."""
+    """Only for kind ``class-latents``: ``amplify`` multiplies the image's own codes by the strength. ``clamp`` sets
+    them to the strength times the latents' mean activation in the class. Strength 0 ablates the latents."""
     neighbours: int = 50
-    """Only for kind ``vs2++``: train images around an image."""
+    """Only for kind ``vs2++``: number of nearest train images per image."""
     neighbour_backbone: str | None = None
-    """Only for kind ``vs2++``: name of the backbone section whose embeddings find neighbours; null: the steered model.
-    ``activations.sites`` must have embedding."""
+    """Only for kind ``vs2++``: name of the backbone section whose embeddings find neighbours; null uses the steered
+    model. ``activations.sites`` must include embedding."""
     quantiles: tuple[float, ...] = (0.9, 0.95, 0.99, 0.995)
-    """Only for kind ``vs2``: of the FVU of single train images. The gate leaves alone what is reconstructed worse.
-    Validation picks one."""
+    """Only for kind ``vs2``: quantiles of the FVU of single train images. The gate does not steer images with an FVU
+    above the quantile. Validation picks one."""
 
     def __post_init__(self) -> None:
         positive(self, "latents", "neighbours")

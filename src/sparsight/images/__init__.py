@@ -1,1 +1,1 @@
-"""Images: where they come from, how they are listed and split, how they become pixels."""
+"""Images: sources, the manifest that lists and splits them, and their conversion to pixels."""

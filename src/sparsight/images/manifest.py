@@ -1,4 +1,4 @@
-"""Image sources -> ``manifest.parquet``: every image with its checksum, label and split."""
+"""Writes and reads ``manifest.parquet``: every image of a source with its checksum, label and split."""
 
 import hashlib
 import json
@@ -26,12 +26,13 @@ def write_manifest(section: config.Images, seed: int, record: dict[str, Any], th
     """Read every image once, check that it decodes, and write ``manifest.parquet``.
 
     Columns: image_id int64, uri, sha256, label int32, label_name, split; rows in a seeded random order. The
-    Parquet metadata key ``sparsight`` holds source, class names (the position is the label), ``record``, what
-    was ``skipped`` (uri, reason) and ``duplicates``: images of equal bytes that lie in more than one split.
+    Parquet metadata key ``sparsight`` holds the source, the class names (a name's position is its label), the
+    entries of ``record``, the ``skipped`` images (uri, reason) and ``duplicates``: images with equal bytes in
+    more than one split.
 
     Raises:
-        SparsightError: no images, an empty split, a class that is not in train, or an image that cannot be
-            read or decoded (with ``on_error: skip`` it is left out, logged and listed instead).
+        SparsightError: no images, an empty split, a class without train images, or an image that cannot be read
+            or decoded (with ``on_error: skip``, such an image is left out, logged and listed instead).
     """
     source = SOURCES[section.source](section.path)
     items = source.items()
@@ -51,17 +52,17 @@ def write_manifest(section: config.Images, seed: int, record: dict[str, Any], th
     kept: list[Item] = []
     skipped: list[dict[str, str]] = []
     with ThreadPoolExecutor(threads) as pool, Progress(len(items), "images") as progress:
-        for rows in row_slices(len(items), 1024):  # a window at a time: a future per image of a large set is memory
-            for item, found in zip(items[rows], pool.map(checksum, items[rows]), strict=True):
+        for rows in row_slices(len(items), 1024):  # in windows: a future for every image takes much memory
+            for item, result in zip(items[rows], pool.map(checksum, items[rows]), strict=True):
                 progress(1)
-                if isinstance(found, str):
-                    sha256.append(found)
+                if isinstance(result, str):
+                    sha256.append(result)
                     kept.append(item)
                 elif section.on_error == "stop":
-                    raise found
+                    raise result
                 else:
-                    skipped.append({"uri": item.uri, "reason": str(found)})
-                    log(f"skipped: {found}")
+                    skipped.append({"uri": item.uri, "reason": str(result)})
+                    log(f"skipped: {result}")
     classes = source.class_names()
     numbers = {name: number for number, name in enumerate(classes)}
     label = np.array([numbers[item.label_name] for item in kept], dtype=np.int32)
@@ -80,7 +81,7 @@ def write_manifest(section: config.Images, seed: int, record: dict[str, Any], th
             "split": split[order].tolist(),
         }
     )
-    about = {
+    metadata = {
         "format_version": 1,
         "source": section.source,
         "path": section.path,
@@ -89,34 +90,34 @@ def write_manifest(section: config.Images, seed: int, record: dict[str, Any], th
         "duplicates": duplicates,
         **record,
     }
-    pq.write_table(table.replace_schema_metadata({"sparsight": json.dumps(about, sort_keys=True)}), path)
+    pq.write_table(table.replace_schema_metadata({"sparsight": json.dumps(metadata, sort_keys=True)}), path)
 
 
 def _duplicates(items: list[Item], sha256: list[str], split: np.ndarray) -> list[list[str]]:
-    """The uris, each with its split, of images whose bytes lie in more than one split."""
+    """Groups of images with equal bytes in more than one split; per image its uri and split."""
     rows: dict[str, list[int]] = defaultdict(list)
     for row, digest in enumerate(sha256):
         rows[digest].append(row)
-    return [[f"{items[i].uri} ({split[i]})" for i in same] for same in rows.values() if len(set(split[same])) > 1]
+    return [[f"{items[i].uri} ({split[i]})" for i in group] for group in rows.values() if len(set(split[group])) > 1]
 
 
 def _split(section: config.Images, items: list[Item], label: np.ndarray, classes: list[str], seed: int) -> np.ndarray:
-    """Keep each member's splits and draw the missing ones from what it calls train, class by class.
+    """Keep each member's splits and draw the missing ones from its train images, class by class.
 
-    The draw depends on the member's images alone: it is split in a union as it is by itself.
+    The draw depends only on the member's images, so a data set is split in a union as it is on its own.
     """
     split = np.array([item.split or "train" for item in items], dtype=object)
     member = np.array([item.member for item in items])
-    wanted = {"val": section.val_fraction, "test": section.test_fraction}
+    fractions = {"val": section.val_fraction, "test": section.test_fraction}
     for number in np.unique(member):
-        given = set(split[member == number])
+        existing = set(split[member == number])
         train = np.flatnonzero((member == number) & (split == "train"))
         for c in np.unique(label[train]):
             rows = train[label[train] == c]
             rows = np.random.default_rng(derive_seed(seed, "images", "split", classes[c])).permutation(rows)
             start = 0
-            for part, fraction in wanted.items():
-                if part not in given:
+            for part, fraction in fractions.items():
+                if part not in existing:
                     count = round(fraction * len(rows))
                     split[rows[start : start + count]] = part
                     start += count
@@ -135,15 +136,15 @@ class Manifest:
     """The images of a run, as ``manifest.parquet`` lists them.
 
     Raises:
-        SparsightError: not a manifest of ours.
+        SparsightError: the file is not an image manifest.
     """
 
     def __init__(self, path: Path) -> None:
         self.table = pq.read_table(path)
-        about = (self.table.schema.metadata or {}).get(b"sparsight")
-        if about is None:
+        metadata = (self.table.schema.metadata or {}).get(b"sparsight")
+        if metadata is None:
             raise SparsightError(f"{path}: not an image manifest (no 'sparsight' metadata); run the images stage")
-        self.about = json.loads(about)
+        self.about = json.loads(metadata)
         self.classes: list[str] = self.about["classes"]
         self.digest = file_digest(path)
         self._source = SOURCES[self.about["source"]](self.about["path"])

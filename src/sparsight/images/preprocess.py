@@ -1,4 +1,4 @@
-"""From a decoded picture to a model's input pixels.
+"""Turns a decoded picture into a model's input pixels.
 
 Shapes: H height, W width, C channels.
 """
@@ -16,7 +16,7 @@ class Preprocess:
     """How a picture becomes a model's input; the numbers come from the model's own configuration.
 
     Raises:
-        SparsightError: a filter other than those with which models are evaluated.
+        SparsightError: a filter other than bicubic and bilinear.
     """
 
     size: tuple[int, int]
@@ -24,9 +24,9 @@ class Preprocess:
     channels: int
     """1 (grey) or 3 (RGB)."""
     mean: tuple[float, ...]
-    """Subtracted per channel after scaling to [0, 1]."""
+    """Subtracted from each channel after scaling to [0, 1]."""
     std: tuple[float, ...]
-    """Divided by per channel."""
+    """Divides each channel after ``mean`` is subtracted."""
     interpolation: str = "bicubic"
     """Filter of the resize, bicubic or bilinear."""
     crop_pct: float = 1.0
@@ -42,7 +42,7 @@ class Preprocess:
             )
 
     def pixels(self, picture: np.ndarray) -> np.ndarray:
-        """Resize the short side, crop the centre: uint8 (H, W, C) of another size and number of channels."""
+        """Resize the short side and crop the centre: uint8 (H, W, C) to this size and number of channels."""
         if picture.shape[2] > self.channels:
             picture = np.asarray(Image.fromarray(picture).convert("L"))[:, :, None]
         height, width = self.size
@@ -54,10 +54,10 @@ class Preprocess:
 
 
 def _resize(picture: np.ndarray, size: tuple[int, int], interpolation: str) -> np.ndarray:
-    """Resize with antialiasing, as Pillow does but for rounding; the same bits on every CPU."""
+    """Resize with antialiasing, like Pillow up to rounding; the same bits on every CPU."""
     if picture.shape[:2] == size:
         return picture
-    import torch  # not needed, and slow, where images are only listed
+    import torch  # slow to import, and not needed to list images
 
     x = torch.from_numpy(np.require(picture, requirements="W")).permute(2, 0, 1)[None]
     return torch.nn.functional.interpolate(x, size=size, mode=interpolation, antialias=True)[0].permute(1, 2, 0).numpy()

@@ -17,7 +17,7 @@ from sparsight.images.preprocess import Preprocess
 from sparsight.images.sources import Reader, Source
 
 Rows = np.ndarray | slice
-"""Numbers of images of a split."""
+"""Numbers of images within a split."""
 
 
 @dataclass(frozen=True)
@@ -35,11 +35,11 @@ class Split:
         return len(self.labels)
 
     def uris(self, rows: Rows) -> list[str]:
-        """Where the images of ``rows`` come from."""
+        """Uris of the images ``rows``."""
         return (self._uris[rows] if isinstance(rows, slice) else self._uris.take(rows)).to_pylist()
 
     def picture(self, row: int) -> np.ndarray:
-        """Decode one image, checked against its sha256: uint8 (H, W, C), as large as it is.
+        """Decode one image and check its sha256: uint8 (H, W, C), at its original size.
 
         Raises:
             SparsightError: the image is gone, changed, or cannot be decoded.
@@ -61,12 +61,12 @@ class Split:
         return next(self.stream([rows], preprocess, threads))
 
     def stream(self, windows: Sequence[Rows], preprocess: Preprocess, threads: int = 1) -> Iterator[np.ndarray]:
-        """The images of each window, uint8 (B, H, W, C); the next ones are decoded meanwhile.
+        """The images of each window, uint8 (B, H, W, C); the next window is decoded in the background.
 
         Args:
             windows: rows of each batch.
             preprocess: how pictures become pixels.
-            threads: that decode.
+            threads: number of decoding threads.
         """
         reader = self.source.reader(uri for rows in windows for uri in self.uris(rows))
 
@@ -83,11 +83,11 @@ class Split:
             ahead = next(begun, None)
             while ahead is not None:
                 (pixels, done), ahead = ahead, next(begun, None)
-                list(done)  # waits, and raises what an image raised
+                list(done)  # waits, and raises any error of decoding
                 yield pixels
 
     def batches(self, preprocess: Preprocess, batch_size: int, threads: int = 1) -> Iterator[np.ndarray]:
-        """All images in order, uint8 (B, H, W, C) at a time."""
+        """All images in order, in batches of uint8 (B, H, W, C)."""
         return self.stream(list(row_slices(len(self), batch_size)), preprocess, threads)
 
 
@@ -105,10 +105,10 @@ class Pixels:
 
 
 def decode(source: Source, uri: str, data: bytes) -> np.ndarray:
-    """The picture in the bytes of an image, uint8 (H, W, C).
+    """Decode the bytes of an image: uint8 (H, W, C).
 
     Raises:
-        SparsightError: it cannot be decoded.
+        SparsightError: the image cannot be decoded.
     """
     try:
         return source.decode(uri, data)

@@ -1,4 +1,4 @@
-"""Processes that decode the batches of a split beside the one that uses them.
+"""Worker processes that decode the batches of a split.
 
 Shapes: B batch, H height, W width, C channels.
 """
@@ -21,14 +21,14 @@ from sparsight.images.split import Rows, Split
 def stream(
     split: Split, windows: Sequence[Rows], preprocess: Preprocess, threads: int, workers: int
 ) -> Iterator[np.ndarray]:
-    """The images of each window, uint8 (B, H, W, C), decoded by processes; the order is that of the windows.
+    """The images of each window, uint8 (B, H, W, C), in order, decoded by worker processes.
 
     Args:
         split: the images.
         windows: rows of each batch.
         preprocess: how pictures become pixels.
-        threads: that decode where ``workers`` is 0, as in :meth:`Split.stream`.
-        workers: processes that decode a batch each.
+        threads: number of decoding threads if ``workers`` is 0, as in :meth:`Split.stream`.
+        workers: number of processes, which decode a batch each.
     """
     if not workers:
         yield from split.stream(windows, preprocess, threads)
@@ -49,23 +49,26 @@ def stream(
 
 
 class _Share(data.IterableDataset[Any]):
-    """In each worker, its share of the windows; the loader takes one from every worker in turn."""
+    """Each worker's share of the windows; the loader takes one window from every worker in turn."""
 
     def __init__(self, split: Split, windows: Sequence[Rows], preprocess: Preprocess) -> None:
         self.split, self.windows, self.preprocess = split, windows, preprocess
 
     def __iter__(self) -> Iterator[Any]:
-        own = data.get_worker_info()
-        assert own is not None
+        worker = data.get_worker_info()
+        assert worker is not None
         try:
-            for pixels in self.split.stream(self.windows[own.id :: own.num_workers], self.preprocess):
+            for pixels in self.split.stream(self.windows[worker.id :: worker.num_workers], self.preprocess):
                 yield torch.from_numpy(pixels)
-        except SparsightError as error:  # raised here, it would arrive wrapped in a traceback
+        except SparsightError as error:  # an exception would arrive wrapped in a traceback
             yield str(error)
 
 
 def _end_with_parent(_: int) -> None:
-    """End this worker when a signal ends its parent: torch watches the fork server, which lives on for its workers."""
+    """End this worker when a signal ends its parent.
+
+    Torch watches only the fork server, which stays alive as long as its workers.
+    """
     parent = multiprocessing.parent_process()
     assert parent is not None
 

@@ -1,8 +1,8 @@
-"""Arithmetic of sparse codes: only the encoder product is dense, all else touches the active latents alone.
+"""Operations on sparse codes: only the encoder product is dense, everything else touches active latents only.
 
-This is the one dispatch point. A CPU tensor takes the ``cpu`` backend, a CUDA tensor ``triton``, any other
-``reference``; the environment variable ``SPARSIGHT_KERNELS`` forces one. All backends give the same values and
-gradients up to rounding, and each gives the same bits on every run.
+This module selects the backend: ``cpu`` for a CPU tensor, ``triton`` for a CUDA tensor, ``reference`` for any other.
+The environment variable ``SPARSIGHT_KERNELS`` forces one. All backends give the same values and gradients up to
+rounding. Each gives the same bits on every run.
 
 Shapes: B batch, D width (d_in), F latents (d_sae), K active latents (k), E experts.
 """
@@ -32,7 +32,7 @@ def topk(x_BD: Tensor, W_enc_DF: Tensor, b_enc_F: Tensor, k: int) -> tuple[Tenso
         particular order. Gradients reach x, W_enc and b_enc through the positive entries.
 
     Raises:
-        SparsightError: ``SPARSIGHT_KERNELS`` names no backend.
+        SparsightError: ``SPARSIGHT_KERNELS`` names an unknown backend.
     """
     return functions.topk(_backend(x_BD), x_BD, W_enc_DF, b_enc_F, k)
 
@@ -40,21 +40,21 @@ def topk(x_BD: Tensor, W_enc_DF: Tensor, b_enc_F: Tensor, k: int) -> tuple[Tenso
 def routed_topk(
     x_BD: Tensor, W_enc_DF: Tensor, b_enc_F: Tensor | None, expert_B: Tensor, n_experts: int, k: int
 ) -> tuple[Tensor, Tensor]:
-    """As :func:`topk`, each row among the latents of its expert only (Switch SAE, arXiv 2410.08201, equation 6).
+    """Like :func:`topk`, but each row uses only its expert's latents (Switch SAE, arXiv 2410.08201, equation 6).
 
-    Expert e owns the latents from e F / E to (e + 1) F / E. No other expert's latents are computed, neither
+    Expert e owns the latents from e F / E to (e + 1) F / E. The other experts' latents are not computed, neither
     forward nor backward.
 
     Args:
         x_BD: activations, b_pre already subtracted.
-        b_enc_F: biases, or None for none.
-        expert_B: int64, the expert of each row; experts may have no rows.
+        b_enc_F: biases, or None.
+        expert_B: int64, the expert of each row; some experts may have no rows.
 
     Returns:
         values (B, K) and indices (B, K) into all F latents.
 
     Raises:
-        SparsightError: ``SPARSIGHT_KERNELS`` names no backend.
+        SparsightError: ``SPARSIGHT_KERNELS`` names an unknown backend.
     """
     return functions.routed_topk(_backend(x_BD), x_BD, W_enc_DF, b_enc_F, expert_B, n_experts, k)
 
@@ -63,7 +63,7 @@ def encode_at(x_BD: Tensor, W_enc_DF: Tensor, b_enc_F: Tensor, indices_BK: Tenso
     """Pre-activations x W_enc + b_enc at given latents, (B, K), differentiable in x, W_enc and b_enc.
 
     Raises:
-        SparsightError: ``SPARSIGHT_KERNELS`` names no backend.
+        SparsightError: ``SPARSIGHT_KERNELS`` names an unknown backend.
     """
     return functions.encode_at(_backend(x_BD), x_BD, W_enc_DF, b_enc_F, indices_BK)
 
@@ -71,10 +71,10 @@ def encode_at(x_BD: Tensor, W_enc_DF: Tensor, b_enc_F: Tensor, indices_BK: Tenso
 def decode(values_BK: Tensor, indices_BK: Tensor, W_dec_FD: Tensor) -> Tensor:
     """Sum of the decoder rows weighted by the values, (B, D), without bias; differentiable in values and W_dec.
 
-    An entry whose value is 0 is padding, whatever its index: it costs no gradient and gets none.
+    An entry with value 0 is padding, whatever its index: it contributes to no gradient and receives none.
 
     Raises:
-        SparsightError: ``SPARSIGHT_KERNELS`` names no backend.
+        SparsightError: ``SPARSIGHT_KERNELS`` names an unknown backend.
     """
     return functions.decode(_backend(values_BK), values_BK, indices_BK, W_dec_FD)
 

@@ -1,6 +1,6 @@
-"""The CPU backend: sums over active latents as weighted embedding bags, products at them as a sampled product.
+"""The CPU backend: embedding bags for sums over active latents, a sampled product for products at active latents.
 
-Nothing of size (B, F) is made but the encoder product, which is taken in blocks of rows that stay in the cache.
+Only the encoder product has size (B, F). It is computed in blocks of rows that stay in the cache.
 
 Shapes: B batch, D width (d_in), F latents (d_sae), K active latents (k), N active entries.
 """
@@ -13,10 +13,10 @@ from torch.nn.functional import embedding_bag
 
 from sparsight.kernels import dense, screening
 
-_ROWS = 256  # fresh memory costs page faults; a block of pre-activations this small is reused
+_ROWS = 256  # new memory costs page faults; a block of pre-activations this small reuses its memory
 
 with warnings.catch_warnings(action="ignore", category=UserWarning):
-    torch.sparse_csr_tensor([0], [], [], (0, 0))  # PyTorch says once that CSR tensors are in beta
+    torch.sparse_csr_tensor([0], [], [], (0, 0))  # triggers PyTorch's one-time warning that CSR tensors are in beta
 
 
 def select(x_BD: Tensor, W_enc_DF: Tensor, b_enc_F: Tensor | None, k: int) -> tuple[Tensor, Tensor]:
@@ -35,12 +35,12 @@ def combine(values_BK: Tensor, indices_BK: Tensor, W_FD: Tensor) -> Tensor:
 def dots(g_BD: Tensor, W_FD: Tensor, indices_BK: Tensor, active_BK: Tensor) -> Tensor:
     """See :class:`sparsight.kernels.functions.Backend`."""
     starts, rows_N, order_N = _by_latent(indices_BK, active_BK, len(W_FD))
-    # Latent by latent: W streams through once, and what is looked up is g, which is small.
+    # Sorted by latent: W is read once in order, and random access goes to g, which is small.
     shape = (len(W_FD), len(g_BD))
     pattern = torch.sparse_csr_tensor(starts, rows_N, g_BD.new_zeros(len(rows_N)), shape, check_invariants=False)
     products = torch.sparse.sampled_addmm(pattern, W_FD.contiguous(), g_BD.T, beta=0.0).values()
-    in_place = torch.empty_like(products).index_copy_(0, order_N, products)
-    return g_BD.new_zeros(indices_BK.shape).masked_scatter_(active_BK, in_place)
+    unsorted = torch.empty_like(products).index_copy_(0, order_N, products)
+    return g_BD.new_zeros(indices_BK.shape).masked_scatter_(active_BK, unsorted)
 
 
 def accumulate(values_BK: Tensor, indices_BK: Tensor, g_BD: Tensor, n_rows: int) -> tuple[Tensor, Tensor]:
@@ -52,7 +52,7 @@ def accumulate(values_BK: Tensor, indices_BK: Tensor, g_BD: Tensor, n_rows: int)
 
 
 def _by_latent(indices_BK: Tensor, active_BK: Tensor, n_latents: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The active entries sorted by latent: where each latent begins, the entries' rows, their places before."""
+    """Active entries sorted by latent: start of each latent, rows of the entries, their positions before sorting."""
     rows_N, _ = active_BK.nonzero(as_tuple=True)
     latents_N = indices_BK[active_BK]
     order_N = latents_N.int().argsort(stable=True)
@@ -64,15 +64,15 @@ def _dense_select(x_BD: Tensor, W_enc_DF: Tensor, b_enc_F: Tensor | None, k: int
 
 
 def _bags(starts: Tensor, rows_N: Tensor, weights_N: Tensor, table: Tensor) -> Tensor:
-    """Per bag, the weighted sum of the table's rows."""
+    """Weighted sum of the table's rows for each bag."""
     return embedding_bag(rows_N, table, starts, per_sample_weights=weights_N, mode="sum", include_last_offset=True)
 
 
 def _starts(counts: Tensor) -> Tensor:
-    """Where each bag begins, and where the last one ends."""
+    """Start of each bag, and the end of the last one."""
     return torch.nn.functional.pad(counts.cumsum(dim=0), (1, 0))
 
 
 def _fast_bf16() -> bool:
-    """Whether a bf16 product is several times faster than an fp32 one here."""
+    """Whether this CPU computes bf16 products several times faster than fp32 ones."""
     return torch.cpu._is_avx512_bf16_supported()

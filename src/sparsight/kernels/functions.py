@@ -1,4 +1,4 @@
-"""Differentiable operations on sparse codes, written once over the primitives of a backend.
+"""Differentiable operations on sparse codes, written once for the primitives of any backend.
 
 Shapes: B batch, D width (d_in), F latents (d_sae), K active latents (k), E experts.
 """
@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 
 
 class Backend(Protocol):
-    """What a backend module provides. None of it knows autograd; an entry whose value is 0 is padding."""
+    """Functions that a backend module provides. They do not use autograd; an entry with value 0 is padding."""
 
     def select(self, x_BD: Tensor, W_enc_DF: Tensor, b_enc_F: Tensor | None, k: int) -> tuple[Tensor, Tensor]:
         """The k largest entries of each row of x W_enc + b_enc and their columns, (B, K) both, in any order."""
@@ -101,10 +101,10 @@ def routed_topk(
         for expert, rows in enumerate(order_B.split(counts)):
             if not len(rows):
                 continue
-            own = slice(expert * width, (expert + 1) * width)
-            bias = None if b_enc_F is None else b_enc_F[own]
-            pre, indices = _select(backend, x_BD[rows], W_enc_DF[:, own], bias, k)
-            pre_BK[rows], indices_BK[rows] = pre, indices + own.start
+            columns = slice(expert * width, (expert + 1) * width)
+            bias = None if b_enc_F is None else b_enc_F[columns]
+            pre, indices = _select(backend, x_BD[rows], W_enc_DF[:, columns], bias, k)
+            pre_BK[rows], indices_BK[rows] = pre, indices + columns.start
     return _chosen(backend, x_BD, W_enc_DF, b_enc_F, pre_BK, indices_BK)
 
 
@@ -123,7 +123,7 @@ def decode(backend: Backend, values_BK: Tensor, indices_BK: Tensor, W_dec_FD: Te
 
 
 def _select(backend: Backend, x_BD: Tensor, W_DF: Tensor, b_F: Tensor | None, k: int) -> tuple[Tensor, Tensor]:
-    """The backend's selection; under autocast the product is in the lower precision, the rest never is."""
+    """The backend's selection; under autocast, only the product runs in the lower precision."""
     device = x_BD.device.type
     if not torch.is_autocast_enabled(device):
         return backend.select(x_BD, W_DF, b_F, k)
@@ -143,5 +143,5 @@ def _chosen(
 
 
 def _no_autocast(tensor: Tensor) -> torch.autocast:
-    """What is sparse costs little, so it stays in the precision of the weights."""
+    """Disable autocast: sparse operations cost little, so they keep the precision of the weights."""
     return torch.autocast(tensor.device.type, enabled=False)

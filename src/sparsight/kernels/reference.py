@@ -1,4 +1,4 @@
-"""The backend that others are compared with: plain dense PyTorch, any device, any floating-point type.
+"""The backend that tests compare the others with: plain dense PyTorch, any device, any floating-point type.
 
 Shapes: B batch, D width (d_in), F latents (d_sae), K active latents (k).
 """
@@ -31,7 +31,10 @@ def accumulate(values_BK: Tensor, indices_BK: Tensor, g_BD: Tensor, n_rows: int)
 
 
 def _dense(values_BK: Tensor, indices_BK: Tensor, n_latents: int) -> Tensor:
-    """(B, F). Adds, since padding may repeat the index of an active latent; index_put_ adds in a fixed order."""
+    """Codes as a dense (B, F) tensor.
+
+    Values are added, because padding may repeat the index of an active latent. index_put_ adds in a fixed order.
+    """
     z_BF = values_BK.new_zeros(len(values_BK), n_latents)
     rows_B1 = torch.arange(len(values_BK), device=values_BK.device).unsqueeze(1)
     return z_BF.index_put_((rows_B1, indices_BK), values_BK, accumulate=True)

@@ -1,17 +1,20 @@
-"""Exact fp32 top-k at the price of a bf16 product (on CPUs that have fast bf16, about a fifth of fp32's).
+"""Exact fp32 top-k at the cost of a bf16 product, which is about a fifth of an fp32 product on CPUs with fast bf16.
 
-A bf16 product screens all latents, a rigorous bound on its error picks candidates that hold the true top-k, and
-only these are computed in fp32. Let s = x.w + b be a pre-activation, s' its bf16 computation before the result
-is rounded, u = 2^-8 the unit round-off of bf16 and x~, w~ the rounded operands. By Cauchy-Schwarz
+A bf16 product screens all latents. A rigorous bound on its error gives candidates that include the true top-k. Only
+the candidates are computed in fp32. Let s = x.w + b be a pre-activation, s' its bf16 computation before the result is
+rounded, u = 2^-8 the unit round-off of bf16, and x~, w~ the rounded operands. By Cauchy-Schwarz
 
     |s' - s| <= |x - x~| max|w| + |x~| max|w - w~| + rounding of fp32 sums + rounding of the bias =: e.
 
-If k latents have screened values of at least m, then the true k-th largest is at least m - u |m| - e, and so every
-latent of the true top-k has a screened value of at least round(m - u |m| - 2 e): rounding is monotone. For m serves
-the k-th largest of maxima over disjoint groups of latents, which is cheap and hardly below the k-th largest of all.
-The plain dense product redoes the rows that this does not settle: those with too many candidates, those whose bound
-is not above 0 (so that screened values compare as integers do), and those whose k-th and (k+1)-th fp32 values lie so
-close that the rounding of the dense product may have swapped them.
+If k latents have screened values of at least m, the true k-th largest is at least m - u |m| - e. Rounding is monotone,
+so every latent of the true top-k has a screened value of at least round(m - u |m| - 2 e). As m, the code uses the k-th
+largest of the maxima over disjoint groups of latents. It is cheap and hardly below the k-th largest of all latents.
+
+The dense product recomputes the rows that screening does not settle:
+
+* rows with too many candidates;
+* rows whose bound is not above 0 (only above 0 do screened values compare like integers);
+* rows whose k-th and (k+1)-th fp32 values are so close that the dense product's rounding may swap them.
 
 Shapes: B batch, D width (d_in), F latents (d_sae), K active latents (k), M candidates, G groups of latents,
 N candidates of all rows.
@@ -23,19 +26,19 @@ import torch
 from torch import Tensor
 
 _ROWS = 256  # a block of screened values stays in the cache
-_LATENTS = 1024  # so does a block of weights
+_LATENTS = 1024  # a block of weights stays in the cache, too
 _GROUP = 16
 _U16 = 2.0**-8
 _U32 = 2.0**-24
 _TINY = 2.0**-126  # bf16 instructions flush smaller numbers to zero
-_SLACK = 1.01  # for rounding in the bounds themselves
+_SLACK = 1.01  # covers rounding in the bounds themselves
 
 Dots = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 Select = Callable[[Tensor, Tensor, Tensor | None, int], tuple[Tensor, Tensor]]
 
 
 def worthwhile(x_BD: Tensor, W_enc_DF: Tensor, k: int) -> bool:
-    """Whether screening can pay: fp32, far more latents than are kept, and rows that make up for rounding W."""
+    """Whether screening can pay off: fp32, far more latents than k, and enough rows to make up for rounding W."""
     far_more = W_enc_DF.shape[1] >= 4 * _GROUP * k
     return x_BD.dtype == W_enc_DF.dtype == torch.float32 and far_more and len(x_BD) >= _ROWS
 
@@ -43,11 +46,11 @@ def worthwhile(x_BD: Tensor, W_enc_DF: Tensor, k: int) -> bool:
 def select(
     x_BD: Tensor, W_enc_DF: Tensor, b_enc_F: Tensor | None, k: int, dots: Dots, dense: Select
 ) -> tuple[Tensor, Tensor]:
-    """The k largest entries of each row of x W_enc + b_enc and their columns, as the dense product has them.
+    """The k largest entries of each row of x W_enc + b_enc and their columns, as the dense product selects them.
 
     Args:
         dots: fp32 products at given latents, see :class:`sparsight.kernels.functions.Backend`.
-        dense: the selection for the rows that screening does not settle.
+        dense: selection for the rows that screening does not settle.
 
     Returns:
         pre-activations and indices, (B, K) both, in no particular order.
@@ -60,26 +63,26 @@ def select(
     settled_B = (counts_B >= k) & (counts_B <= len(W_FD) // _GROUP)
     kept_N = settled_B[rows_N]
     place_N = torch.arange(len(rows_N), device=x_BD.device) - (counts_B.cumsum(0) - counts_B)[rows_N]
-    at = (rows_N[kept_N], place_N[kept_N])
+    entries = (rows_N[kept_N], place_N[kept_N])
     indices_BM = rows_N.new_zeros(len(x_BD), max(k + 1, int((counts_B * settled_B).max())))
-    indices_BM[at] = latents_N[kept_N]
+    indices_BM[entries] = latents_N[kept_N]
     active_BM = torch.zeros_like(indices_BM, dtype=torch.bool)
-    active_BM[at] = True
+    active_BM[entries] = True
     pre_BM = (dots(x_BD, W_FD, indices_BM, active_BM) + b_F[indices_BM]).masked_fill(~active_BM, -torch.inf)
     best, order = pre_BM.topk(k + 1, dim=1)
     pre_BK, indices_BK = best[:, :k], indices_BM.gather(1, order[:, :k])
     settled_B &= best[:, k - 1] - best[:, k] > tie_B
-    again = (~settled_B).nonzero().squeeze(1)
-    if len(again):
-        pre_BK[again], indices_BK[again] = dense(x_BD[again], W_enc_DF, b_enc_F, k)
+    unsettled = (~settled_B).nonzero().squeeze(1)
+    if len(unsettled):
+        pre_BK[unsettled], indices_BK[unsettled] = dense(x_BD[unsettled], W_enc_DF, b_enc_F, k)
     return pre_BK, indices_BK
 
 
 def _bounds(x_BD: Tensor, W_FD: Tensor, b_F: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """bf16 operands (B, D + 2) and (F, D + 2), the error e and the fp32 rounding that ties fall under, (B,) both.
+    """bf16 operands (B, D + 2) and (F, D + 2), the error bound e and the distance below which values tie, (B,) both.
 
-    The bias enters the product as two columns, its bf16 value and what that leaves. The weights are rounded in
-    every call: nothing cheap proves that a copy from an earlier call is still theirs.
+    The bias enters the product as two columns: its bf16 value and the remainder. The weights are rounded in every
+    call, because no cheap check proves that a rounded copy from an earlier call is still up to date.
     """
     d_in = W_FD.shape[1]
     low_x = x_BD.new_ones(len(x_BD), d_in + 2, dtype=torch.bfloat16)
@@ -98,17 +101,17 @@ def _bounds(x_BD: Tensor, W_FD: Tensor, b_F: Tensor) -> tuple[Tensor, Tensor, Te
     bias = (b_F - low_W[:, d_in] - low_W[:, d_in + 1]).abs().max()
     sums_B = (d_in + 2) * (2 * _U32 * ((norm_B + rounding_B) * (size + error) + largest) + _TINY)
     bound_B = rounding_B * size + (norm_B + rounding_B) * error + bias + sums_B
-    # Errors of sums of D terms grow as sqrt(D) (Higham and Mary 2019); 4 is many of their standard deviations.
+    # Errors of sums of D terms grow as sqrt(D) (Higham and Mary 2019); 4 is many standard deviations.
     tie_B = 4 * _U32 * (d_in**0.5 * norm_B * size + largest)
     return low_x, low_W, _SLACK * bound_B, tie_B
 
 
 def _candidates(low_x: Tensor, low_W: Tensor, bound_B: Tensor, tie_B: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Rows and latents, (N,) both and in this order, among which every settled row has its top-k and its ties."""
+    """Rows and latents of the candidates, (N,) both, sorted; they include every settled row's top-k and its ties."""
     n_latents = len(low_W)
     n_groups = n_latents // _GROUP
     screened = torch.empty(min(_ROWS, len(low_x)), n_latents, dtype=torch.bfloat16, device=low_x.device)
-    found = []
+    positions = []
     for start in range(0, len(low_x), _ROWS):
         rows = slice(start, start + _ROWS)
         x = low_x[rows]
@@ -117,16 +120,16 @@ def _candidates(low_x: Tensor, low_W: Tensor, bound_B: Tensor, tie_B: Tensor, k:
         m = maxima.topk(k, dim=1, sorted=False).values.amin(dim=1).view(torch.bfloat16).float()
         floor = m - _SLACK * _U16 * m - 2 * bound_B[rows] - tie_B[rows]
         floor = floor.masked_fill(~((floor > 0) & (m < torch.inf)), torch.inf).bfloat16()
-        found.append(_positions(s >= floor.view(torch.int16).unsqueeze(1)) + start * n_latents)
-    places_N = torch.cat(found)
+        positions.append(_positions(s >= floor.view(torch.int16).unsqueeze(1)) + start * n_latents)
+    places_N = torch.cat(positions)
     return places_N // n_latents, places_N % n_latents
 
 
 def _positions(mask: Tensor) -> Tensor:
-    """Where a mask, mostly false, is true, counted through its rows; eight entries are looked at as one word."""
+    """Flat positions of the true entries of a mostly false mask; eight entries are tested as one 64-bit word."""
     flat = mask.flatten()
     if len(flat) % 8:
         return flat.nonzero().squeeze(1)
     words = flat.view(torch.int64).nonzero().squeeze(1)
-    which, within = flat.view(-1, 8)[words].nonzero(as_tuple=True)
-    return words[which] * 8 + within
+    word, byte = flat.view(-1, 8)[words].nonzero(as_tuple=True)
+    return words[word] * 8 + byte

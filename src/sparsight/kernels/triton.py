@@ -1,8 +1,8 @@
-"""The CUDA backend: Triton kernels for all that is sparse; the encoder product is the library's.
+"""The CUDA backend: Triton kernels for sparse operations; the encoder product is PyTorch's.
 
 Sums run in a fixed order without atomics, so they give the same bits on every run. Tails of D, K and of a latent's
-entries are masked, nothing is padded. The product follows PyTorch's setting, which is full fp32 unless TF32 was
-allowed. With ``TRITON_INTERPRET=1`` in the environment the kernels run on CPU tensors, for tests.
+entries are masked, not padded. The product follows PyTorch's precision setting: full fp32 unless TF32 is allowed.
+With ``TRITON_INTERPRET=1`` in the environment, the kernels run on CPU tensors, for tests.
 
 Shapes: B batch, D width (d_in), F latents (d_sae), K active latents (k), N entries sorted by latent.
 """
@@ -49,7 +49,7 @@ def dots(g_BD: Tensor, W_FD: Tensor, indices_BK: Tensor, active_BK: Tensor) -> T
 def accumulate(values_BK: Tensor, indices_BK: Tensor, g_BD: Tensor, n_rows: int) -> tuple[Tensor, Tensor]:
     """See :class:`sparsight.kernels.functions.Backend`."""
     k, d_in = values_BK.shape[1], g_BD.shape[1]
-    # Padding sorts behind the last latent, where no kernel looks.
+    # Padding sorts behind the last latent, and no kernel reads it there.
     latents_N, order_N = indices_BK.masked_fill(values_BK == 0, n_rows).flatten().sort(stable=True)
     starts = torch.searchsorted(latents_N, torch.arange(n_rows + 1, device=g_BD.device))
     sums_FD, sums_F = g_BD.new_empty(n_rows, d_in), values_BK.new_empty(n_rows)

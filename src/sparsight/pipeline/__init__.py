@@ -1,1 +1,1 @@
-"""What knows all stages: the whole configuration, how a stage runs, its record, and what must be made again."""
+"""Code that knows all stages: the whole configuration, how a stage runs, its record, and which stages are stale."""

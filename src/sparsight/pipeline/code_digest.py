@@ -12,7 +12,7 @@ from pathlib import Path
 from sparsight.common.digests import digest, file_digest
 from sparsight.common.files import write_shared
 
-_BACKENDS = "src/sparsight/kernels/__init__.py"  # which kernels it loads is decided at run time
+_BACKENDS = "src/sparsight/kernels/__init__.py"  # chooses at run time which kernels to load
 
 
 def files(root: Path, script: str, *extra: str) -> list[str]:
@@ -20,18 +20,18 @@ def files(root: Path, script: str, *extra: str) -> list[str]:
 
     Args:
         root: the repository.
-        script: path of a stage script from there.
-        extra: what is loaded by name at run time: an SAE variant, a template.
+        script: path of a stage script, from the repository's root.
+        extra: files loaded by name at run time, such as an SAE variant or a template.
     """
-    found, todo = set(), [script, *extra]
+    reached, todo = set(), [script, *extra]
     while todo:
         path = todo.pop()
-        if path not in found:
-            found.add(path)
+        if path not in reached:
+            reached.add(path)
             todo += _imports(root, path)
             if path == _BACKENDS:
                 todo += (file.relative_to(root).as_posix() for file in (root / path).parent.glob("*.py"))
-    return sorted(found)
+    return sorted(reached)
 
 
 @cache
@@ -51,7 +51,8 @@ def _imports(root: Path, path: str) -> list[str]:
             names += [alias.name for alias in node.names]
         nodes += (child for child in ast.iter_child_nodes(node) if not isinstance(child, ast.expr))
     parts = [name.split(".") for name in names]
-    places = [Path("src", *name[:n]) for name in parts for n in range(1, len(name) + 1)]  # packages run, too
+    # Importing a module also runs the packages above it.
+    places = [Path("src", *name[:n]) for name in parts for n in range(1, len(name) + 1)]
     candidates = [p for place in places for p in (place.with_suffix(".py"), place / "__init__.py")]
     return [p.as_posix() for p in candidates if (root / p).exists()]
 
@@ -59,17 +60,17 @@ def _imports(root: Path, path: str) -> list[str]:
 def write_digest(path: Path, root: Path, names: Iterable[str]) -> None:
     """Write the digest of files, given by their paths from ``root``, to ``path``.
 
-    The first digest gets the time of the newest of the files. Otherwise code would look newer than results that were
-    made with it elsewhere. A digest that replaces another one has the present time.
+    The first digest gets the time of the newest of the files. Otherwise the code would look newer than results that
+    were made with it on another machine. A digest that replaces another one gets the present time.
     """
     sources = {name: root / name for name in names}
     text = digest([[name, _digest(source)] for name, source in sources.items()]) + "\n"
-    known = path.read_text() if path.exists() else None
-    if known == text:
+    previous = path.read_text() if path.exists() else None
+    if previous == text:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     write_shared(path, text)
-    if known is None:
+    if previous is None:
         newest = max(source.stat().st_mtime_ns for source in sources.values())
         os.utime(path, ns=(newest, newest))
 

@@ -1,4 +1,4 @@
-"""Where the results of a run come from."""
+"""Provenance of the results of a run."""
 
 import json
 from datetime import UTC, datetime
@@ -11,14 +11,14 @@ from sparsight.common.files import write_json
 
 
 def write_provenance(configuration: Path, benchmarks: Path, path: Path) -> None:
-    """Write ``provenance.json``: time, git commit, versions, machine, configuration, and what every job took.
+    """Write ``provenance.json``: time, git commit, versions, machine, configuration, and the cost of every job.
 
     Args:
         configuration: configuration.json.
         benchmarks: folder of Snakemake's benchmark files, ``<job>.jsonl``.
-        path: where to.
+        path: the file to write.
     """
-    about = {
+    provenance = {
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": machine.commit(),
         "versions": machine.versions(),
@@ -30,11 +30,11 @@ def write_provenance(configuration: Path, benchmarks: Path, path: Path) -> None:
             for file in sorted(benchmarks.rglob("*.jsonl"))
         },
     }
-    write_json(path, about)
+    write_json(path, provenance)
 
 
 def _cost(benchmark: Path) -> dict[str, Any]:
-    """Wall time, processor time and peak memory of a job's last attempt; None where it was too short to be measured."""
+    """Wall time, processor time and peak memory of a job's last attempt; None if it was too short to be measured."""
     record = json.loads(benchmark.read_text())
     names = {"seconds": "s", "cpu_seconds": "cpu_time", "peak_memory_mb": "max_rss"}
     return {name: record[key] if isinstance(record[key], int | float) else None for name, key in names.items()}

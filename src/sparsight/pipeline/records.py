@@ -1,7 +1,7 @@
-"""What a stage's result was made of and what was made: ``records/<stage>.json`` in the folder of the run.
+"""Records: what a stage read and what it wrote, in ``records/<stage>.json`` of the run's folder.
 
-compute, config, seed   what of the configuration decided it
-inputs, outputs         sha256 of every file read and made, by its path from the run's folder
+compute, config, seed   the settings that decide the result: two digests and the seed
+inputs, outputs         sha256 of every file read or written, by its path from the run's folder
 """
 
 import os
@@ -12,11 +12,11 @@ from typing import Any
 from sparsight.common.digests import digest, file_digest
 
 VOLATILE = {"timings.json", "provenance.json"}
-"""Files that hold times and hosts: equal runs differ in them."""
+"""Files with times and host names, which differ between equal runs."""
 
 
 def settings(compute: Any, section: Any, seed: int) -> dict[str, Any]:
-    """What of the configuration decides a stage's result, as its record holds it."""
+    """The settings that decide a stage's result, as its record holds them."""
     config = digest(section) if section is not None else None
     return {"compute": digest(compute), "config": config, "seed": seed}
 
@@ -24,13 +24,13 @@ def settings(compute: Any, section: Any, seed: int) -> dict[str, Any]:
 def content(
     settings: dict[str, Any], inputs: Mapping[Path, str], outputs: Mapping[Path, Path], path: Path
 ) -> dict[str, Any]:
-    """What a stage's record holds.
+    """Content of a stage's record.
 
     Args:
         settings: see :func:`settings`.
         inputs: sha256 of every file that the stage has read.
-        outputs: by the place where they will lie, the files that it has made.
-        path: where the record will lie; files are named from the folder above its own.
+        outputs: files that the stage has written, by their final paths.
+        path: final path of the record. Files are named by their paths from the folder above the record's.
     """
     digests = {place: file_digest(file) for place, file in outputs.items() if place.name not in VOLATILE}
     return {

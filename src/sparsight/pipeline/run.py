@@ -1,4 +1,4 @@
-"""A run: every section of the configuration, checked by itself and against the others."""
+"""A run: every section of the configuration, checked by itself and against other sections."""
 
 import dataclasses
 import tempfile
@@ -34,12 +34,12 @@ class Run:
 
     @property
     def folder(self) -> Path:
-        """Where the run's results lie."""
+        """Folder of the run's results."""
         return Path("results") / self.run
 
     @cached_property
     def grids(self) -> dict[str, list[str]]:
-        """The folders in ``saes`` of every section's SAEs, which are trained together."""
+        """By section, the folders in ``saes`` of its SAEs, which are trained together."""
         return {
             name: [f"{name}-s{seed}/{site}".removesuffix(f"/{s.site}") for seed in s.seeds for site in s.places]
             for name, s in self.saes.items()
@@ -47,23 +47,23 @@ class Run:
 
     @cached_property
     def shapes(self) -> dict[tuple[str, ...], list[str]]:
-        """The sections of ``saes`` with the same seeds and sites, by what their folders add to the section's name.
+        """The sections of ``saes`` with the same seeds and sites, by the suffixes of their folders.
 
-        That is ``-s0``, ``-s1``, of chains ``-s0/blocks.2.input`` and so on.
+        Suffixes are ``-s0``, ``-s1`` and so on, for chains ``-s0/blocks.2.input`` and so on.
         """
-        found: dict[tuple[str, ...], list[str]] = {}
+        by_suffixes: dict[tuple[str, ...], list[str]] = {}
         for section, names in self.grids.items():
-            found.setdefault(tuple(name.removeprefix(section) for name in names), []).append(section)
-        return found
+            by_suffixes.setdefault(tuple(name.removeprefix(section) for name in names), []).append(section)
+        return by_suffixes
 
     @cached_property
     def sae_names(self) -> dict[str, Sae]:
-        """Every SAE of one site, by the name of its folder (<section>-s<seed>)."""
+        """The section of every SAE of one site, by the name of its folder (<section>-s<seed>)."""
         return {f"{name}-s{seed}": s for name, s in self.saes.items() if not s.sites for seed in s.seeds}
 
     @cached_property
     def chains(self) -> dict[str, Sae]:
-        """Every ReSAE chain, by the name of its folder (<section>-s<seed>)."""
+        """The section of every ReSAE chain, by the name of its folder (<section>-s<seed>)."""
         return {f"{name}-s{seed}": s for name, s in self.saes.items() if s.sites for seed in s.seeds}
 
     @cached_property
@@ -73,7 +73,7 @@ class Run:
 
     @cached_property
     def transfers(self) -> list[str]:
-        """The steering results that are tried on other images: VS2 on a model that classifies by prompts."""
+        """The steering results that are also run on other images: VS2 on a model that classifies by prompts."""
         return [
             name
             for name, sae in self.steering_names.items()
@@ -92,23 +92,23 @@ class Run:
 
     @cached_property
     def steered(self) -> dict[str, str]:
-        """What pruning steers with: every steering result of its section and the SAE folder it uses."""
-        of = self.pruning.steering if self.pruning else None
-        return {name: sae for name, sae in self.steering_names.items() if name.rpartition("-s")[0] == of}
+        """Every steering result that pruning uses, and the SAE folder it uses."""
+        section = self.pruning.steering if self.pruning else None
+        return {name: sae for name, sae in self.steering_names.items() if name.rpartition("-s")[0] == section}
 
 
 def load_run(config: Mapping[str, Any]) -> Run:
     """Validate a merged configuration (params.yaml with its overlays).
 
-    Named sections (other_images, backbones, saes, policies, steering) set to null in an overlay are dropped, and with
-    them the sections that read them. Without policies ``pruning`` may be null too.
+    ``null`` in an overlay removes a named section (in other_images, backbones, saes, policies or steering) and every
+    section that depends on it. Without policies, ``pruning`` may be null too.
 
     Raises:
-        SparsightError: unknown key, wrong type, refused value, or sections that do not fit together.
+        SparsightError: an unknown key, a wrong type, an invalid value, or sections that do not fit together.
     """
-    known = {f.name: f for f in dataclasses.fields(Run)}
-    check_keys(config, known, "configuration")
-    for key in known:
+    fields = {f.name: f for f in dataclasses.fields(Run)}
+    check_keys(config, fields, "configuration")
+    for key in fields:
         if key not in config:
             raise SparsightError(f"configuration: the section {key!r} is missing")
     values: dict[str, Any] = {}
@@ -136,8 +136,8 @@ def load_run(config: Mapping[str, Any]) -> Run:
     for name, cls in named.items():
         if not isinstance(config[name], Mapping):
             raise SparsightError(f"{name}: expected named sections, got {config[name]!r}")
-        left = _left(name, config, dropped)
-        values[name] = {key: parse(cls, section, f"{name}.{key}") for key, section in left.items()}
+        remaining = _left(name, config, dropped)
+        values[name] = {key: parse(cls, section, f"{name}.{key}") for key, section in remaining.items()}
     run = Run(**values)
     _check_links(run)
     return run
@@ -148,22 +148,22 @@ _READS = {
     "policies": {"backbone": "backbones"},
     "steering": {"sae": "saes", "neighbour_backbone": "backbones"},
 }
-"""By kind of section, the keys that name a section it reads, and of which kind that is."""
+"""By kind of section, the keys that name another section, and the kind of that section."""
 
 
 def _left(kind: str, config: Mapping[str, Any], dropped: dict[str, set[str]]) -> dict[str, Any]:
-    """The named sections of a kind that are not dropped; adds those that are to ``dropped``."""
-    gone = {
+    """The named sections of a kind that are not removed. Names of removed sections are added to ``dropped``."""
+    removed = {
         name
         for name, section in config[kind].items()
         if section is None
         or (
             isinstance(section, Mapping)
-            and any(section.get(key) in dropped[of] for key, of in _READS.get(kind, {}).items())
+            and any(section.get(key) in dropped[target] for key, target in _READS.get(kind, {}).items())
         )
     }
-    dropped[kind] = gone
-    return {name: section for name, section in config[kind].items() if name not in gone}
+    dropped[kind] = removed
+    return {name: section for name, section in config[kind].items() if name not in removed}
 
 
 def _check_links(run: Run) -> None:

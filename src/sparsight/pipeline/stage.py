@@ -1,4 +1,4 @@
-"""What every stage script does around its one call into the core: arguments, lock, threads, errors."""
+"""The frame that every stage script shares: arguments, lock, threads, errors."""
 
 import argparse
 import os
@@ -32,30 +32,30 @@ class Stage:
     config: Any
     """The stage's own section of the configuration."""
     inputs: dict[str, Any]
-    """Paths (a list where several are allowed) by the names under which the script declared them."""
+    """Input paths, or lists of paths, by the names that the script declares."""
     name: str
-    """What the result is called, e.g. ``topk-s0``; empty where there is only one."""
+    """Name of the result, e.g. ``topk-s0``; empty if there is only one."""
     seed: int
     """The run's seed."""
     work: Work
     out: Path
-    """The folder that receives the results; only what is finished piece by piece is put there directly."""
+    """The folder of the results. Only results that are finished piece by piece are written there directly."""
     compute: Compute = field(default_factory=Compute)
     cores: int = 1
-    """That it may use at the same time where this changes no result."""
+    """Number of CPU cores that the stage may use at the same time. No result depends on it."""
 
     @cached_property
     def device(self) -> "torch.device":
-        """The device, after torch has been told to be deterministic and how many threads to use.
+        """The torch device, after setting torch to deterministic algorithms and the configured number of threads.
 
-        A stage that asks for it on a GPU gets a card of its own, and may have to wait for one.
+        With ``compute.device: cuda`` the stage gets a GPU of its own, and may have to wait for one.
         """
         if self.compute.device == "cuda":
             take_card()
         return prepare_torch(self.compute)
 
     def record(self) -> dict[str, Any]:
-        """What a result says about where it comes from: configuration and digests of the inputs."""
+        """Origin of a result, which is saved with it: digests of the configuration and of the inputs, and the seed."""
         return {
             "config": digest(self.config) if self.config is not None else None,
             "seed": self.seed,
@@ -64,13 +64,13 @@ class Stage:
 
 
 def run(main: Callable[[Stage], None], description: str, config: type | None = None, **inputs: str | list[str]) -> None:
-    """Run a stage script: parse arguments, lock the working folder, call ``main``, promote its files.
+    """Run a stage script: parse arguments, lock the working folder, call ``main``, put its files into place.
 
     Args:
         main: writes every result into ``stage.work.out``.
         description: the script's docstring.
         config: dataclass of the stage's section, or None.
-        inputs: name -> help of each input file; help in a list means that the input takes several files.
+        inputs: help text of each input file, by name. A list means that the input takes several files.
     """
     parser = argparse.ArgumentParser(description=description)
     for name, text in inputs.items():
@@ -88,14 +88,14 @@ def run(main: Callable[[Stage], None], description: str, config: type | None = N
     parser.add_argument("--record", type=Path, help="JSON file, in a folder of the run's, that receives all digests")
     parser.add_argument("--name", default="", help="what the result is called")
     parser.add_argument("--seed", type=int, default=0, help="seed of the run")
-    there = os.cpu_count() or 1
-    parser.add_argument("--cores", type=int, default=there, help="to use at most; they change no result (all)")
+    n_cpus = os.cpu_count() or 1
+    parser.add_argument("--cores", type=int, default=n_cpus, help="to use at most; they change no result (all)")
     for section in filter(None, (Compute, config)):
         schema.add_arguments(parser, section)
     arguments = parser.parse_args()
     try:
         _run(main, config, {name: getattr(arguments, f"from_{name}") for name in inputs}, arguments)
-        log(f"processor time: {sum(os.times()[:4]):.1f} s")  # Snakemake's benchmarks look now and then only
+        log(f"processor time: {sum(os.times()[:4]):.1f} s")  # Snakemake's benchmarks only sample it
     except SparsightError as error:
         sys.exit(f"error: {error}")
     except OSError as error:
@@ -103,7 +103,7 @@ def run(main: Callable[[Stage], None], description: str, config: type | None = N
             raise
         sys.exit(f"error: {error.filename or arguments.out}: {error.strerror}")
     except SafetensorError as error:
-        if "os error" not in str(error):  # what the system refused, a full disk say, arrives as text
+        if "os error" not in str(error):  # errors of the system, such as a full disk, arrive as text
             raise
         sys.exit(f"error: {arguments.work}: {reason(error)}")
 
@@ -134,21 +134,21 @@ def _run(
 
 
 def set_threads(threads: int) -> None:
-    """Fix the thread pools of everything that reads the environment; call before importing torch."""
+    """Set the thread counts of libraries that read them from the environment. Call before importing torch."""
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
         os.environ[name] = str(threads)
-    # OpenMP's threads wait for each other by spinning, for milliseconds: when another program holds a core, a step of
-    # many short parallel passes takes 60 times as long. This many turns keep the speed and then give the core back.
+    # OpenMP's threads wait for each other by spinning, for milliseconds. If another program holds a core, a step of
+    # many short parallel passes takes 60 times as long. This many spins keep the speed and then release the core.
     os.environ["GOMP_SPINCOUNT"] = "20000"
     # A library that picks its own thread count, or rounds differently by alignment, would change bytes.
     os.environ.update(OMP_DYNAMIC="FALSE", MKL_DYNAMIC="FALSE", MKL_CBWR="AUTO", CUBLAS_WORKSPACE_CONFIG=":4096:8")
 
 
 def prepare_torch(compute: Compute) -> "torch.device":
-    """Deterministic algorithms, full fp32 products, the configured threads; returns the device.
+    """Set torch to deterministic algorithms, full fp32 products and the configured threads; returns the device.
 
     Raises:
-        SparsightError: the device is not there.
+        SparsightError: the device is not available.
     """
     import torch
 
@@ -171,11 +171,11 @@ def _input_digests(value: Path | list[Path]) -> Any:
 
 @cache
 def _digest(path: Path) -> str:
-    """Inputs do not change while a stage runs, and weights are large."""
+    """Digest of an input, cached: inputs do not change while a stage runs, and weights are large."""
     return file_digest(path)
 
 
 def _code_digest() -> str:
-    """Working state made by other code is not continued: a resumed result must equal an undisturbed one."""
+    """Digest of the code. State of other code is not resumed: a resumed result must equal an undisturbed one."""
     files = [*sorted(Path(sparsight.__file__).parent.rglob("*.py")), Path(sys.argv[0])]
     return digest([file_digest(path) for path in files])

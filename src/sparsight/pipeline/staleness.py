@@ -1,9 +1,10 @@
 """Finds stale stages by comparing recorded digests, independent of mtimes and Snakemake metadata.
 
 Files can be swapped under Snakemake: by ``git checkout`` and ``dvc checkout``, by copying a results folder, by
-``snakemake --touch``. Every stage leaves a record of what its result was made of (:mod:`sparsight.pipeline.records`).
-Before anything is planned, :func:`mark` compares the records with the configuration and with the files. A stage that
-differs in anything gets a new mark: a small file that its rule has as an input, so Snakemake runs the rule again.
+``snakemake --touch``. Every stage leaves a record of the settings and files behind its result
+(:mod:`sparsight.pipeline.records`). Before anything is planned, :func:`mark` compares the records with the
+configuration and with the files. A stage that differs in anything gets a new mark: a small file that its rule has as an
+input, so Snakemake runs the rule again.
 """
 
 import dataclasses
@@ -21,16 +22,16 @@ from sparsight.pipeline.run import Run
 
 
 def mark(run: Run) -> dict[str, str]:
-    """See that every stage has its mark, and renew those of stages whose files are of something else.
+    """Make sure that every stage has a mark, and renew the marks of stale stages.
 
     Returns:
-        The reason by stage, for those whose marks are renewed.
+        For the stages whose marks are renewed, the reason.
     """
     folder = run.folder / ".trust"
     folder.mkdir(parents=True, exist_ok=True)
     with _Digests(folder / "digests.json") as digests:
-        found = {stage: _difference(run, stage, section, digests) for stage, section in stages(run)}
-    for stage, reason in found.items():
+        reasons = {stage: _difference(run, stage, section, digests) for stage, section in stages(run)}
+    for stage, reason in reasons.items():
         path = folder / stage
         text = None if stage != "configuration" else json_text(dataclasses.asdict(run))  # what its script writes
         if reason:
@@ -38,11 +39,11 @@ def mark(run: Run) -> dict[str, str]:
         elif not path.exists() or (text is not None and path.read_text() != text):
             write_shared(path, text or "")
             os.utime(path, (0, 0))  # older than any result
-    return {stage: reason for stage, reason in found.items() if reason}
+    return {stage: reason for stage, reason in reasons.items() if reason}
 
 
 def stages(run: Run) -> Iterator[tuple[str, Any]]:
-    """Every stage of a run by the name of its record, with the section that it reads (None: none)."""
+    """Every stage of a run by the name of its record, with the section that it reads, or None."""
     yield "images", run.images
     for name, images in run.other_images.items():
         yield f"images-{name}", images
@@ -75,9 +76,9 @@ def stages(run: Run) -> Iterator[tuple[str, Any]]:
 
 
 def gathered(run: Run, stage: str) -> dict[str, set[str]]:
-    """What a stage that reads the results of many others reads, by their folder in the run's.
+    """By folder, the names of the results that a stage reads, if it gathers those of many other stages; else empty.
 
-    Which ones they are follows from sections that are not the stage's own, such as the seeds of the SAEs.
+    The names follow from sections that are not the stage's own, such as the seeds of the SAEs.
     """
     kind, _, name = stage.partition("-")
     if kind == "stability":
@@ -96,12 +97,12 @@ def gathered(run: Run, stage: str) -> dict[str, set[str]]:
     return {}
 
 
-def _others(expected: dict[str, set[str]], inputs: Iterable[str]) -> str:
-    """Why a stage that gathers results is to gather again; empty where it has read those that it would read now."""
+def _gathered_difference(expected: dict[str, set[str]], inputs: Iterable[str]) -> str:
+    """Why a stage that gathers results is stale; empty if it has read exactly those that it would read now."""
     paths = [Path(name).parts for name in inputs]
     for kind, names in expected.items():
         read = {path[1] for path in paths if path[0] == kind and len(path) > 2}
-        if kind == "steering":  # files of that name
+        if kind == "steering":  # its results are files, not folders
             read |= {Path(path[1]).stem for path in paths if path[0] == kind and len(path) == 2}
         if missing := names - read:
             return f"it has not read {kind}/{min(missing)}"
@@ -111,26 +112,26 @@ def _others(expected: dict[str, set[str]], inputs: Iterable[str]) -> str:
 
 
 def _difference(run: Run, stage: str, section: Any, digests: "_Digests") -> str:
-    """Why a stage's files are not to be trusted; empty where they are, or are not there."""
-    if stage == "configuration":  # says itself what it is of
+    """Why a stage is stale; empty if it is not, or if it has no result yet."""
+    if stage == "configuration":  # its file is compared instead of a record
         path = run.folder / "configuration.json"
         same = not path.exists() or path.read_text() == json_text(dataclasses.asdict(run))
         return "" if same else "it is another configuration's"
     try:
-        about = json.loads((run.folder / "records" / f"{stage}.json").read_text())
+        record = json.loads((run.folder / "records" / f"{stage}.json").read_text())
     except FileNotFoundError:
         return ""
     except ValueError:
         return "its record cannot be read"
     for key, value in settings(run.compute, section, run.seed).items():
-        if about.get(key) != value:
+        if record.get(key) != value:
             return {"compute": "compute", "config": "its section", "seed": "the seed"}[key] + " has changed"
-    if other := _others(gathered(run, stage), about["inputs"]):
-        return other
+    if reason := _gathered_difference(gathered(run, stage), record["inputs"]):
+        return reason
     for kind in ("inputs", "outputs"):
-        for name, digest in about[kind].items():
+        for name, digest in record[kind].items():
             path = run.folder / name
-            if path.exists() and digests.of(path) != digest:  # what is missing Snakemake makes
+            if path.exists() and digests.of(path) != digest:  # Snakemake makes missing files
                 return f"{name} is not the file that it has {'read' if kind == 'inputs' else 'made'}"
     return ""
 
@@ -150,8 +151,8 @@ class _Digests:
         name, status = os.fspath(path), path.stat()
         if name not in self._seen:
             stamp = [status.st_size, status.st_mtime_ns, status.st_ino]
-            known = self._known.get(name)
-            digest = known[-1] if known and known[:-1] == stamp else file_digest(path)
+            cached = self._known.get(name)
+            digest = cached[-1] if cached and cached[:-1] == stamp else file_digest(path)
             self._seen[name] = [*stamp, digest]
         return str(self._seen[name][-1])
 

@@ -1,1 +1,1 @@
-"""Dynamic attention-head pruning: the policy, its training, and what steering does to it."""
+"""Dynamic attention-head pruning: the policy, its training, and the effect of steering on it."""

@@ -1,10 +1,10 @@
-"""What steering does to the head policy: accuracy and head usage per strategy, beside controls.
+"""The effect of steering on the head policy: accuracy and head usage per strategy, beside controls.
 
-Routing is policy-only: the steered class token decides which heads of the last block are kept; the block itself
-runs on the unsteered residual stream. So a strategy acts through its masks alone. The one exception,
-``class-latents-in-stream``, is run through the block row by row.
+Routing is policy-only: the steered class token decides which heads of the last block are kept, and the block runs on
+the unsteered residual stream. So a strategy acts through its masks alone. The one exception is
+``class-latents-in-stream``, which also edits the stream; it runs the block once per row.
 
-Val chooses everything (strengths, numbers of latents, targets, frontiers, classes), test is looked at once.
+Everything is chosen on val: strengths, numbers of latents, targets, frontiers, classes. Test is evaluated once.
 
 Shapes: N images, D width (d_in), L blocks, H heads, C classes.
 """
@@ -48,7 +48,7 @@ from sparsight.steering.class_latents import ClassLatents
 
 @dataclass(frozen=True)
 class Steered:
-    """An SAE with what steering found on train."""
+    """An SAE with its class latents, which the steering stage found on train."""
 
     name: str
     sae: SAE
@@ -56,7 +56,7 @@ class Steered:
 
     @classmethod
     def load(cls, sae_folder: Path, vectors: Path, device: torch.device) -> "Steered":
-        """From the folder of the SAE and the safetensors file of its steering result."""
+        """Load from the folder of the SAE and the safetensors file of its steering result."""
         return cls(sae_folder.name, load_sae(sae_folder).to(device), ClassLatents.load(vectors, device))
 
 
@@ -67,29 +67,29 @@ def evaluate(
     """Write the tables of docs/pruning.md, ``head_latents.safetensors`` and ``metrics.json`` to ``work.out``.
 
     Args:
-        n_parallel: passes of the last block that run side by side; no result depends on it.
+        n_parallel: passes of the last block that run at the same time; no result depends on it.
 
     Raises:
         SparsightError: a policy or an SAE for another model.
     """
     policy.check(backbone)
-    for one in steered:
-        _check_site(one.sae, backbone)
+    for entry in steered:
+        _check_site(entry.sae, backbone)
     whole, backbone = backbone, policy.own(backbone)
     names = manifest.classes
     train, val, test = (
         last_block_inputs(backbone, policy, manifest.split(part), section.batch_size, n_parallel)
         for part in ("train", "val", "test")
     )
-    linear = linear_probe.fit(train.cls_ND, train.labels, len(names))
-    strategies = _strategies(section, policy, steered, train, _routes(linear, train), len(names), seed)
-    on_val, targets, groups, chosen, lines = _choices(section, strategies, val, _routes(linear, val))
-    routes = _routes(linear, test)
-    seen = itertools.chain(chosen.values(), *lines.values())
-    wanted = {row for point in seen for row in point.rows}
+    probe = linear_probe.fit(train.cls_ND, train.labels, len(names))
+    strategies = _strategies(section, policy, steered, train, _routes(probe, train), len(names), seed)
+    on_val, targets, groups, chosen, frontiers = _choices(section, strategies, val, _routes(probe, val))
+    routes = _routes(probe, test)
+    used_points = itertools.chain(chosen.values(), *frontiers.values())
+    wanted = {row for point in used_points for row in point.rows}
     on_test = dict(run(strategies, [row for row in on_val if row in wanted], test, routes))
     configurations = per_class.configurations(on_val, val, len(names), section.tolerance)
-    own = per_class.evaluate(strategies, configurations, test, on_test[NONE], routes, names, section, seed)
+    class_tables = per_class.evaluate(strategies, configurations, test, on_test[NONE], routes, names, section, seed)
     costs = Costs.of(backbone, strategies, len(names))
     rows = {row: on_test[row] for point in chosen.values() for row in point.rows}
     overall = [describe(row, rows, test, costs, section.margin) for row in rows]
@@ -100,13 +100,13 @@ def evaluate(
         "per_head": head_rows,
         "validation": [describe(row, on_val, val, costs, section.margin) for row in on_val],
         "targets": targets,
-        "frontier": comparisons.table(groups, lines, chosen, {"val": on_val, "test": on_test}, seed),
-        "class_subsets": own.subsets,
-        "false_positives": own.false_positives,
+        "frontier": comparisons.table(groups, frontiers, chosen, {"val": on_val, "test": on_test}, seed),
+        "class_subsets": class_tables.subsets,
+        "false_positives": class_tables.false_positives,
     }
     for name, table in written.items():
         tables.write(work.out / f"{name}.parquet", table)
-    pushes = {name: one.push_HF.contiguous() for name, one in strategies.effects_by_sae.items()}
+    pushes = {name: effects.push_HF.contiguous() for name, effects in strategies.effects_by_sae.items()}
     save_file(pushes, work.out / "head_latents.safetensors")
     unpruned, difference = _other_ways(whole, backbone, policy, manifest.split("test"), section.batch_size)
     metrics = {
@@ -117,10 +117,10 @@ def evaluate(
         "gathered_against_masked": difference,
         "label_accuracy": {name: float((routes[name] == test.labels).mean()) for name in LABELS},
         "chosen_on_val": [comparisons.named(point) for point in chosen.values()],
-        "matched_usage": comparisons.matched(chosen, lines, on_test, seed),
+        "matched_usage": comparisons.matched(chosen, frontiers, on_test, seed),
         "against_none": comparisons.against_none(chosen, on_test, section.margin, seed),
-        "selected_classes": own.deployed,
-        "fvu_on_pruned_stream": {name: _fvu(one.sae, test) for name, one in strategies.effects_by_sae.items()},
+        "selected_classes": class_tables.deployed,
+        "fvu_on_pruned_stream": {name: _fvu(effects.sae, test) for name, effects in strategies.effects_by_sae.items()},
         "record": record,
     }
     write_json(work.out / "metrics.json", metrics)
@@ -140,7 +140,7 @@ def _check_site(sae: SAE, backbone: Backbone) -> None:
 
 
 def _routes(linear: linear_probe.LinearProbe, inputs: LastBlockInputs) -> dict[str, np.ndarray]:
-    """The class of each image by kind of label, (N,)."""
+    """The class of each image, (N,), by kind of label."""
     unsteered = inputs.predict(inputs.unsteered[None])[0]
     return {"predicted": unsteered, "probe": linear(inputs.cls_ND), "oracle": inputs.labels.astype(np.int64)}
 
@@ -159,23 +159,25 @@ def _strategies(
         return LatentEffects(sae, weight_HD, mean_CF, count_C, section.latents[-1], drawn)
 
     effects_by_sae, scrambled = {}, {}
-    for one in steered:
-        effects_by_sae[one.name] = effects(one.sae, one.found.mean_activation, one.name)
-        random = scramble(one.sae, derive_seed(seed, "random-sae", one.name))
-        found = class_latents.find(random, train.cls_ND.cpu().numpy(), train.labels, n_classes, 1, seed)
-        scrambled[one.name] = effects(random, found.mean_activation, one.name, "random-sae")
+    for entry in steered:
+        effects_by_sae[entry.name] = effects(entry.sae, entry.found.mean_activation, entry.name)
+        random_sae = scramble(entry.sae, derive_seed(seed, "random-sae", entry.name))
+        random_latents = class_latents.find(random_sae, train.cls_ND.cpu().numpy(), train.labels, n_classes, 1, seed)
+        scrambled[entry.name] = effects(random_sae, random_latents.mean_activation, entry.name, "random-sae")
     return Strategies(policy, effects_by_sae, scrambled, controls.fit(train, routes, n_classes))
 
 
 class _Choices(NamedTuple):
-    """What val decides."""
+    """Choices made on val, by (strategy, labels)."""
 
     outcomes: dict[Row, Outcome]
+    """Outcomes on val of every row, with the chosen targets only."""
     targets: list[dict[str, Any]]
     """Every head and latent that was tried as a target."""
     groups: dict[tuple[str, str], list[Point]]
-    """By (strategy, labels)."""
+    """All points."""
     chosen: dict[tuple[str, str], Point]
+    """The chosen points."""
     lines: dict[tuple[str, str], list[Point]]
     """The frontiers."""
 
@@ -183,10 +185,10 @@ class _Choices(NamedTuple):
 def _choices(
     section: config.Pruning, strategies: Strategies, val: LastBlockInputs, routes: dict[str, np.ndarray]
 ) -> _Choices:  # fmt: skip
-    every = every_row(section, val.n_heads, strategies.effects_by_sae)
+    candidates = every_row(section, val.n_heads, strategies.effects_by_sae)
     none = dict(run(strategies, [NONE], val, routes))[NONE]
-    outcomes, tried = pick_targets(run(strategies, every, val, routes), none, section.tolerance)
-    place = {row._replace(target=-1): i for i, row in enumerate(every)}
+    outcomes, tried = pick_targets(run(strategies, candidates, val, routes), none, section.tolerance)
+    place = {row._replace(target=-1): i for i, row in enumerate(candidates)}
     outcomes = dict(sorted(outcomes.items(), key=lambda item: place[item[0]._replace(target=-1)]))
     targets = [{**row._asdict(), "accuracy": hits, "usage_last": usage} for row, hits, usage in tried]
     groups = points(outcomes)
@@ -197,7 +199,7 @@ def _choices(
 
 
 def _masks(test: LastBlockInputs, none: Outcome) -> dict[str, Any]:
-    """How many masks the unsteered policy uses."""
+    """Numbers of distinct masks of the unsteered policy."""
     in_all = np.concatenate([test.before.reshape(len(test), -1), unpack(none.codes, test.n_heads)], axis=1)
     distinct = len(np.unique(in_all, axis=0))
     return {
@@ -212,14 +214,14 @@ def _masks(test: LastBlockInputs, none: Outcome) -> dict[str, Any]:
 def _other_ways(
     whole: Backbone, backbone: Backbone, policy: HeadPolicy, split: Split, batch_size: int
 ) -> tuple[np.ndarray, dict[str, Any]]:
-    """The model without pruning, and pruned by masking, beside pruned by gathering.
+    """The model without pruning, and the difference between pruning by masking and by gathering.
 
     Args:
         whole: the model without pruning.
-        backbone: the one that the policy prunes; the same but for fine-tuned weights.
+        backbone: the model that the policy prunes. It differs from ``whole`` only if weights were fine-tuned.
 
     Returns:
-        Whether the former is right, bool (N,); the largest difference of class logits between the two ways of pruning.
+        Whether the unpruned model is correct, bool (N,), and the difference of class logits between the two ways.
     """
     first, L = policy.blocks[0], backbone.n_blocks
     hits, largest, same, scale = [], 0.0, True, 0.0
@@ -230,7 +232,7 @@ def _other_ways(
 
     for pixels in split.batches(backbone.preprocess, batch_size, torch.get_num_threads()):
         images = backbone.normalize(pixels)
-        x_BTD, _ = backbone.run_blocks(backbone.tokens(images), 0, first)  # once: nothing is decided there
+        x_BTD, _ = backbone.run_blocks(backbone.tokens(images), 0, first)  # once for all: no head is decided there
         masked, gathered = pruned(x_BTD, "masked"), pruned(x_BTD, "gathered")
         largest = max(largest, float((masked - gathered).abs().max()))
         scale = max(scale, float(masked.abs().max()))
@@ -243,7 +245,7 @@ def _other_ways(
 
 @torch.no_grad()
 def _fvu(sae: SAE, inputs: LastBlockInputs) -> float:
-    """FVU of an SAE on the class tokens that reach the last block when the policy prunes the others."""
+    """FVU of an SAE on the class tokens at the last block's input, when the policy prunes the earlier blocks."""
     x = inputs.cls_ND
     error = (x - sae(x)).double().square().sum()
     return float(error / (x - x.double().mean(dim=0)).double().square().sum())

@@ -1,4 +1,4 @@
-"""A model whose other heads are gone: smaller weights that plain timm loads and runs.
+"""A model with only the chosen heads: smaller weights that plain timm loads and runs.
 
 Shapes: D width (d_in), H heads, C channels of a head, K kept heads.
 """
@@ -24,12 +24,12 @@ _BATCH, _ROUNDS = 64, 15
 
 
 def parse(text: str, backbone: Backbone) -> dict[int, list[int]]:
-    """Heads to keep by block, from a name such as ``b4-h0-h1_b5-h2-h5``; other blocks keep all.
+    """Heads to keep by block, from a name such as ``b4-h0-h1_b5-h2-h5``. Other blocks keep all heads.
 
     Raises:
-        SparsightError: another form, a block or head that the model does not have, or one that is named twice.
+        SparsightError: a malformed name, a block or head that the model does not have, or one that is named twice.
     """
-    found: dict[int, list[int]] = {}
+    heads_by_block: dict[int, list[int]] = {}
     for part in text.split("_"):
         if not re.fullmatch(r"b\d+(-h\d+)+", part):
             raise SparsightError(f"heads {text!r}: expected b<block>-h<head>-h<head>..., e.g. b4-h0_b5-h2-h5")
@@ -39,22 +39,22 @@ def parse(text: str, backbone: Backbone) -> dict[int, list[int]]:
                 f"heads {text!r}: {part} is out of range; the model has blocks 0 to {backbone.n_blocks - 1} of heads "
                 f"0 to {backbone.n_heads - 1}"
             )
-        if block in found or len(set(heads)) < len(heads):
+        if block in heads_by_block or len(set(heads)) < len(heads):
             raise SparsightError(f"heads {text!r}: {part} names a block or a head twice")
-        found[block] = sorted(heads)
-    return found
+        heads_by_block[block] = sorted(heads)
+    return heads_by_block
 
 
 def export(backbone: Backbone, about: dict[str, Any], heads: dict[int, list[int]], work: Work) -> None:
     """Write ``model.safetensors`` and ``config.json`` (how timm loads it, docs/pruning.md) to ``work.out``.
 
-    The weights are the backbone's, with the rows of qkv and the columns of proj of the other heads cut out, so
-    the logits are those of masking. Says how many milliseconds both ways take.
+    The weights are the backbone's, without the rows of qkv and the columns of proj of the other heads. So the logits
+    are those of masking. The largest difference and the milliseconds of both ways are logged.
 
     Args:
         backbone: a timm model.
         about: its config.json.
-        heads: to keep, by block.
+        heads: heads to keep, by block.
 
     Raises:
         SparsightError: a model that timm could not load with fewer heads.
@@ -83,7 +83,7 @@ def export(backbone: Backbone, about: dict[str, Any], heads: dict[int, list[int]
 
 @torch.no_grad()
 def without_other_heads(backbone: Backbone, heads: dict[int, list[int]]) -> nn.Module:
-    """A copy of the timm model with smaller attention layers."""
+    """A copy of the timm model whose attention layers have only the heads to keep, by block."""
     model: Any = copy.deepcopy(backbone.model)
     for block, kept in heads.items():
         old: Any = backbone.tower.parts(block).attention
@@ -108,13 +108,13 @@ def without_other_heads(backbone: Backbone, heads: dict[int, list[int]]) -> nn.M
 
 
 def _rows(qkv: Tensor, n_heads: int, kept: list[int]) -> Tensor:
-    """Rows (3 H C, ...) of queries, keys and values -> those of the kept heads, (3 K C, ...)."""
+    """From rows (3 H C, ...) of queries, keys and values to those of the kept heads, (3 K C, ...)."""
     return qkv.unflatten(0, (3, n_heads, -1))[:, kept].flatten(0, 2)
 
 
 @torch.no_grad()
 def _compare(backbone: Backbone, pruned: nn.Module, heads: dict[int, list[int]]) -> tuple[float, float, float]:
-    """Median milliseconds a batch, masked and pruned, which take turns; and the largest difference of logits."""
+    """Median milliseconds per batch, masked and pruned in turns, and the largest difference of their logits."""
     size = (_BATCH, backbone.preprocess.channels, *backbone.preprocess.size)
     images = torch.randn(size, generator=torch.Generator().manual_seed(0)).to(backbone.device)
     mask = torch.ones(_BATCH, backbone.n_blocks, backbone.n_heads, dtype=torch.bool, device=backbone.device)
@@ -128,7 +128,7 @@ def _compare(backbone: Backbone, pruned: nn.Module, heads: dict[int, list[int]])
             begin = time.perf_counter()
             outputs.append(model().cpu())
             seconds[way].append(1000 * (time.perf_counter() - begin))
-    masked, gone = outputs
-    difference = float((masked - gone).abs().max())
+    masked, reduced = outputs
+    difference = float((masked - reduced).abs().max())
     assert difference <= 1e-3 * float(masked.abs().max()), "the exported model is not the masked one"
     return statistics.median(seconds[0]), statistics.median(seconds[1]), difference

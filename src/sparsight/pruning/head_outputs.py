@@ -1,8 +1,7 @@
-"""The last block head by head: what the model says as a function of the mask of its heads.
+"""The last block head by head: class logits as a function of the mask of its heads.
 
-The class logits depend on a mask only through the sum of the kept heads' projected outputs. So each head is
-computed and projected once per image; after that a mask costs a sum and the MLP, of those tokens alone that the
-classifier reads.
+The class logits depend on a mask only through the sum of the kept heads' projected outputs. So each head is computed
+and projected once per image. After that, a mask costs a sum and the MLP, for only the tokens that the classifier reads.
 
 Shapes: N images, B batch, T tokens, R tokens that the classifier reads, D width (d_in), H heads, C channels of a head,
 M masks.
@@ -19,29 +18,29 @@ from sparsight.backbones import attention
 from sparsight.backbones.backbone import Backbone
 from sparsight.pruning.masks import unpack
 
-_AFFORDABLE = 64  # what a table of all masks may cost: passes through the last block, per image
+_AFFORDABLE = 64  # largest cost of a table of all masks, in passes through the last block per image
 
 
 def affordable(backbone: Backbone) -> bool:
-    """Whether a table of all masks costs no more than some passes through the last block."""
+    """Whether a table of all masks costs no more than ``_AFFORDABLE`` passes through the last block."""
     share = backbone.tower.n_read / (backbone.n_prefix + backbone.n_patches)
     return bool(2**backbone.n_heads * share <= _AFFORDABLE)
 
 
 @dataclass(frozen=True)
 class HeadOutputs:
-    """Images at the last block, with every head computed."""
+    """Outputs of every head of the last block for a set of images."""
 
     backbone: Backbone
     x_NRD: Tensor
-    """The residual stream that enters the block, at the tokens that are read."""
+    """The residual stream at the block's input, at the tokens that the classifier reads."""
     projected_HNRD: Tensor
-    """What each head adds to it, without the projection's bias."""
+    """What each head adds to the stream, without the projection's bias."""
 
     @classmethod
     @torch.no_grad()
     def of(cls, backbone: Backbone, x_BTD: Tensor) -> "HeadOutputs":
-        """From the whole stream that enters the block."""
+        """Compute from the whole stream at the block's input."""
         last, R, H = backbone.n_blocks - 1, backbone.tower.n_read, backbone.n_heads
         parts, shared = backbone.tower.parts(last), backbone.tower.shared()[last]
         assert parts.attention is not None, "the policy has decided heads of this block's kind"
@@ -52,9 +51,9 @@ class HeadOutputs:
 
     @classmethod
     def cat(cls, several: list["HeadOutputs"]) -> "HeadOutputs":
-        """Batches in one."""
-        x_NRD = torch.cat([one.x_NRD for one in several])
-        return cls(several[0].backbone, x_NRD, torch.cat([one.projected_HNRD for one in several], dim=1))
+        """Concatenate batches."""
+        x_NRD = torch.cat([batch.x_NRD for batch in several])
+        return cls(several[0].backbone, x_NRD, torch.cat([batch.projected_HNRD for batch in several], dim=1))
 
     def __len__(self) -> int:
         return len(self.x_NRD)
@@ -64,7 +63,7 @@ class HeadOutputs:
 
     @property
     def cls_ND(self) -> Tensor:
-        """The class tokens that enter the block."""
+        """The class tokens at the block's input."""
         return self.x_NRD[:, 0]
 
     def logits(self, keep_NH: Tensor) -> Tensor:
@@ -74,15 +73,15 @@ class HeadOutputs:
 
     @torch.no_grad()
     def every(self) -> Iterator[Tensor]:
-        """Class logits (N, M, classes) under all 2^H masks, in the order of codes, some at a time."""
+        """Class logits (N, M, classes) under all 2^H masks, in the order of their codes, some masks at a time."""
         H, T = len(self.projected_HNRD), self.backbone.n_prefix + self.backbone.n_patches
         masks_MH = torch.from_numpy(unpack(np.arange(2**H), H)).to(self.x_NRD)
-        for masks in masks_MH.split(max(1, T // self.x_NRD.shape[1])):  # no more rows than the whole stream has
+        for masks in masks_MH.split(max(1, T // self.x_NRD.shape[1])):  # at most as many rows as the whole stream
             keep_MNH = masks[:, None].expand(-1, len(self), -1)
             yield self._finish(torch.tensordot(masks, self.projected_HNRD, 1), keep_MNH)
 
     def _finish(self, attn_MNRD: Tensor, keep_MNH: Tensor) -> Tensor:
-        """From the heads' sum to the class logits, (N, M, classes)."""
+        """Class logits (N, M, classes) from the sums of head outputs."""
         last, tower = self.backbone.n_blocks - 1, self.backbone.tower
         parts = tower.parts(last)
         assert parts.attention is not None

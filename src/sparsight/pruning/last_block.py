@@ -1,9 +1,9 @@
-"""A split as it reaches the last block, and what the model says under every head mask of that block.
+"""Inputs of the last block for a split, and predictions under head masks of that block.
 
-A mask of the H heads is written as one number, its code: bit h is set where head h is kept. Where it is cheap, all
-2^H masks of an image are tabulated at once (:mod:`sparsight.pruning.headwise`), and any strategy is a look-up.
-Otherwise (many heads, or a classifier that pools over all tokens) the masks that are asked for are run, each
-once per image.
+A mask of the H heads is written as one number, its code: bit h is set if head h is kept. If it is cheap, the
+predictions under all 2^H masks are tabulated at once (:mod:`sparsight.pruning.head_outputs`), and any strategy is a
+look-up. Otherwise (many heads, or a classifier that pools over all tokens) only the requested masks are run, each once
+per image.
 
 Shapes: N images, B batch, T tokens, D width (d_in), L blocks, H heads, M masks, S rows of a table.
 """
@@ -25,26 +25,26 @@ from sparsight.pruning.head_outputs import HeadOutputs, affordable
 from sparsight.pruning.masks import pack, unpack
 from sparsight.pruning.policy import FixedMask, HeadPolicy
 
-_KEPT = 2**30  # bytes of a split's residual stream that are kept for the next rows; a larger one is computed again
+_KEPT = 2**30  # bytes of a split's residual stream that are kept for later rows; a larger stream is computed again
 
 
 @dataclass(frozen=True)
 class LastBlockInputs:
-    """What the policy's pruning of the earlier blocks leaves for the last one, image by image."""
+    """Inputs of the last block for every image of a split, after the policy has pruned the earlier blocks."""
 
     labels: np.ndarray
     """(N,) the true classes."""
     cls_ND: Tensor
-    """The class token that enters the last block."""
+    """The class token at the last block's input."""
     logits_NH: Tensor
-    """The policy's head logits there."""
+    """The policy's head logits for the last block."""
     before: np.ndarray
     """bool (N, L - 1, H), heads kept in the earlier blocks (the first is always whole)."""
     skipped: np.ndarray
-    """(N,) predicted without the last block."""
+    """(N,) classes predicted without the last block."""
     table: np.ndarray | None
-    """(N, M) predicted under every mask, by code; None where masks are run as they are asked for."""
-    runs: "_Runs"
+    """(N, M) classes predicted under every mask, by code; None if only requested masks are run."""
+    runs: "_BlockRunner"
 
     @property
     def tabulated(self) -> bool:
@@ -58,7 +58,7 @@ class LastBlockInputs:
         return np.take_along_axis(self.table, codes_SN.T, axis=1).T
 
     def predict_edited(self, codes_SN: np.ndarray, edits_SND: Tensor) -> np.ndarray:
-        """Predicted classes (S, N) under masks when the block reads the class token with something added."""
+        """Predicted classes (S, N) under masks, with edits added to the class token at the block's input."""
         return self.runs.edited(codes_SN, edits_SND)
 
     @property
@@ -68,7 +68,7 @@ class LastBlockInputs:
 
     @property
     def unsteered(self) -> np.ndarray:
-        """(N,) codes of the policy as it is."""
+        """(N,) codes of the unsteered policy's masks."""
         return pack(self.logits_NH > 0)
 
     def __len__(self) -> int:
@@ -79,10 +79,10 @@ class LastBlockInputs:
 def last_block_inputs(
     backbone: Backbone, policy: HeadPolicy, split: Split, batch_size: int, n_parallel: int = 1
 ) -> LastBlockInputs:
-    """Run the pruned model on a split up to its last block, and tabulate that block where this is cheap.
+    """Run the pruned model on a split up to its last block, and tabulate that block if this is cheap.
 
     Args:
-        n_parallel: edits of a batch whose last block is run side by side, later; no result depends on it.
+        n_parallel: edits of a batch that later run through the last block at the same time; no result depends on it.
     """
     last, tabulated = backbone.n_blocks - 1, affordable(backbone)
     cls, kept, skipped, table = [], [], [], []
@@ -93,14 +93,13 @@ def last_block_inputs(
             cls.append(x_BTD[:, 0])
             skipped.append(backbone.classify(x_BTD).argmax(dim=1).cpu().numpy())
             if tabulated:
-                parts = [logits.argmax(dim=2) for logits in HeadOutputs.of(backbone, x_BTD).every()]
-                table.append(torch.cat(parts, dim=1).to(torch.int32).cpu().numpy())
+                predictions = [logits.argmax(dim=2) for logits in HeadOutputs.of(backbone, x_BTD).every()]
+                table.append(torch.cat(predictions, dim=1).to(torch.int32).cpu().numpy())
             progress(len(x_BTD))
     cls_ND = torch.cat(cls)
-    n_parallel = (
-        1 if backbone.couples_mlp else n_parallel
-    )  # narrowed in the model itself, which one pass at a time can have
-    runs = _Runs(backbone, policy, split, batch_size, ThreadPoolExecutor(n_parallel))
+    # Coupled MLPs are narrowed in the model itself, so only one pass can run at a time.
+    n_parallel = 1 if backbone.couples_mlp else n_parallel
+    runs = _BlockRunner(backbone, policy, split, batch_size, ThreadPoolExecutor(n_parallel))
     return LastBlockInputs(
         split.labels, cls_ND, policy.logits(last, cls_ND), np.concatenate(kept), np.concatenate(skipped),
         np.concatenate(table) if tabulated else None, runs,
@@ -108,8 +107,8 @@ def last_block_inputs(
 
 
 @dataclass
-class _Runs:
-    """Predictions by running the last block."""
+class _BlockRunner:
+    """Predicts by running the last block."""
 
     backbone: Backbone
     policy: HeadPolicy
@@ -119,27 +118,27 @@ class _Runs:
 
     @torch.no_grad()
     def masked(self, codes_SN: np.ndarray) -> np.ndarray:
-        """Once per image and distinct mask, (S, N)."""
+        """Predicted classes (S, N). The block runs once per image and distinct mask."""
         predicted_SN = np.empty_like(codes_SN)
         for window, x_BTD in self._windows():
             codes_SB = codes_SN[:, window]
             images = np.broadcast_to(np.arange(len(x_BTD)), codes_SB.shape)
             H = self.backbone.n_heads
             pairs, inverse = np.unique(images * 2**H + codes_SB, return_inverse=True)
-            found = []
+            predictions = []
             for start in range(0, len(pairs), self.batch_size):
                 part = pairs[start : start + self.batch_size]
                 rows = torch.from_numpy(part // 2**H).to(x_BTD.device)
-                found.append(self._last(x_BTD[rows], part % 2**H, "gathered"))
-            predicted_SN[:, window] = np.concatenate(found)[inverse].reshape(codes_SB.shape)
+                predictions.append(self._last(x_BTD[rows], part % 2**H, "gathered"))
+            predicted_SN[:, window] = np.concatenate(predictions)[inverse].reshape(codes_SB.shape)
         return predicted_SN
 
     @torch.no_grad()
     def edited(self, codes_SN: np.ndarray, edits_SND: Tensor) -> np.ndarray:
-        """Once per image and row, (S, N).
+        """Predicted classes (S, N). The block runs once per image and row.
 
-        Head by head where the classifier reads few tokens, because only these need projection and MLP; otherwise
-        masked, because small batches of many masks are quicker so.
+        It runs head by head if the classifier reads few tokens, because only these need projection and MLP. Otherwise
+        it runs masked, which is faster for small batches with many masks.
         """
         predicted = [
             np.stack(list(self.pool.map(partial(self._edited, x_BTD), codes_SN[:, window], edits_SND[:, window])))
@@ -147,11 +146,11 @@ class _Runs:
         ]
         return np.concatenate(predicted, axis=1)
 
-    @torch.no_grad()  # in each thread
+    @torch.no_grad()  # needed in each thread
     def _edited(self, x_BTD: Tensor, codes_B: np.ndarray, edit_BD: Tensor) -> np.ndarray:
         backbone, x_BTD = self.backbone, x_BTD.clone()
         x_BTD[:, 0] += edit_BD
-        if backbone.tower.n_read * backbone.n_heads > x_BTD.shape[1]:  # more than one whole stream
+        if backbone.tower.n_read * backbone.n_heads > x_BTD.shape[1]:  # more rows than the whole stream
             return self._last(x_BTD, codes_B, "masked")
         keep_BH = torch.from_numpy(unpack(codes_B, backbone.n_heads)).to(x_BTD.device)
         return HeadOutputs.of(backbone, x_BTD).logits(keep_BH).argmax(dim=1).cpu().numpy()
@@ -159,10 +158,10 @@ class _Runs:
     def _windows(self) -> Iterator[tuple[slice, Tensor]]:
         numbers = len(self.split) * (self.backbone.n_prefix + self.backbone.n_patches) * self.backbone.d_in
         small = numbers * torch.float32.itemsize <= _KEPT
-        done = 0
+        start = 0
         for x_BTD in self._kept if small else self._streams():
-            yield slice(done, done + len(x_BTD)), x_BTD
-            done += len(x_BTD)
+            yield slice(start, start + len(x_BTD)), x_BTD
+            start += len(x_BTD)
 
     @cached_property
     def _kept(self) -> list[Tensor]:
@@ -181,7 +180,7 @@ class _Runs:
 def _prefixes(
     backbone: Backbone, policy: HeadPolicy, split: Split, batch_size: int
 ) -> Iterator[tuple[Tensor, dict[int, Tensor]]]:
-    """Per batch: the residual stream that enters the last block, and the masks before it."""
+    """Per batch, the residual stream at the last block's input, and the masks of the earlier blocks."""
     for pixels in split.batches(backbone.preprocess, batch_size, torch.get_num_threads()):
         tokens = backbone.tokens(backbone.normalize(pixels))
         yield backbone.run_blocks(tokens, 0, backbone.n_blocks - 1, policy, "gathered")

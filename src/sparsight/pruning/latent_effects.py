@@ -1,4 +1,4 @@
-"""An SAE as a head policy sees it: what every latent does to every head, and which latents stand for a class.
+"""Effects of SAE latents on a head policy: of every latent on every head, and of the latents of a class.
 
 Shapes: N images, D width (d_in), F latents (d_sae), H heads, C classes, m latents amplified.
 """
@@ -17,15 +17,15 @@ _ROWS = 4096
 
 
 class LatentEffects:
-    """An SAE, the policy's last block and the train split, reduced to what strategies need.
+    """What strategies need from an SAE, the policy's last block and the train split.
 
     Args:
-        sae: reads the class token at the last block's input.
-        weight_HD: the policy's weights of the last block, W_head.
+        sae: an SAE of the class token at the last block's input.
+        weight_HD: the policy's weights for the last block, W_head.
         mean_CF: mean code of each class's train images.
         count_C: number of train images of each class.
-        n_latents: the most that will be amplified.
-        seed: of the random latents.
+        n_latents: largest number of latents that will be amplified.
+        seed: seed of the random latents.
     """
 
     def __init__(
@@ -34,49 +34,49 @@ class LatentEffects:
         self.sae, self.mean_CF, self._weight_HD = sae, mean_CF, weight_HD
         self._encoded: tuple[Tensor, Tensor] | None = None
         self.push_HF = weight_HD @ sae.W_dec.T
-        """W_head W_dec: what one unit of a latent adds to the logit of a head."""
+        """W_head W_dec: what each latent adds to each head's logit, per unit of its code."""
         total_CF, count_C1 = mean_CF.double() * count_C[:, None], count_C[:, None]
-        elsewhere_CF = (total_CF.sum(dim=0) - total_CF) / (count_C.sum() - count_C1).clamp(min=1)
-        difference_CF = mean_CF.double() - elsewhere_CF
+        other_mean_CF = (total_CF.sum(dim=0) - total_CF) / (count_C.sum() - count_C1).clamp(min=1)
+        difference_CF = mean_CF.double() - other_mean_CF
         self.ranked_CM = difference_CF.argsort(dim=1, descending=True, stable=True)[:, :n_latents]
-        """Latents of each class: by mean activation in the class minus mean activation elsewhere."""
+        """Latents of each class, by mean activation in the class minus mean activation in the other classes."""
         self.alive = np.flatnonzero((mean_CF > 0).any(dim=0).cpu().numpy())
         """Latents that fire on train."""
         self.mean_F = (total_CF.sum(dim=0) / count_C.sum()).float()
         self.random_CM = torch.from_numpy(self._draw(n_latents, seed)).to(mean_CF.device)
 
     def _draw(self, n_latents: int, seed: int) -> np.ndarray:
-        """(C, M) latents drawn outside the class's own, among those that fire if there are enough."""
+        """(C, M) random latents outside the class's own, among those that fire on train if there are enough."""
         generator, drawn = np.random.default_rng(seed), []
-        for own in self.ranked_CM.cpu().numpy():
-            others = np.setdiff1d(self.alive, own)
-            pool = others if len(others) >= n_latents else np.setdiff1d(np.arange(self.sae.d_sae), own)
+        for ranked in self.ranked_CM.cpu().numpy():
+            outside = np.setdiff1d(self.alive, ranked)
+            pool = outside if len(outside) >= n_latents else np.setdiff1d(np.arange(self.sae.d_sae), ranked)
             drawn.append(generator.choice(pool, n_latents, replace=False))
         return np.stack(drawn)
 
     def encode(self, cls_ND: Tensor) -> Tensor:
-        """Codes (N, F); those of the last activations asked for are kept, because many rows ask for the same."""
+        """Codes (N, F). The latest result is cached, because many rows use the same activations."""
         if self._encoded is None or self._encoded[0] is not cls_ND:
             parts = [self.sae.encode(cls_ND[rows]).dense() for rows in row_slices(len(cls_ND), _ROWS)]
             self._encoded = cls_ND, torch.cat(parts)
         return self._encoded[1]
 
     def class_change(self, z_NF: Tensor, classes_N: Tensor, m: int) -> Tensor:
-        """Change (N, H) of the head logits when the first m latents of each image's class count double."""
+        """Change (N, H) of the head logits when the first m latents of each image's class are doubled."""
         latents_NM = self.ranked_CM[classes_N, :m]
         return (z_NF.gather(1, latents_NM)[:, :, None] * self.push_HF.T[latents_NM]).sum(dim=1)
 
     def class_edit(self, z_NF: Tensor, classes_N: Tensor, m: int) -> Tensor:
-        """The edit (N, D) of the class token behind :meth:`class_change`, sum z_i d_i."""
+        """The edit (N, D) of the class token that causes :meth:`class_change`, sum z_i d_i."""
         latents_NM = self.ranked_CM[classes_N, :m]
         picked_NF = torch.zeros_like(z_NF).scatter(1, latents_NM, z_NF.gather(1, latents_NM))
         return picked_NF @ self.sae.W_dec
 
     def random_change(self, z_NF: Tensor, classes_N: Tensor, m: int) -> Tensor:
-        """The same for m random latents of the class, with an edit of the same size, (N, H).
+        """Change (N, H) of the head logits by m random latents of the class, with an edit of the same size.
 
-        A random latent is seldom active on a given image, so amplifying its own code would do next to nothing:
-        the edit is the latents' mean activation on train, scaled to the length of the class's edit.
+        A random latent is seldom active on a given image, so amplifying its code would change almost nothing. The edit
+        is therefore the latents' mean activation on train, scaled to the length of :meth:`class_edit`.
         """
         random_CM = self.random_CM[:, :m]
         direction_CD = (self.mean_F[random_CM][:, :, None] * self.sae.W_dec[random_CM]).sum(dim=1)
@@ -85,19 +85,19 @@ class LatentEffects:
 
     def edit_size(self, z_NF: Tensor, classes_N: Tensor, m: int) -> Tensor:
         """Length (N,) of the edit of :meth:`class_change`, || sum z_i d_i ||, by the Gram matrix of the d_i."""
-        own_CMD = self.sae.W_dec[self.ranked_CM[:, :m]]
-        gram_CMM = own_CMD @ own_CMD.transpose(1, 2)
+        rows_CMD = self.sae.W_dec[self.ranked_CM[:, :m]]
+        gram_CMM = rows_CMD @ rows_CMD.transpose(1, 2)
         z_NM = z_NF.gather(1, self.ranked_CM[classes_N, :m])
         square_N = (z_NM[:, None] @ gram_CMM[classes_N] @ z_NM[:, :, None]).flatten()
         return square_N.clamp(min=0).sqrt()
 
     def mean_change(self, m: int) -> Tensor:
-        """Mean over each class's train images of :meth:`class_change`, (C, H)."""
-        own_CM = self.ranked_CM[:, :m]
-        return (self.mean_CF.gather(1, own_CM)[:, :, None] * self.push_HF.T[own_CM]).sum(dim=1)
+        """Mean of :meth:`class_change` over each class's train images, (C, H)."""
+        latents_CM = self.ranked_CM[:, :m]
+        return (self.mean_CF.gather(1, latents_CM)[:, :, None] * self.push_HF.T[latents_CM]).sum(dim=1)
 
     def against_head(self, head: int) -> Tensor:
-        """Latents from the one that lowers this head's logit most on, by its push times its mean activation."""
+        """Latents by push times mean activation, beginning with the one that lowers this head's logit most."""
         return (self.push_HF[head] * self.mean_F).argsort(stable=True)
 
 
@@ -105,8 +105,8 @@ class LatentEffects:
 def scramble(sae: SAE, seed: int) -> SAE:
     """The SAE with random weights: decoder rows uniform on the sphere, the encoder their transpose.
 
-    It keeps what places and thresholds the codes (b_dec, and what its kind adds), because without the centre
-    every code would be that of the activations' large constant part.
+    It keeps b_dec and its variant's own parameters, such as thresholds. Without the centre, every code would be that of
+    the activations' large constant part.
     """
     random = copy.deepcopy(sae)
     rows_FD = torch.randn(sae.d_sae, sae.d_in, generator=torch.Generator().manual_seed(seed))

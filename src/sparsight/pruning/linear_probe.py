@@ -1,6 +1,6 @@
-"""A linear probe: which class the class token at the last block's input already tells.
+"""A linear probe that predicts the class from the class token at the last block's input.
 
-Routing by its answer is the only one that can save the last block's work: it needs no pass through that block.
+Only routing by its prediction can save work of the last block, because it needs no pass through that block.
 
 Shapes: N images, D width (d_in), C classes.
 """
@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_RIDGE = 1e-3  # weight of the squared weights beside the mean cross-entropy
+_RIDGE = 1e-3  # penalty on the squared weights, beside the mean cross-entropy
 _STEPS = 200
 
 
@@ -24,12 +24,12 @@ class LinearProbe:
     bias_C: Tensor
 
     def __call__(self, x_ND: Tensor) -> np.ndarray:
-        """Classes (N,)."""
+        """Predicted classes (N,)."""
         return (x_ND.double() @ self.weight_CD.T + self.bias_C).argmax(dim=1).cpu().numpy()
 
 
 def fit(x_ND: Tensor, labels: np.ndarray, n_classes: int) -> LinearProbe:
-    """Fit by L-BFGS in float64, from zero: convex, so neither seed nor order matters."""
+    """Fit by L-BFGS in float64, from zero. The problem is convex, so neither seed nor order matters."""
     x = x_ND.double()
     mean, std = x.mean(dim=0), x.std(dim=0, correction=0).clamp(min=1e-6)
     x, y = (x - mean) / std, torch.from_numpy(labels).long().to(x.device)

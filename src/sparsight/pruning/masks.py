@@ -1,4 +1,4 @@
-"""Head masks as numbers: bit h of a code is set where head h is kept.
+"""Head masks as numbers: bit h of a code is set if head h is kept.
 
 Shapes: H heads.
 """
@@ -9,11 +9,11 @@ from torch import Tensor
 
 
 def pack(keep: Tensor) -> np.ndarray:
-    """The codes of masks, bit h set where head h is kept: bool (..., H) -> int32 (...)."""
+    """Masks, bool (..., H), to codes, int32 (...)."""
     powers = 2 ** torch.arange(keep.shape[-1], device=keep.device)
     return (keep * powers).sum(dim=-1).to(torch.int32).cpu().numpy()
 
 
 def unpack(codes: np.ndarray, n_heads: int) -> np.ndarray:
-    """Codes (...) -> bool (..., H)."""
+    """Codes (...) to masks, bool (..., H)."""
     return (codes[..., None] >> np.arange(n_heads) & 1).astype(bool)

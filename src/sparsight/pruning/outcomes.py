@@ -1,4 +1,4 @@
-"""What rows of a table do to images: predictions, masks and head usage.
+"""Outcomes of table rows: predictions, masks and head usage of every image.
 
 Shapes: N images, H heads.
 """
@@ -12,33 +12,33 @@ import torch
 from sparsight.pruning.last_block import LastBlockInputs
 from sparsight.pruning.strategies import Decided, Row, Strategies
 
-_AT_A_TIME = 2**25  # masks whose predictions are asked for together
+_AT_A_TIME = 2**25  # masks, or numbers of edits, per call for predictions
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What happened to each image under one row."""
+    """Outcome of every image under one row."""
 
     predicted: np.ndarray
-    """(N,) classes."""
+    """(N,) predicted classes."""
     hits: np.ndarray
-    """bool (N,), classified correctly."""
+    """bool (N,), whether each image is classified correctly."""
     codes: np.ndarray
-    """(N,) masks of the last block."""
+    """(N,) codes of the last block's masks."""
     usage: np.ndarray
-    """(N,) shares of its heads that are kept."""
+    """(N,) shares of the last block's heads that are kept."""
 
 
 def run(
     strategies: Strategies, rows: list[Row], inputs: LastBlockInputs, routes: dict[str, np.ndarray]
 ) -> Iterator[tuple[Row, Outcome]]:
-    """Each row with its outcome; ``routes`` holds the class whose configuration an image gets, by kind of label."""
-    waiting: dict[bool, list[Decided]] = {False: [], True: []}  # with and without an edit of the stream
-    several = {False: _AT_A_TIME // len(inputs), True: _AT_A_TIME // inputs.cls_ND.numel()}
+    """Each row with its outcome. ``routes`` is, by kind of label, the class whose configuration an image gets."""
+    waiting: dict[bool, list[Decided]] = {False: [], True: []}  # by whether the row edits the stream
+    limits = {False: _AT_A_TIME // len(inputs), True: _AT_A_TIME // inputs.cls_ND.numel()}
     for decided in strategies.codes(rows, inputs, routes):
         edited = decided.edit_ND is not None
         waiting[edited].append(decided)
-        if len(waiting[edited]) >= several[edited]:
+        if len(waiting[edited]) >= limits[edited]:
             yield from _outcomes(waiting[edited], inputs)
             waiting[edited] = []
     for rest in waiting.values():
@@ -48,10 +48,10 @@ def run(
 def _outcomes(decided: list[Decided], inputs: LastBlockInputs) -> Iterator[tuple[Row, Outcome]]:
     if not decided:
         return
-    codes_SN = np.stack([one.codes for one in decided])
-    edits = [one.edit_ND for one in decided if one.edit_ND is not None]
-    found = inputs.predict_edited(codes_SN, torch.stack(edits)) if edits else inputs.predict(codes_SN)
-    for one, own in zip(decided, found, strict=True):
-        predicted = inputs.skipped if one.row.strategy == "skip-block" else own
-        usage = np.bitwise_count(one.codes) / inputs.n_heads
-        yield one.row, Outcome(predicted, predicted == inputs.labels, one.codes, usage)
+    codes_SN = np.stack([decision.codes for decision in decided])
+    edits = [decision.edit_ND for decision in decided if decision.edit_ND is not None]
+    predictions = inputs.predict_edited(codes_SN, torch.stack(edits)) if edits else inputs.predict(codes_SN)
+    for decision, by_block in zip(decided, predictions, strict=True):
+        predicted = inputs.skipped if decision.row.strategy == "skip-block" else by_block
+        usage = np.bitwise_count(decision.codes) / inputs.n_heads
+        yield decision.row, Outcome(predicted, predicted == inputs.labels, decision.codes, usage)

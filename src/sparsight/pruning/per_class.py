@@ -1,10 +1,12 @@
-"""One configuration per class: which heads it leaves, what it does to its own images and to all the others.
+"""One configuration per class: the heads that it keeps, and its effect on the class's own and on all other images.
 
-For every strategy that takes a label, each class gets the strength and number of latents that val chooses for its
-own images. A mask can push an image towards a class, so besides recall every configuration is run on all images:
-what it then wrongly calls its class are its false positives. A class is selected, on val, where its configuration
-halves the usage of its images and costs no more accuracy than the tolerance. Deployed means: the images that a kind
-of label takes for a selected class get its configuration, all others stay unsteered.
+For every strategy that takes a label, each class gets the strength and number of latents chosen on val for its own
+images. A mask can push an image towards a class. So every configuration is also run on all images: images of other
+classes that it assigns to the class are its false positives.
+
+A class is selected if, on val, its configuration halves the usage of the class's images and costs no more accuracy than
+the tolerance. Deployed means that the images that a kind of label assigns to a selected class get its configuration,
+and all others stay unsteered.
 
 Shapes: N images, H heads, C classes.
 """
@@ -25,25 +27,25 @@ from sparsight.pruning.strategies import NONE, Row, Strategies
 
 @dataclass(frozen=True)
 class Configuration:
-    """What a strategy does for one class."""
+    """The configuration of a strategy for one class."""
 
     point: Point
     selected: bool
-    """Whether it halves the class's usage on val at no more than the tolerance."""
+    """Whether it halves the class's usage on val, at a loss of accuracy within the tolerance."""
 
 
 def configurations(
     on_val: dict[Row, Outcome], val: LastBlockInputs, n_classes: int, tolerance: float
 ) -> dict[str, dict[int, Configuration]]:
-    """By strategy and class; a class without val images has none."""
-    found: dict[str, dict[int, Configuration]] = {}
+    """Configurations by strategy and class. A class without val images has none."""
+    by_strategy: dict[str, dict[int, Configuration]] = {}
     none = on_val[NONE]
     for (strategy, labels), candidates in points(on_val).items():
         if labels != "oracle":
             continue
         hits = np.stack([point.hits(on_val) for point in candidates])
         usage = np.stack([point.usage(on_val) for point in candidates])
-        found[strategy] = {}
+        by_strategy[strategy] = {}
         for c in range(n_classes):
             images = np.flatnonzero(val.labels == c)
             if len(images) == 0:
@@ -56,20 +58,20 @@ def configurations(
             ]
             (refused, *_), *_, best = min(ranks)
             halved = usages[best] <= 0.5 * float(none.usage[images].mean())
-            found[strategy][c] = Configuration(candidates[best], halved and not refused)
-    return found
+            by_strategy[strategy][c] = Configuration(candidates[best], halved and not refused)
+    return by_strategy
 
 
 @dataclass(frozen=True)
 class ClassTables:
-    """What the configurations of val do on test."""
+    """Results on test of the configurations chosen on val."""
 
     subsets: list[dict[str, Any]]
-    """Per strategy, SAE and class, on the class's own images: the heads that it leaves, usage and accuracy."""
+    """Per strategy, SAE and class, on the class's own images: kept heads, usage and accuracy."""
     false_positives: list[dict[str, Any]]
     """The same configurations on all images."""
     deployed: list[dict[str, Any]]
-    """Per strategy and kind of label over all images, mean over SAEs, with the selected classes steered."""
+    """Per strategy and kind of label, over all images, with the selected classes steered; means over SAEs."""
 
 
 def evaluate(
@@ -80,17 +82,17 @@ def evaluate(
     tables = ClassTables([], [], [])
     steered: dict[tuple[str, str], dict[int, Outcome]] = {}
     for c, name in enumerate(classes):
-        rows = {row: own[c] for own in chosen.values() if c in own for row in own[c].point.rows}
-        everywhere = {"oracle": np.full(len(test), c)}
+        rows = {row: by_class[c] for by_class in chosen.values() if c in by_class for row in by_class[c].point.rows}
+        all_as_class = {"oracle": np.full(len(test), c)}
         images = np.flatnonzero(test.labels == c)
-        for row, outcome in run(strategies, list(rows), test, everywhere):
-            about = {**row._asdict(), "class": c, "class_name": name, "selected": rows[row].selected}
+        for row, outcome in run(strategies, list(rows), test, all_as_class):
+            key = {**row._asdict(), "class": c, "class_name": name, "selected": rows[row].selected}
             steered.setdefault((row.strategy, row.sae), {})[c] = outcome
             if len(images):  # an official split need not have every class
-                tables.subsets.append({**about, **_subset(outcome, none, images, test.n_heads, section.margin)})
-                tables.false_positives.append({**about, **_on_all(outcome, none, test.labels, c)})
-    for strategy, own in chosen.items():
-        selected = [c for c, one in own.items() if one.selected]
+                tables.subsets.append({**key, **_subset(outcome, none, images, test.n_heads, section.margin)})
+                tables.false_positives.append({**key, **_on_all(outcome, none, test.labels, c)})
+    for strategy, by_class in chosen.items():
+        selected = [c for c, configuration in by_class.items() if configuration.selected]
         by_sae = [outcomes for (name, _), outcomes in steered.items() if name == strategy]
         for labels, route in routes.items() if by_sae else ():
             tables.deployed.append(
@@ -118,14 +120,14 @@ def _subset(outcome: Outcome, none: Outcome, images: np.ndarray, n_heads: int, m
 
 
 def _on_all(outcome: Outcome, none: Outcome, labels: np.ndarray, c: int) -> dict[str, Any]:
-    own = labels == c
+    in_class = labels == c
     return {
-        "n_own": int(own.sum()),
-        "recall": float(outcome.hits[own].mean()),
-        "recall_none": float(none.hits[own].mean()),
-        "n_others": int((~own).sum()),
-        "false_positives": int((outcome.predicted[~own] == c).sum()),
-        "false_positives_none": int((none.predicted[~own] == c).sum()),
+        "n_own": int(in_class.sum()),
+        "recall": float(outcome.hits[in_class].mean()),
+        "recall_none": float(none.hits[in_class].mean()),
+        "n_others": int((~in_class).sum()),
+        "false_positives": int((outcome.predicted[~in_class] == c).sum()),
+        "false_positives_none": int((none.predicted[~in_class] == c).sum()),
         "accuracy": float(outcome.hits.mean()),
         "usage_last": float(outcome.usage.mean()),
     }
@@ -134,7 +136,7 @@ def _on_all(outcome: Outcome, none: Outcome, labels: np.ndarray, c: int) -> dict
 def _merge(
     none: Outcome, outcomes: dict[int, Outcome], route: np.ndarray, selected: list[int]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Hits and usage (N,) where the images routed to a selected class get its configuration."""
+    """Hits and usage (N,) if the images routed to a selected class get its configuration."""
     hits, usage = none.hits.copy(), none.usage.copy()
     for c in selected:
         images = route == c

@@ -18,7 +18,7 @@ from sparsight.common.errors import SparsightError
 from sparsight.common.files import write_json
 
 FORMAT_VERSION = 1
-_BACKBONE = "backbone."  # in front of the names of fine-tuned weights
+_BACKBONE = "backbone."  # prefix of the names of fine-tuned weights
 
 
 class HeadPolicy(nn.Module):
@@ -29,7 +29,7 @@ class HeadPolicy(nn.Module):
     Args:
         d_in: D.
         n_heads: H.
-        blocks: the P blocks that it decides.
+        blocks: the P blocks whose heads it decides.
     """
 
     def __init__(self, d_in: int, n_heads: int, blocks: list[int]) -> None:
@@ -38,16 +38,16 @@ class HeadPolicy(nn.Module):
         self.couples_mlp = False
         """Whether it was trained with MLPs coupled to the heads: :attr:`Backbone.couples_mlp`."""
         self.finetuned: dict[str, Tensor] = {}
-        """Weights of the backbone's model where they were trained with the policy; nothing for a frozen one."""
+        """Weights of the backbone's model if they were trained with the policy; empty for a frozen backbone."""
         self.weight = nn.Parameter(torch.zeros(len(blocks), n_heads, d_in))
         self.bias = nn.Parameter(torch.ones(len(blocks), n_heads))
 
     def check(self, backbone: Backbone) -> None:
-        """Raise SparsightError where the policy is of another model: its width, heads or blocks differ."""
+        """Raise SparsightError if the policy is for another model, with another width, number of heads or of blocks."""
         _, n_heads, d_in = self.weight.shape
-        own, other = (d_in, n_heads, self.blocks[-1] + 1), (backbone.d_in, backbone.n_heads, backbone.n_blocks)
-        if own != other:
-            sizes = [f"width {d}, {h} heads, {n} blocks" for d, h, n in (own, other)]
+        expected, actual = (d_in, n_heads, self.blocks[-1] + 1), (backbone.d_in, backbone.n_heads, backbone.n_blocks)
+        if expected != actual:
+            sizes = [f"width {d}, {h} heads, {n} blocks" for d, h, n in (expected, actual)]
             raise SparsightError(f"the head policy is for another model ({sizes[0]}) than this one ({sizes[1]})")
 
     def logits(self, block: int, cls_BD: Tensor) -> Tensor:
@@ -63,9 +63,9 @@ class HeadPolicy(nn.Module):
         return self.logits(block, cls_BD) > 0 if block in self.blocks else None
 
     def own(self, backbone: Backbone) -> Backbone:
-        """The model that the policy was trained with, made of ``backbone``, which stays as it is.
+        """The model that the policy was trained with, derived from ``backbone``, which is not changed.
 
-        It has the fine-tuned weights, if there are any, and its MLPs are coupled to the heads where the policy's were.
+        It has the fine-tuned weights, if there are any. Its MLPs are coupled to the heads if they were in training.
         """
         adapted = copy.deepcopy(backbone) if self.finetuned else copy.copy(backbone)
         adapted.couples_mlp = self.couples_mlp
@@ -87,7 +87,7 @@ class HeadPolicy(nn.Module):
         """The policy that :meth:`save` wrote.
 
         Raises:
-            SparsightError: no policy there, or one of another format.
+            SparsightError: no policy in the folder, or one of another format version.
         """
         try:
             config = json.loads((folder / "config.json").read_text())
@@ -107,7 +107,7 @@ class HeadPolicy(nn.Module):
 
 @dataclass(frozen=True)
 class FixedMask:
-    """Masks given in advance, the same in every block that asks, as a policy."""
+    """A policy with given masks, the same in every block."""
 
     keep_BH: Tensor
 

@@ -1,4 +1,4 @@
-"""How the training of a head policy sees its images: through the whole model, or at the last block alone.
+"""Forward passes for the training of a head policy: through the whole model, or through the last block alone.
 
 Shapes: N images of train, B batch, D width (d_in), P blocks with a policy, H heads.
 """
@@ -15,24 +15,24 @@ from sparsight.common.progress import Progress
 from sparsight.images.split import Pixels, Split
 from sparsight.pruning.head_outputs import HeadOutputs
 
-_STORED = 2**31  # bytes that may be kept of all images
+_STORED = 2**31  # largest total of stored head outputs, in bytes
 
 
 class Passes(Protocol):
-    """What training asks of train and val."""
+    """What training needs from train and val."""
 
     def statistics(self) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation over train of the class token at each decided block's input, (P, D) each."""
 
     def logits(self, rows: np.ndarray, policy: BlockPolicy) -> Tensor:
-        """Class logits (B, classes) of images of train under a policy, with gradients."""
+        """Class logits (B, classes) of some train images under a policy, with gradients."""
 
     def on_val(self, policy: BlockPolicy) -> tuple[np.ndarray, np.ndarray]:
-        """Of each image of val: the predicted class, and the share of heads kept in the decided blocks."""
+        """For every val image, the predicted class and the share of heads kept in the decided blocks."""
 
 
 class Whole:
-    """Every image passes the whole model, every time: blocks before the last are decided, or weights change."""
+    """Runs the whole model every time, for a policy of earlier blocks too or for weights that change."""
 
     def __init__(self, backbone: Backbone, train: Split, val: Split, blocks: list[int], batch_size: int) -> None:
         self.backbone, self.train, self.val = backbone, train, val
@@ -66,7 +66,7 @@ class Whole:
 
 
 class AtLastBlock:
-    """For a policy of the last block on a frozen model: every image passes the model once, its heads are stored."""
+    """Runs the model once and stores the head outputs, for a policy of the last block on a frozen model."""
 
     def __init__(self, backbone: Backbone, train: Split, val: Split, batch_size: int) -> None:
         self.block = backbone.n_blocks - 1
@@ -74,7 +74,7 @@ class AtLastBlock:
 
     @staticmethod
     def fits(backbone: Backbone, n_images: int) -> bool:
-        """Whether what is stored of so many images is small: it is, where the classifier reads the class token."""
+        """Whether the stored outputs are small enough, as is usual if the classifier reads only the class token."""
         numbers = n_images * backbone.tower.n_read * backbone.d_in * (backbone.n_heads + 1)
         return numbers * torch.float32.itemsize <= _STORED
 

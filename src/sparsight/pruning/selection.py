@@ -1,4 +1,4 @@
-"""The choices that validation makes among rows: targets, strengths, frontiers.
+"""Choices on val among rows: targets, strengths and frontiers.
 
 Shapes: N images.
 """
@@ -17,10 +17,10 @@ from sparsight.pruning.strategies import NONE, Row
 def pick_targets(
     found: Iterable[tuple[Row, Outcome]], none: Outcome, tolerance: float
 ) -> tuple[dict[Row, Outcome], list[tuple[Row, float, float]]]:
-    """Of rows that differ in their target alone, the one that :func:`better` puts first.
+    """Among rows that differ only in their target, keep the one that :func:`rank` puts first.
 
     Returns:
-        The rows that are left, and every row that has a target with its accuracy and usage.
+        The kept rows with their outcomes, and every row with a target, with its accuracy and usage.
     """
     kept: dict[Row, tuple[Row, Outcome]] = {}
     tried = []
@@ -39,30 +39,31 @@ def _rank(outcome: Outcome, floor: float) -> tuple[bool, float, float]:
 
 
 def rank(accuracy: float, usage: float, floor: float) -> tuple[bool, float, float]:
-    """The rule of every choice on val: the least usage among what is at least as accurate as ``floor``.
+    """Sort key of every choice on val; the smallest is chosen.
 
-    If nothing is, the most accurate. Smaller ranks first.
+    That is the candidate with the least usage among those at least as accurate as ``floor``. If there is none, it is
+    the most accurate one.
     """
     refused = accuracy < floor - 1e-9
     return (refused, -accuracy, usage) if refused else (refused, usage, -accuracy)
 
 
 class Point(NamedTuple):
-    """A strategy at one strength and number of latents: the mean over SAEs."""
+    """A strategy at one strength and number of latents, as the mean over SAEs."""
 
     strategy: config.Strategy
     labels: str
     strength: float
     latents: int
     rows: tuple[Row, ...]
-    """One for each SAE; they may differ in their targets."""
+    """One row for each SAE; targets may differ."""
 
     def hits(self, outcomes: dict[Row, Outcome]) -> np.ndarray:
         """(N,) shares of the SAEs with which an image is classified correctly."""
         return np.mean([outcomes[row].hits for row in self.rows], axis=0)
 
     def usage(self, outcomes: dict[Row, Outcome]) -> np.ndarray:
-        """(N,) mean share of the last block's heads."""
+        """(N,) shares of the last block's heads that are kept, mean over SAEs."""
         return np.mean([outcomes[row].usage for row in self.rows], axis=0)
 
 
@@ -71,16 +72,16 @@ def points(outcomes: Iterable[Row]) -> dict[tuple[str, str], list[Point]]:
     groups: dict[tuple[str, str, float, int], list[Row]] = {}
     for row in outcomes:
         groups.setdefault((row.strategy, row.labels, row.strength, row.latents), []).append(row)
-    found: dict[tuple[str, str], list[Point]] = {}
+    by_key: dict[tuple[str, str], list[Point]] = {}
     for rows in groups.values():
         first = rows[0]
         point = Point(first.strategy, first.labels, first.strength, first.latents, tuple(sorted(rows)))
-        found.setdefault((first.strategy, first.labels), []).append(point)
-    return found
+        by_key.setdefault((first.strategy, first.labels), []).append(point)
+    return by_key
 
 
 def choose(candidates: list[Point], outcomes: dict[Row, Outcome], tolerance: float) -> Point:
-    """The point that :func:`rank` puts first; ties go to the weaker strength, then to fewer latents."""
+    """The point that :func:`rank` puts first. Ties go to the weaker strength, then to fewer latents."""
     floor = float(outcomes[NONE].hits.mean()) - tolerance
 
     def order(point: Point) -> tuple[tuple[bool, float, float], float, int]:
@@ -91,29 +92,29 @@ def choose(candidates: list[Point], outcomes: dict[Row, Outcome], tolerance: flo
 
 
 def frontier(candidates: list[Point], outcomes: dict[Row, Outcome]) -> list[Point]:
-    """The points that no other beats in usage and accuracy at once, by rising usage.
+    """The points that no other point beats in both usage and accuracy, by rising usage.
 
-    Not steering is a choice that every strategy leaves open, so ``none`` is among the candidates.
+    ``none`` is always among the candidates, because every strategy leaves the choice not to steer.
     """
     none = Point("none", "none", 1.0, 0, (NONE,))
-    every = [p for p in candidates if p.rows != (NONE,)] + [none]
+    all_points = [p for p in candidates if p.rows != (NONE,)] + [none]
     measured = sorted(
-        (float(p.usage(outcomes).mean()), -float(p.hits(outcomes).mean()), p.strength, p.latents, p) for p in every
+        (float(p.usage(outcomes).mean()), -float(p.hits(outcomes).mean()), p.strength, p.latents, p) for p in all_points
     )
     best = -1.0
-    left: list[Point] = []
+    kept: list[Point] = []
     for _, minus_accuracy, _, _, point in measured:
         if -minus_accuracy > best + 1e-12:
-            best, left = -minus_accuracy, [*left, point]
-    return left
+            best, kept = -minus_accuracy, [*kept, point]
+    return kept
 
 
 @dataclass(frozen=True)
 class AtUsage:
-    """A frontier at a usage between two of its points: every image gets one of two masks by the toss of a coin."""
+    """A frontier at a usage between two of its points: every image gets the mask of one of them at random."""
 
     hits: np.ndarray
-    """(N,) expected."""
+    """(N,) expected hits."""
     usage: float
     lower: Point
     upper: Point
@@ -122,10 +123,10 @@ class AtUsage:
 
 
 def at_usage(line: list[Point], outcomes: dict[Row, Outcome], usage: float) -> AtUsage:
-    """A frontier of val on another split, at a given usage; at its end where it does not reach so far.
+    """A frontier chosen on val, evaluated on another split at a given usage.
 
-    The weights match the usage of this split, which needs no labels; which points are on the frontier is
-    decided on val.
+    If the frontier does not reach the usage, its nearest end is used. The weights match the usage on this split, which
+    needs no labels.
     """
     by_usage = sorted((float(point.usage(outcomes).mean()), i) for i, point in enumerate(line))
     usages = [value for value, _ in by_usage]

@@ -1,8 +1,8 @@
 """How each strategy changes the policy's head logits, in closed form.
 
-The policy is linear: amplifying latents of the class token, x' = x + sum (g_i - 1) z_i d_i, changes the logit
-of head h by sum (g_i - 1) z_i <w_h, d_i>. So W_head W_dec says what every latent does to every head, latents are
-ranked for a head without trying them, and another strength is one product.
+The policy is linear: amplifying latents of the class token, x' = x + sum (g_i - 1) z_i d_i, changes the logit of head h
+by sum (g_i - 1) z_i <w_h, d_i>. So W_head W_dec holds the effect of every latent on every head. Latents are ranked for
+a head without running them, and another strength costs one product.
 
 Shapes: N images, D width (d_in), F latents (d_sae), H heads, C classes, m latents amplified.
 """
@@ -24,21 +24,22 @@ from sparsight.pruning.masks import pack
 from sparsight.pruning.policy import HeadPolicy
 
 LABELS = ("predicted", "probe", "oracle")
-"""Whose class: that of the unsteered pruned model, of a linear probe at the block's input, the true one."""
+"""Kinds of label: the prediction of the unsteered pruned model, that of a linear probe at the block's input, the true
+class."""
 
 
 @dataclass(frozen=True)
 class Kind:
-    """What rows a strategy has."""
+    """The rows that a strategy has."""
 
     sae: bool = False
-    """One for each SAE."""
+    """Whether it has one row for each SAE."""
     by_class: bool = False
-    """One for each kind of label."""
+    """Whether it has one row for each kind of label."""
     grid: str = ""
     """Its strengths: ``strengths``, ``bias_strengths``, ``shares`` of heads; empty for one row of strength 1."""
     counts: bool = False
-    """One for each number of latents."""
+    """Whether it has one row for each number of latents."""
 
 
 KINDS: dict[config.Strategy, Kind] = {
@@ -65,35 +66,35 @@ BOUNDS = ("skip-block", "zero-heads", "all-heads")
 
 
 class Row(NamedTuple):
-    """What one row of the tables is about."""
+    """Key of a row of the tables."""
 
     strategy: config.Strategy
     strength: float = 1.0
     labels: str = "none"
     sae: str = ""
-    """Empty where no SAE is involved."""
+    """Name of the SAE; empty for strategies without one."""
     latents: int = 0
-    """How many are amplified; 0 where that is none or every active one."""
+    """Number of amplified latents; 0 if none or all active ones are amplified."""
     target: int = -1
-    """The head that ``targeted`` switches off, the latent of ``latent-atlas``; -1 elsewhere."""
+    """The head that ``targeted`` switches off, or the latent of ``latent-atlas``; -1 for other strategies."""
 
 
 NONE = Row("none")
 
 
 class Decided(NamedTuple):
-    """What a row does to every image."""
+    """The decision of a row for every image."""
 
     row: Row
     codes: np.ndarray
-    """(N,) masks."""
+    """(N,) codes of the masks."""
     edit_ND: Tensor | None = None
-    """What is added to the class token in the stream; None: nothing."""
+    """Edit that is added to the class token in the stream, or None."""
 
 
 def every_row(section: config.Pruning, n_heads: int, effects_by_sae: dict[str, LatentEffects]) -> list[Row]:
     """Every row that is tried on val; ``none`` comes first."""
-    found = []
+    rows = []
     for name in sorted(section.strategies, key=lambda name: name != "none"):
         kind = KINDS[name]
         shares = static_shares(n_heads) if name == "class-static" else THRESHOLD_SHARES
@@ -106,8 +107,8 @@ def every_row(section: config.Pruning, n_heads: int, effects_by_sae: dict[str, L
                 elif name == "latent-atlas":
                     counts, targets = (1,), effects_by_sae[sae].alive.tolist()
                 steps = itertools.product(counts, targets, grids.get(kind.grid, (1.0,)))
-                found += [Row(name, float(s), labels, sae, m, target) for m, target, s in steps]
-    return found
+                rows += [Row(name, float(s), labels, sae, m, target) for m, target, s in steps]
+    return rows
 
 
 @dataclass(frozen=True)
@@ -118,16 +119,16 @@ class Strategies:
     effects_by_sae: dict[str, LatentEffects]
     """By name of the SAE."""
     scrambled: dict[str, LatentEffects]
-    """By the same names: each SAE with random weights."""
+    """The same for each SAE with random weights, by the same names."""
     controls: Controls
 
     @torch.no_grad()
     def codes(self, rows: list[Row], inputs: LastBlockInputs, routes: dict[str, np.ndarray]) -> Iterator["Decided"]:
-        """What each row decides, in an order of its own.
+        """The decision of each row. Rows that differ only in strength come together, so the order may change.
 
         Args:
-            rows: what is asked for.
-            inputs: the images.
+            rows: the rows to decide.
+            inputs: inputs of the last block.
             routes: (N,) the class whose configuration each image gets, by kind of label.
         """
         groups: dict[Row, list[Row]] = {}
@@ -136,7 +137,7 @@ class Strategies:
         for unit, group in groups.items():
             classes_N = routes[unit.labels] if unit.labels != "none" else np.zeros(len(inputs), np.int64)
             if KINDS[unit.strategy].grid in ("", "shares"):
-                yield from (Decided(row, self._own(row, inputs, classes_N)) for row in group)
+                yield from (Decided(row, self._unamplified(row, inputs, classes_N)) for row in group)
                 continue
             classes = torch.from_numpy(classes_N).to(inputs.logits_NH.device).long()
             change_NH, edit_ND = self._change(unit, inputs, classes), None
@@ -148,8 +149,8 @@ class Strategies:
                 codes = pack(inputs.logits_NH + factor * change_NH > 0)
                 yield Decided(row, codes, None if edit_ND is None else factor * edit_ND)
 
-    def _own(self, row: Row, inputs: LastBlockInputs, classes_N: np.ndarray) -> np.ndarray:
-        """Codes (N,) of what is no amplification."""
+    def _unamplified(self, row: Row, inputs: LastBlockInputs, classes_N: np.ndarray) -> np.ndarray:
+        """Codes (N,) of a strategy without a change of the head logits that scales with the strength."""
         strategy, n, H = row.strategy, len(inputs), inputs.n_heads
         if strategy == "class-static":
             return self.controls.subsets[row.labels, row.strength][classes_N]

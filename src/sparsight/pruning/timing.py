@@ -1,4 +1,4 @@
-"""Milliseconds of the whole model against the number of heads kept, masked and gathered.
+"""Milliseconds of the whole model by number of kept heads, masked and gathered.
 
 Shapes: B batch, L blocks, H heads.
 """
@@ -17,17 +17,17 @@ from sparsight.common.machine import describe
 from sparsight.common.progress import log
 from sparsight.common.seeds import derive_seed
 
-_BATCH, _SMALLEST_BATCH = 64, 8  # images a forward pass; a large model gets fewer
+_BATCH, _SMALLEST_BATCH = 64, 8  # images per forward pass; fewer for a large model
 _ROUNDS = 7
-_FEWEST_ROUNDS = 3  # and one to warm up
-_SECONDS = 60.0  # for one model; after the fewest rounds, no more are begun
+_FEWEST_ROUNDS = 3  # besides one to warm up
+_SECONDS = 60.0  # time per model after which no round begins, once the fewest rounds are done
 
 
 def measure(models: dict[str, Backbone], seed: int, path: Path) -> None:
     """Write ``timings.json``: per backbone and number of kept heads, ms per image, minimum and median.
 
-    Every image keeps its own random heads in all blocks but the first. The ways take turns in each round,
-    so that a slow moment of the machine meets all of them.
+    Every image keeps its own random heads in all blocks but the first. All cases take turns in each round, so that a
+    slow moment of the machine affects all of them.
     """
     result = {"machine": describe(), "threads": torch.get_num_threads()}
     heads = {name: _measure(backbone, derive_seed(seed, "timing", name)) for name, backbone in models.items()}
@@ -56,9 +56,9 @@ def _measure(backbone: Backbone, seed: int) -> list[dict[str, float]]:
         if turn > _FEWEST_ROUNDS and time.perf_counter() - start > _SECONDS:
             break
         for (kept, mode), mask in cases.items():
-            took = _seconds(backbone, images, mask, mode)
+            elapsed = _seconds(backbone, images, mask, mode)
             if turn:  # the first round warms up
-                seconds[kept, mode].append(took)
+                seconds[kept, mode].append(elapsed)
     rows = []
     for kept in range(H + 1):
         row: dict[str, float] = {"kept": kept, "batch_size": batch, "rounds": len(seconds[kept, "masked"])}
@@ -71,12 +71,12 @@ def _measure(backbone: Backbone, seed: int) -> list[dict[str, float]]:
 
 
 def _batch_size(backbone: Backbone, images: Tensor, passes: int) -> int:
-    """The largest batch with which so many ``passes`` are over in time, judged by one of a few images."""
+    """The largest batch with which ``passes`` forward passes fit into the time, estimated from one pass."""
     mask = torch.ones(len(images), backbone.n_blocks, backbone.n_heads, dtype=torch.bool, device=backbone.device)
     _seconds(backbone, images, mask, "masked")  # to warm up
-    each = _seconds(backbone, images, mask, "masked") / len(images)
+    seconds_per_image = _seconds(backbone, images, mask, "masked") / len(images)
     batch = _BATCH
-    while batch > _SMALLEST_BATCH and passes * batch * each > _SECONDS:
+    while batch > _SMALLEST_BATCH and passes * batch * seconds_per_image > _SECONDS:
         batch //= 2
     return batch
 

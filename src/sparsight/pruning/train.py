@@ -1,8 +1,8 @@
 """Training of the head policy, on a frozen backbone or together with its weights.
 
-AdaViT's loss, with two changes that the docs list as ours: the class token is centred and scaled (folded
-into the saved weights), because its large constant part would make the policy nearly the same for every
-image; and the usage loss aims at the evaluated (thresholded) usage, because the sampled one differs.
+The loss is AdaViT's, with two changes that the docs list as ours. The class token is centred and scaled, because its
+large constant part would make the policy nearly the same for every image; this is folded into the saved weights. The
+usage loss is about the evaluated (thresholded) usage, because the sampled usage differs from it.
 
 Shapes: B batch, D width (d_in), P blocks with a policy, H heads.
 """
@@ -67,13 +67,13 @@ def fit(
     folded = trainable.folded()
     if finetuned:
         folded.finetuned = backbone.model.state_dict()
-    about = {"name": name, "backbone": section.backbone, "training": dataclasses.asdict(section), "record": record}
-    folded.save(work.out, **about)
+    metadata = {"name": name, "backbone": section.backbone, "training": dataclasses.asdict(section), "record": record}
+    folded.save(work.out, **metadata)
 
 
 @torch.no_grad()
 def _check_heads(backbone: Backbone, blocks: list[int], name: str) -> None:
-    """Before any work: every block that the policy decides has heads that can be left uncomputed."""
+    """Check, before any work, that the heads of every decided block can be left uncomputed."""
     x_BTD = torch.zeros(1, backbone.n_prefix + backbone.n_patches, backbone.d_in, device=backbone.device)
     keep = torch.ones(1, backbone.n_heads, dtype=torch.bool, device=backbone.device)
     for block in blocks:
@@ -108,7 +108,7 @@ class _Training:
         n_heads = noise_BPH[0].numel()
 
         def forward(places_B: Tensor) -> Tensor:
-            """Of some images of the batch the class logits, and what of each head is evaluated and sampled."""
+            """Class logits of some images of the batch, and each head's evaluated and sampled mask."""
             sampled = _Sampled(self, noise_BPH[places_B])
             logits_BC = self.passes.logits(rows[places_B.cpu().numpy()], sampled)
             return torch.cat([logits_BC, *sampled.evaluated, *sampled.sampled], dim=1)
@@ -130,7 +130,7 @@ class _Training:
         return scalars
 
     def _noise(self, n_images: int, generator: torch.Generator) -> Tensor:
-        """Per image, block and head the difference of two Gumbel variables, which is logistic; or none, (B, P, H)."""
+        """Noise (B, P, H): the difference of two Gumbel variables, which is logistic, or zero."""
         like_PH = self.policy.bias
         if self.section.noise == "none":
             return like_PH.new_zeros(n_images, *like_PH.shape)
@@ -161,17 +161,18 @@ class _Training:
 
 
 class _Sampled:
-    """The policy as training sees it: straight-through samples (Gumbel-sigmoid) on standardised class tokens.
+    """The policy in training: straight-through samples (Gumbel-sigmoid) on standardised class tokens.
 
     Args:
-        noise_BPH: of the images that pass the model with it.
+        training: the training that it belongs to.
+        noise_BPH: noise of the images of its forward pass.
     """
 
     def __init__(self, training: _Training, noise_BPH: Tensor) -> None:
         self.training, self.noise_BPH = training, noise_BPH
         self.sampled: list[Tensor] = []
         self.evaluated: list[Tensor] = []
-        """Per decided block the masks as they are used, without gradients, and as evaluation has them, (B, H) each."""
+        """Masks (B, H) per decided block: ``sampled`` as used, without gradients; ``evaluated`` as in evaluation."""
 
     def decide(self, block: int, cls_BD: Tensor) -> Tensor | None:
         policy, tau = self.training.policy, self.training.section.temperature

@@ -16,11 +16,11 @@ from sparsight.report.chapters import backbones, pipeline, pruning, saes, steeri
 from sparsight.report.chapters.latents import Browser
 from sparsight.sae.resae import ReSAE, load_chain
 
-_CAPTIONS = Path(__file__).parent / "captions"  # by kind of figure; Snakemake's own report reads them too
+_CAPTIONS = Path(__file__).parent / "captions"  # by kind of figure; Snakemake's own report uses them too
 
 
 def write_page(section: config.Report, run: str, inputs: dict[str, Any], device: torch.device, out: Path) -> None:
-    """Write ``index.html`` and, for use elsewhere, each of its figures as ``figures/<name>.svg``.
+    """Write ``index.html``, and each of its figures separately as ``figures/<name>.svg``.
 
     Args:
         run: name of the run.
@@ -63,7 +63,7 @@ def write_page(section: config.Report, run: str, inputs: dict[str, Any], device:
 
 
 def _files(inputs: dict[str, Any]) -> dict[str, str]:
-    """sha256 of every file that the page is drawn from, by its path from the run's folder."""
+    """sha256 of every input file of the page, by its path from the run's folder."""
     paths = [path for value in inputs.values() for path in (value if isinstance(value, list) else [value])]
     run = inputs["configuration"].parent
     return {path.relative_to(run).as_posix(): file_digest(path) for path in sorted(paths)}
@@ -72,23 +72,23 @@ def _files(inputs: dict[str, Any]) -> dict[str, str]:
 def _latents(
     section: config.Report, inputs: dict[str, Any], manifest: Manifest, device: torch.device
 ) -> dict[str, Any]:
-    """The browser's content: of each section the SAE, or the SAEs of the chain, of its first seed."""
+    """Content of the latent browser: of each section's first seed, the SAE or the SAEs of the chain."""
     shown: dict[Path, ReSAE | None] = dict.fromkeys(_firsts(inputs["saes"]))
     for folder in _firsts(inputs["chains"]):
-        chain = load_chain(folder).to(device)
-        shown |= {folder / site: chain for site in chain.sites}
+        loaded = load_chain(folder).to(device)
+        shown |= {folder / site: loaded for site in loaded.sites}
     stores = {path.parent.name: path for path in inputs["stores"]}
     browser = Browser(manifest, section.latents, section.images)
-    for folder, of in shown.items():
-        about = json.loads((folder / "config.json").read_text())
+    for folder, chain in shown.items():
+        metadata = json.loads((folder / "config.json").read_text())
         name = folder.relative_to(inputs["configuration"].parent / "saes").as_posix()
-        with ActivationStore.open(stores[about["backbone"]]) as store:
-            browser.add(name, folder, of, store, device, 1 / len(shown))
+        with ActivationStore.open(stores[metadata["backbone"]]) as store:
+            browser.add(name, folder, chain, store, device, 1 / len(shown))
     return browser.data()
 
 
 def _firsts(metrics: list[Path]) -> list[Path]:
-    """Of each section the folder of its first seed."""
+    """For each section, the folder of its first seed."""
     firsts: dict[str, Path] = {}
     for path in metrics:
         firsts.setdefault(path.parent.name.rpartition("-s")[0], path.parent)

@@ -1,4 +1,4 @@
-"""The headline numbers of a run, flat."""
+"""The headline numbers of a run, under flat keys."""
 
 import json
 from pathlib import Path
@@ -26,9 +26,9 @@ def write_metrics(inputs: dict[str, list[Path]], path: Path) -> None:
     """
     flat: dict[str, float] = {}
     for file in inputs["backbones"]:
-        about = json.loads(file.read_text())
-        if about["accuracy"]:
-            flat[f"backbone.{file.parent.name}.accuracy"] = about["accuracy"]["test"]["accuracy"]
+        metadata = json.loads(file.read_text())
+        if metadata["accuracy"]:
+            flat[f"backbone.{file.parent.name}.accuracy"] = metadata["accuracy"]["test"]["accuracy"]
     for file in inputs["saes"]:
         metrics = json.loads(file.read_text())
         for key in _OF_SAES:
@@ -41,8 +41,8 @@ def write_metrics(inputs: dict[str, list[Path]], path: Path) -> None:
         shown += ["accuracy_untouched", *(f"{key}_{mode}" for mode in _WAYS for key in ("accuracy", "kl"))]
         flat |= {f"chain.{file.parent.name}.{key}": metrics[key] for key in shown if key in metrics}
     for file in inputs["stabilities"]:
-        for site, found in json.loads(file.read_text())["sites"].items():
-            flat |= {f"{file.stem}.{site}.{key}": found[key] for key in ("cosine", "cosine_random")}
+        for site, stability in json.loads(file.read_text())["sites"].items():
+            flat |= {f"{file.stem}.{site}.{key}": stability[key] for key in ("cosine", "cosine_random")}
     for file in inputs["steerings"]:
         for row in tables.read(file):
             if row["split"] == "test":
@@ -63,7 +63,7 @@ def write_metrics(inputs: dict[str, list[Path]], path: Path) -> None:
 
 
 def write_curves(saes: list[Path], path: Path) -> None:
-    """Write ``curves.json``: a line per logged step of every SAE, for ``dvc plots``.
+    """Write ``curves.json``: one entry per logged step of every SAE, for ``dvc plots``.
 
     Args:
         saes: metrics.json of every SAE, beside its training.jsonl.
@@ -76,13 +76,13 @@ def write_curves(saes: list[Path], path: Path) -> None:
 
 
 def _gate(name: str, summary: Path) -> dict[str, float]:
-    """Accuracy on test and the share of images steered, by quantile of the gate; nothing where there is none."""
+    """Accuracy on test and the share of steered images, by quantile of the gate; empty without a gate."""
     lines = [line for line in json.loads(summary.read_text())["gate"] if line["split"] == "test"]
     return {f"{name}.gate-{line['quantile']:g}.{key}": line[key] for line in lines for key in ("accuracy", "steered")}
 
 
 def by_strategy(rows: list[dict[str, Any]]) -> dict[tuple[str, str], list[dict[str, Any]]]:
-    """The rows of ``overall.parquet`` by (strategy, labels): one per SAE, to be averaged over SAE seeds."""
+    """The rows of ``overall.parquet`` by (strategy, labels); each group has one row per SAE, to be averaged."""
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for row in rows:
         groups.setdefault((row["strategy"], row["labels"]), []).append(row)

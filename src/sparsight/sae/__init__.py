@@ -1,4 +1,4 @@
-"""Sparse autoencoders: what variants share, their training and evaluation. Listing variants imports no torch."""
+"""Sparse autoencoders (SAEs): base class, variants, training, evaluation. Listing the variants imports no torch."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,6 +25,6 @@ __getattr__ = lazy_names(
 
 
 def names() -> list[str]:
-    """The variants, by the names of their files."""
+    """Names of the variants, which are the names of their files."""
     files = (Path(__file__).parent / "variants").glob("*.py")
     return sorted(path.stem for path in files if path.stem != "__init__")

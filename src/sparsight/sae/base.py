@@ -22,7 +22,7 @@ from sparsight.sae import names
 from sparsight.sae.codes import Codes
 
 FORMAT_VERSION = 1
-_ROWS = 256  # of the decoder at a time: what is worked on stays in the cache
+_ROWS = 256  # decoder rows handled at a time, few enough to stay in the cache
 _REGISTRY: dict[str, type["SAE"]] = {}
 
 
@@ -37,7 +37,7 @@ class Loss:
     reconstruction: Tensor
     aux: Tensor
     penalty: Tensor
-    """The variant's own term, weighted: sparsity, prefixes, load balance."""
+    """The variant's own loss term, weighted: sparsity, prefixes or load balance."""
     x_hat: Tensor
     codes: Codes
 
@@ -45,15 +45,15 @@ class Loss:
 class SAE(nn.Module, ABC):
     """A sparse autoencoder x_hat = decode(encode(x)).
 
-    A variant defines :meth:`encode` and, where training differs from inference or needs a term of its own,
-    :meth:`training_codes`.
+    A variant defines :meth:`encode`. It also defines :meth:`training_codes` if training differs from inference or adds
+    a loss term.
 
     Args:
         d_in: D.
         d_sae: F.
-        k: K; the number (or for variants without a fixed one the target) of active latents.
-        seed: of the initial weights: decoder rows uniform on the unit sphere, encoder its transpose.
-        aux_k: dead latents that the AuxK loss uses; None takes d_in / 2 (Gao et al. 2024, section A.2).
+        k: K, the number of active latents; a target for variants without a fixed number.
+        seed: seed of the initial weights. Decoder rows are uniform on the unit sphere; the encoder is the transpose.
+        aux_k: number of dead latents that the AuxK loss uses; None means d_in / 2 (Gao et al. 2024, section A.2).
         aux_coefficient: weight of the AuxK loss.
 
     Raises:
@@ -62,11 +62,11 @@ class SAE(nn.Module, ABC):
 
     kind: str
     options: ClassVar[tuple[str, ...]] = ("aux_k", "aux_coefficient")
-    """Arguments beside the sizes and the seed; attributes of the same name go to config.json."""
+    """Names of the arguments besides the sizes and the seed. Attributes of the same names are saved in config.json."""
     has_auxk: ClassVar[bool] = True
     """Whether the variant's loss has the AuxK term."""
     scaled: ClassVar[tuple[str, ...]] = ("b_enc", "b_dec")
-    """Parameters and buffers in the units of x."""
+    """Names of the parameters and buffers in the units of x."""
 
     def __init__(
         self, d_in: int, d_sae: int, k: int, seed: int = 0, aux_k: int | None = None, aux_coefficient: float = 1 / 32
@@ -84,17 +84,17 @@ class SAE(nn.Module, ABC):
         self.b_enc = nn.Parameter(torch.zeros(d_sae))
         self.b_dec = nn.Parameter(torch.zeros(d_in))
         self.loss_scale = 1.0
-        """Normaliser of the reconstruction loss, 1 / E||x - mean||^2 from the start of training on."""
+        """Factor on the reconstruction loss: 1 / E||x - mean||^2 once training has started, 1 before."""
         self.started = False
         """Whether :meth:`start` was called."""
         self.about: dict[str, Any] = {}
-        """What config.json says of a loaded SAE: site, tokens, backbone and more."""
+        """Metadata; of a loaded SAE the content of config.json: site, tokens, backbone and more."""
         self.register_buffer("dead", torch.zeros(d_sae, dtype=torch.bool), persistent=False)
         self.dead: Tensor
 
     @property
     def macs_encode(self) -> int:
-        """Multiply-accumulates of encoding an activation: its product with the encoder."""
+        """Multiply-accumulates of encoding one activation: its product with the encoder."""
         return self.d_in * self.d_sae
 
     @abstractmethod
@@ -102,15 +102,15 @@ class SAE(nn.Module, ABC):
         """Codes of activations (B, D), in the units of the stored activations.
 
         Raises:
-            SparsightError: another width, NaN or infinity.
+            SparsightError: activations of another width, NaN or infinite.
         """
 
     def training_codes(self, x: Tensor) -> tuple[Codes, Tensor]:
-        """Codes of the training forward pass, and the variant's own term of the loss, weighted."""
+        """Codes of the training forward pass, and the variant's own loss term, weighted."""
         return self.encode(x), x.new_zeros(())
 
     def learn(self, codes: Codes) -> None:
-        """Take over from a training batch what is not learnt by gradients."""
+        """Update, from the codes of a training batch, what gradients do not train."""
 
     def decode(self, codes: Codes) -> Tensor:
         """Reconstruction (B, D), in the units of x."""
@@ -126,7 +126,7 @@ class SAE(nn.Module, ABC):
         ``reconstruction`` is the batch mean of the squared error summed over D, times ``loss_scale``.
 
         Raises:
-            SparsightError: another width, NaN or infinity.
+            SparsightError: activations of another width, NaN or infinite.
         """
         x = self.validate(x)
         codes, penalty = self.training_codes(x)
@@ -140,19 +140,22 @@ class SAE(nn.Module, ABC):
         return error_BD.square().sum() / len(error_BD) * self.loss_scale
 
     def _auxk(self, x: Tensor, residual: Tensor) -> Tensor:
-        """AuxK (Gao et al. 2024, section A.2): dead latents model the detached residual, relative to its variance."""
+        """AuxK loss (Gao et al. 2024, section A.2): error of dead latents on the detached residual over its variance.
+
+        It is zero without dead latents.
+        """
         dead = self.dead.nonzero().squeeze(1)
         if not (self.has_auxk and self.aux_k and len(dead)):
             return x.new_zeros(())
         error = (self._from_dead(x, dead) - residual).square().sum()
         variance = (residual - residual.mean(dim=0)).square().sum()
-        known = variance > 0  # it is not for a batch of one row
-        return error / torch.where(known, variance, 1.0) * known
+        varies = variance > 0  # false for a batch of one row
+        return error / torch.where(varies, variance, 1.0) * varies
 
     def _from_dead(self, x: Tensor, dead: Tensor) -> Tensor:
-        """What the ``aux_k`` largest pre-activations among the dead latents, ReLU'd, decode to, (B, D), no bias."""
+        """Decoded ReLU of the ``aux_k`` largest pre-activations of dead latents, (B, D), without bias."""
         W_enc, W_dec = self.W_enc.T.index_select(0, dead).T, self.W_dec.index_select(0, dead)
-        if len(dead) <= self.aux_k:  # all of them: nothing to choose, and so few that whole products are quicker
+        if len(dead) <= self.aux_k:  # all of them are used, and for so few dense products are faster
             return torch.addmm(self.b_enc[dead], x - self.b_dec, W_enc).relu() @ W_dec
         return kernels.decode(*kernels.topk(x - self.b_dec, W_enc, self.b_enc[dead], self.aux_k), W_dec)
 
@@ -160,12 +163,12 @@ class SAE(nn.Module, ABC):
         """The activations (B, D) as a tensor of this SAE's type, on its device.
 
         Raises:
-            SparsightError: another width, NaN or infinity.
+            SparsightError: activations of another width, NaN or infinite.
         """
         tensor = torch.as_tensor(x, dtype=self.W_dec.dtype, device=self.W_dec.device)
         if tensor.ndim != 2 or tensor.shape[1] != self.d_in:
             raise SparsightError(f"SAE: expected activations of shape (batch, {self.d_in}), got {tuple(tensor.shape)}")
-        if not tensor.detach().sum().isfinite():  # one pass; a sum may overflow, so look again before blaming x
+        if not tensor.detach().sum().isfinite():  # one pass; the sum of finite rows may overflow, so check the rows
             bad = ~tensor.isfinite().all(dim=1)
             if bad.any():
                 row = int(bad.nonzero()[0])
@@ -175,40 +178,40 @@ class SAE(nn.Module, ABC):
         return tensor
 
     def start(self, variance: float) -> None:
-        """Begin training on data of this variance E||x - mean||^2: losses are relative to it from here on."""
+        """Begin training on data with this variance E||x - mean||^2. From now on losses are relative to it."""
         self.loss_scale = 1 / variance if variance > 0 else 1.0
         self.started = True
 
     @torch.no_grad()
     def set_center(self, center_D: Tensor | np.ndarray) -> None:
-        """Initialise b_dec, with the mean of the activations or their :func:`geometric_median`, (D,)."""
+        """Initialise b_dec with a centre (D,): the mean of the activations or their :func:`geometric_median`."""
         self.b_dec.copy_(torch.as_tensor(center_D))
 
     def constrain(self) -> None:
-        """Project the parameters on what they must satisfy after an optimiser step: decoder rows of unit norm."""
+        """Restore the constraint on the parameters after an optimiser step: decoder rows of unit norm."""
         self.normalize_decoder()
 
     @torch.no_grad()
     def normalize_decoder(self) -> None:
-        """Give every decoder row unit norm."""
+        """Scale every decoder row to unit norm."""
         for rows in self.W_dec.split(_ROWS):
             rows.div_(torch.linalg.vector_norm(rows, dim=1, keepdim=True))
 
     @torch.no_grad()
     def remove_parallel_gradient(self) -> None:
-        """Remove from W_dec's gradient what would only change the length of its unit rows."""
+        """Remove from W_dec's gradient the part along each row, which would only change the row's length."""
         assert self.W_dec.grad is not None
         for gradient, rows in zip(self.W_dec.grad.split(_ROWS), self.W_dec.split(_ROWS), strict=True):
             gradient.addcmul_(torch.linalg.vecdot(gradient, rows).unsqueeze(1), rows, value=-1)
 
     @torch.no_grad()
     def fold_scale(self, scale: float) -> None:
-        """Turn an SAE of x / ``scale`` into the equivalent SAE of x; codes and output grow by ``scale``."""
+        """Turn an SAE of x / ``scale`` into the equivalent SAE of x. Codes and output are multiplied by ``scale``."""
         for name in self.scaled:
             getattr(self, name).mul_(scale)
 
     def save(self, folder: str | Path, **about: Any) -> None:
-        """Write ``sae.safetensors`` and ``config.json``; ``about`` adds keys to the latter."""
+        """Write ``sae.safetensors`` and ``config.json``; ``about`` adds keys to config.json."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         save_file({name: value.contiguous() for name, value in self.state_dict().items()}, folder / "sae.safetensors")
@@ -218,7 +221,7 @@ class SAE(nn.Module, ABC):
 
 
 def geometric_median(x_ND: Tensor | np.ndarray, iterations: int = 100, tolerance: float = 1e-6) -> Tensor:
-    """The point of least summed distance to the rows, (D,), by Weiszfeld's iteration in float64.
+    """The point with the smallest sum of distances to the rows, (D,), by Weiszfeld's iteration in float64.
 
     Gao et al. 2024 (section A.1) initialise b_dec with it, on at most 32,768 rows.
     """
@@ -226,8 +229,8 @@ def geometric_median(x_ND: Tensor | np.ndarray, iterations: int = 100, tolerance
     median = rows.mean(dim=0)
     for _ in range(iterations):
         distance_N = (rows - median).norm(dim=1).clamp(min=1e-12)
-        last, median = median, (rows / distance_N.unsqueeze(1)).sum(dim=0) / (1 / distance_N).sum()
-        if (median - last).norm() <= tolerance * median.norm():
+        previous, median = median, (rows / distance_N.unsqueeze(1)).sum(dim=0) / (1 / distance_N).sum()
+        if (median - previous).norm() <= tolerance * median.norm():
             break
     return median.float()
 
@@ -244,7 +247,7 @@ def create(kind: str, d_in: int, d_sae: int, k: int, seed: int = 0, **options: A
     """A new SAE of a registered variant; see its class for the options.
 
     Raises:
-        SparsightError: no such variant, an option it does not have, or sizes that do not fit together.
+        SparsightError: an unknown variant, an option that it does not have, or sizes that do not fit together.
     """
     cls = _class(kind)
     for name in options:
@@ -264,7 +267,7 @@ def load(folder: str | Path) -> SAE:
     """The SAE that :meth:`SAE.save` wrote.
 
     Raises:
-        SparsightError: no SAE there, or one of another format.
+        SparsightError: no SAE in the folder, or one of another format version.
     """
     folder = Path(folder)
     try:

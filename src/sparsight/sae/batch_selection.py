@@ -1,4 +1,4 @@
-"""What BatchTopK and Matryoshka SAEs share: selection over a whole batch, and the threshold that replaces it.
+"""What BatchTopK and Matryoshka SAEs share: selection over the batch in training, a threshold at inference.
 
 Shapes: B batch, F latents (d_sae), K active latents (k), M candidates per row.
 """
@@ -13,11 +13,14 @@ from sparsight import kernels
 from sparsight.sae.base import SAE
 from sparsight.sae.codes import Codes, DenseCodes, SparseCodes
 
-_MEMORY = 0.95  # of the threshold's exponential mean, per batch
+_MEMORY = 0.95  # weight of the old threshold in its exponential mean, per batch
 
 
 class BatchSelection(SAE):
-    """The B * K largest codes of a batch in training; at inference, codes above a threshold learnt meanwhile."""
+    """Keeps the B * K largest codes of a batch in training, and codes above a learnt threshold at inference.
+
+    Until the threshold is learnt, inference selects as training does.
+    """
 
     scaled = ("b_enc", "b_dec", "threshold")
 
@@ -37,7 +40,7 @@ class BatchSelection(SAE):
         return self._largest(x), x.new_zeros(())
 
     def _largest(self, x: Tensor) -> SparseCodes:
-        """The B * K largest of the batch, from the M largest of each row; M doubles where it was too small."""
+        """The B * K largest codes of the batch, found among the M largest of each row. M doubles while too small."""
         m, n = min(4 * self.k, self.d_sae), len(x) * self.k
         while True:
             values, indices = kernels.topk(x - self.b_dec, self.W_enc, self.b_enc, m)
@@ -48,13 +51,15 @@ class BatchSelection(SAE):
             if m == self.d_sae or longest < m:
                 break
             m = min(2 * m, self.d_sae)
-        # Kept entries first; what lies beyond the longest row is padding.
+        # Kept entries first, cut at the longest row; shorter rows are padded.
         order = (values.detach() * keep).argsort(dim=1, descending=True, stable=True)[:, : max(longest, 1)]
         return SparseCodes((values * keep).gather(1, order), indices.gather(1, order), self.d_sae)
 
     @torch.no_grad()
     def learn(self, codes: Codes) -> None:
         assert isinstance(codes, SparseCodes)
-        least = torch.where(codes.values > 0, codes.values, torch.inf).min()
-        known = torch.where(self.threshold < 0, least, self.threshold)
-        self.threshold.copy_(torch.where(least.isfinite(), _MEMORY * known + (1 - _MEMORY) * least, self.threshold))
+        smallest = torch.where(codes.values > 0, codes.values, torch.inf).min()
+        previous = torch.where(self.threshold < 0, smallest, self.threshold)
+        self.threshold.copy_(
+            torch.where(smallest.isfinite(), _MEMORY * previous + (1 - _MEMORY) * smallest, self.threshold)
+        )

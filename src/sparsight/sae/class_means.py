@@ -1,4 +1,4 @@
-"""The class term of PASS (arXiv 2506.01247, appendix L): codes of a class are drawn to the class's mean code.
+"""The class term of the PASS loss (arXiv 2506.01247, appendix L): it draws codes to the mean code of their class.
 
 Shapes: B batch, F latents (d_sae), C classes.
 """
@@ -8,7 +8,7 @@ from torch import Tensor
 
 from sparsight.sae.codes import Codes, SparseCodes
 
-_MEMORY = 0.9  # of a class's mean, per batch that holds the class; the paper does not say how it keeps them
+_MEMORY = 0.9  # weight of a class's old mean, per batch with the class; the paper does not give its update rule
 
 
 class ClassMeans:
@@ -19,21 +19,21 @@ class ClassMeans:
         self.seen_C = torch.zeros(0, dtype=torch.bool, device=device)
 
     def term(self, codes: Codes, labels_B: Tensor) -> Tensor:
-        """Batch mean of ||z - mean code of its class||^2; a class without a mean yet adds nothing."""
+        """Batch mean of ||z - mean code of its class||^2. A class without a mean yet adds nothing."""
         self._grow(labels_B)
-        seen_B = self.seen_C[labels_B]
+        has_mean_B = self.seen_C[labels_B]
         if isinstance(codes, SparseCodes):
-            # ||z - m||^2 = ||m||^2 + sum over active of z (z - 2 m): never a (B, F) array.
-            near_BK = self.means_CF[labels_B.unsqueeze(1), codes.indices]
+            # ||z - m||^2 = ||m||^2 + sum over active of z (z - 2 m), which needs no (B, F) array.
+            mean_BK = self.means_CF[labels_B.unsqueeze(1), codes.indices]
             square_B = self.means_CF.square().sum(dim=1)[labels_B]
-            distance_B = square_B + (codes.values * (codes.values - 2 * near_BK)).sum(dim=1)
+            distance_B = square_B + (codes.values * (codes.values - 2 * mean_BK)).sum(dim=1)
         else:
             distance_B = (codes.dense() - self.means_CF[labels_B]).square().sum(dim=1)
-        return (distance_B * seen_B).sum() / len(labels_B)
+        return (distance_B * has_mean_B).sum() / len(labels_B)
 
     @torch.no_grad()
     def learn(self, codes: Codes, labels_B: Tensor) -> None:
-        """Move the means of the classes in the batch towards the batch's."""
+        """Move the mean of each class in the batch towards the class's mean in the batch."""
         self._grow(labels_B)
         one_hot_CB = (labels_B == torch.arange(len(self.seen_C), device=labels_B.device).unsqueeze(1)).float()
         count_C1 = one_hot_CB.sum(dim=1, keepdim=True)

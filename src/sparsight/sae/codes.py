@@ -17,7 +17,7 @@ class Codes(ABC):
 
     @abstractmethod
     def dense(self) -> Tensor:
-        """(B, F), zero where a latent is not active."""
+        """Codes (B, F), zero where a latent is not active."""
 
     @abstractmethod
     def l0(self) -> Tensor:
@@ -25,11 +25,11 @@ class Codes(ABC):
 
     @abstractmethod
     def fired(self) -> Tensor:
-        """Whether a latent is above zero anywhere in the batch, bool (F,)."""
+        """Whether each latent is above zero for any activation of the batch, bool (F,)."""
 
     @abstractmethod
     def combine(self, W_dec: Tensor) -> Tensor:
-        """Codes times decoder rows (F, D), (B, D), without bias."""
+        """Codes times decoder rows (F, D), without bias: (B, D)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,12 +39,12 @@ class SparseCodes(Codes):
     values: Tensor
     """(B, K), not negative, in no particular order."""
     indices: Tensor
-    """(B, K) int64, which latents."""
+    """(B, K) int64, the numbers of the latents."""
     d_sae: int
     """F."""
 
     def dense(self) -> Tensor:
-        # Adds, because padding may repeat the index of an active latent.
+        # Accumulates, because padding may repeat the index of an active latent.
         rows = torch.arange(len(self.values), device=self.values.device).unsqueeze(1)
         z_BF = self.values.new_zeros(len(self.values), self.d_sae)
         return z_BF.index_put((rows, self.indices), self.values, accumulate=True)
@@ -53,7 +53,7 @@ class SparseCodes(Codes):
         return (self.values > 0).sum(dim=1)
 
     def fired(self) -> Tensor:
-        # One place more takes what is not active: no wait for the device, as a boolean index would need.
+        # Entries that are not active go to an extra place. A boolean index would wait for the device.
         fired = torch.zeros(self.d_sae + 1, dtype=torch.bool, device=self.values.device)
         fired[torch.where(self.values > 0, self.indices, self.d_sae)] = True
         return fired[:-1]

@@ -1,4 +1,4 @@
-"""What SAEs and ReSAE chains are worth on held-out activations and inside the model, beside controls.
+"""Evaluation of SAEs and ReSAE chains on held-out activations and inside the model, beside controls.
 
 Shapes: N rows, D width (d_in), F latents (d_sae).
 """
@@ -37,28 +37,28 @@ def evaluate(
 ) -> None:  # fmt: skip
     """Write ``metrics.json``, ``latents.parquet``, ``baselines.parquet`` and ``probing.parquet`` (docs/evaluation.md).
 
-    They are what :func:`measure` finds; the first has :func:`spliced` too. Its modes are ``spliced`` and, as the
-    floor, ``mean_instead``: the train mean in the activation's place.
+    They hold the results of :func:`measure`. ``metrics.json`` also holds those of :func:`spliced` in two modes:
+    ``spliced`` and, as the floor, ``mean_instead``, in which the train mean replaces every activation.
 
     Args:
         saes: SAEs of one site and one shape, by the name of the folder that receives their files.
-        train: store of the train split, which all that is fitted is fitted on.
+        train: store of the train split, on which baselines and probes are fitted.
         test: store of the test split.
-        train_labels: int (N,), the classes of the images of the train split.
-        split: the images of the test split.
-        seed: of the baselines.
+        train_labels: int (N,), the classes of the train images.
+        split: the test images.
+        seed: seed of the baselines.
     """
     (site,) = {sae.about["site"] for sae in saes.values()}
     labels = {"train": train_labels, "test": split.labels}
-    each = measure(list(saes.values()), site, train, test, labels, len(split.classes), seed)
+    results = measure(list(saes.values()), site, train, test, labels, len(split.classes), seed)
     modes = {name: partial(_decoded, sae) for name, sae in saes.items()}
     floor = {"mean_instead": lambda _: _means(train, [site])}
     in_model = spliced(backbone, split, [site], _positions(test, site, backbone), {**modes, **floor})
-    for name, found in zip(saes, each, strict=True):
-        metrics = {**found.metrics, **in_model.metrics({name: "spliced", "mean_instead": "mean_instead"})}
+    for name, result in zip(saes, results, strict=True):
+        metrics = {**result.metrics, **in_model.metrics({name: "spliced", "mean_instead": "mean_instead"})}
         (work.out / name).mkdir(exist_ok=True)
         write_json(work.out / name / "metrics.json", {**metrics, "record": record})
-        _write_tables(found, work.out / name)
+        _write_tables(result, work.out / name)
         log(f"{name}: {_line(metrics)}")
 
 
@@ -66,23 +66,26 @@ def evaluate_chain(
     chain: ReSAE, backbone: Backbone, train: ActivationStore, test: ActivationStore, train_labels: np.ndarray,
     split: Split, seed: int, work: Work, record: dict[str, Any],
 ) -> None:  # fmt: skip
-    """Write ``<site>/`` with what :func:`evaluate` writes of an SAE, and ``metrics.json`` of the whole chain.
+    """Write the files of :func:`evaluate` to ``<site>/`` for every SAE, and ``metrics.json`` for the whole chain.
 
-    A site's numbers are of what its SAE sees, the residual, whose FVU is ``fvu_residual``; beside them are those of
-    :func:`chain_errors` and :func:`redundancies`. The chain's are means over the sites, and :func:`spliced` at all
-    sites at once, with modes ``forced`` (every SAE sees clean activations, the reconstructions go through the maps),
-    ``unchained`` (the maps take the clean activation), ``online`` (one pass, each SAE sees what arrives) and
-    ``mean_instead``.
+    A site's metrics are about the inputs of its SAE, the residuals; their FVU is called ``fvu_residual``. The results
+    of :func:`chain_errors` and :func:`redundancies` are added. The chain's metrics are means over the sites, and the
+    results of :func:`spliced` at all sites at once in four modes:
+
+    * ``forced``: every SAE encodes the clean residual, and the reconstructions go through the maps;
+    * ``unchained``: the same, but the clean activations go through the maps;
+    * ``online``: one forward pass, in which every SAE encodes what arrives at its site;
+    * ``mean_instead``: the train mean replaces every activation.
     """
     by_site, errors = {}, chain_errors(chain, test)
     labels = {"train": train_labels, "test": split.labels}
-    for m, (site, one) in enumerate(chain.saes.items()):
-        (found,) = measure([one], site, train, test, labels, len(split.classes), seed, chain)
-        own = {("fvu_residual" if key == "fvu" else key): value for key, value in found.metrics.items()}
-        by_site[site] = {**own, **errors[site], **(redundancies(chain, m) if m else {})}
+    for m, (site, sae) in enumerate(chain.saes.items()):
+        (result,) = measure([sae], site, train, test, labels, len(split.classes), seed, chain)
+        site_metrics = {("fvu_residual" if key == "fvu" else key): value for key, value in result.metrics.items()}
+        by_site[site] = {**site_metrics, **errors[site], **(redundancies(chain, m) if m else {})}
         (work.out / site).mkdir(exist_ok=True)
         write_json(work.out / site / "metrics.json", {**by_site[site], "record": record})
-        _write_tables(found, work.out / site)
+        _write_tables(result, work.out / site)
         log(f"{site}: {_line(by_site[site])}")
 
     def forced(clean: Clean, chained: bool) -> Replacement:
@@ -100,7 +103,7 @@ def evaluate_chain(
     }
     metrics: dict[str, float] = {"n": len(split)}
     for key in _AVERAGED:
-        if values := [one[key] for one in by_site.values() if key in one]:
+        if values := [row[key] for row in by_site.values() if key in row]:
             metrics[key] = float(np.mean(values))
     in_model = spliced(backbone, split, chain.sites, _positions(test, chain.sites[0], backbone), modes)
     metrics |= in_model.metrics({mode: mode for mode in modes})
@@ -110,46 +113,53 @@ def evaluate_chain(
 
 @torch.no_grad()
 def chain_errors(chain: ReSAE, store: ActivationStore) -> dict[str, dict[str, float]]:
-    """How well a chain rebuilds the activations of a store, by site.
+    """Reconstruction errors of a chain on the activations of a store, by site.
 
-    ``fvu`` and ``fvu_unchained`` are of the teacher-forced reconstruction through the maps and not; ``fvu_affine`` is
-    what the map alone leaves, from the second site on.
+    ``fvu`` is the FVU of the teacher-forced reconstruction, with earlier reconstructions sent through the maps.
+    ``fvu_unchained`` is the same with clean activations sent through the maps. ``fvu_affine`` is the FVU of the map's
+    prediction alone, from the second site on.
     """
     activations = {site: Moments([site]) for site in chain.sites}
     errors = {site: dict.fromkeys(("fvu", "fvu_unchained", "fvu_affine"), 0.0) for site in chain.sites}
     for groups in by_group(store, chain.sites, next(iter(chain.saes.values())).W_dec.device):
         for group, rows in groups.items():
-            seen = chain.residuals(rows, group)
+            residuals = chain.residuals(rows, group)
             rebuilt = {
                 "fvu": chain.reconstruct(rows, group),
                 "fvu_unchained": chain.reconstruct(rows, group, chained=False),
-                "fvu_affine": {site: rows[site] - seen[site] for site in chain.sites},
+                "fvu_affine": {site: rows[site] - residuals[site] for site in chain.sites},
             }
             for site in chain.sites:
                 activations[site].update({site: rows[site]})
                 for key, x_hat in rebuilt.items():
                     errors[site][key] += float((rows[site] - x_hat[site]).double().square().sum())
-    found = {}
+    by_site = {}
     for m, site in enumerate(chain.sites):
         variance = activations[site].n * float(activations[site].covariance(site, site)[0].trace())
-        found[site] = {key: error / variance for key, error in errors[site].items() if m or key != "fvu_affine"}
-    return found
+        by_site[site] = {key: error / variance for key, error in errors[site].items() if m or key != "fvu_affine"}
+    return by_site
 
 
 def redundancies(chain: ReSAE, m: int) -> dict[str, float]:
     """Decoder redundancy of sites m - 1 and m (:func:`redundancy`), of random rows of the same shape, and transported.
 
-    The last is with the earlier rows taken along by the affine map, the mean over the token groups' maps; it is left
-    out where there is no map to speak of (``affine: zero``).
+    Transported means that the affine map is applied to the earlier rows; it is a mean over the maps of the token
+    groups. It is left out if all maps are zero (``affine: zero``).
     """
     later, earlier = (chain.saes[chain.sites[place]].W_dec for place in (m, m - 1))
-    found = {"redundancy": redundancy(later, earlier)}
-    found["redundancy_random"] = redundancy(*(random_rows(rows, place) for place, rows in enumerate((later, earlier))))
+    by_kind = {"redundancy": redundancy(later, earlier)}
+    by_kind["redundancy_random"] = redundancy(
+        *(random_rows(rows, place) for place, rows in enumerate((later, earlier)))
+    )
     maps = [pairs[m - 1][0] for pairs in chain.maps.values()]
     if any(A.any() for A in maps):
-        each = [redundancy(later, earlier, A) for A in maps]
-        found["redundancy_transported"] = {key: float(np.mean([one[key] for one in each])) for key in each[0]}
-    return {name + (key != "mean") * f"_{key}": value for name, one in found.items() for key, value in one.items()}
+        by_map = [redundancy(later, earlier, A) for A in maps]
+        by_kind["redundancy_transported"] = {
+            key: float(np.mean([result[key] for result in by_map])) for key in by_map[0]
+        }
+    return {
+        name + (key != "mean") * f"_{key}": value for name, numbers in by_kind.items() for key, value in numbers.items()
+    }
 
 
 def _line(metrics: dict[str, Any]) -> str:
@@ -162,11 +172,11 @@ def _write_tables(found: Measured, folder: Path) -> None:
 
 
 def _positions(store: ActivationStore, site: str, backbone: Backbone) -> dict[str, list[int]]:
-    """Where in the model the stored tokens stand, by group; nothing for ``mean`` and ``embedding``, no tokens."""
+    """Positions of the stored tokens in the model, by group. ``mean`` and ``embedding`` are no tokens and have none."""
     patches = list(range(*backbone.patch_positions))
     kinds = {"cls": backbone.class_positions, "registers": backbone.register_positions, "patches": patches}
     groups = store.token_groups(site)
-    return {group: kinds[group][: len(at)] for group, at in groups.items() if group in kinds}
+    return {group: kinds[group][: len(tokens)] for group, tokens in groups.items() if group in kinds}
 
 
 def _decoded(sae: SAE, clean: Clean) -> Replacement:
@@ -174,6 +184,6 @@ def _decoded(sae: SAE, clean: Clean) -> Replacement:
 
 
 def _means(store: ActivationStore, sites: list[str]) -> Replacement:
-    """The mean of the stored activations in place of every one."""
+    """Replace every activation by the mean of the stored ones."""
     means = [torch.tensor(store.manifest["sites"][site]["mean"]) for site in sites]
     return lambda m, group, h, before: means[m].to(h).expand_as(h)

@@ -1,4 +1,4 @@
-"""What an SAE sees of a store: the activations at its site, or what the map of its chain leaves of them.
+"""Inputs of an SAE, read from a store: the activations at its site, or their residuals in a chain.
 
 Shapes: I images, T tokens of an image, D width (d_in).
 """
@@ -11,13 +11,13 @@ from sparsight.sae.resae import ReSAE
 
 
 class SaeInputs:
-    """Rows of whole images, in the order of the store.
+    """Inputs of one SAE: rows of whole images, in the order of the store.
 
     Args:
         store: a split's activations.
-        site: where the SAE stands.
-        device: where the rows are put.
-        chain: the chain that the SAE is part of.
+        site: the SAE's site.
+        device: device of the returned rows.
+        chain: the chain that the SAE belongs to, if any.
 
     Raises:
         SparsightError: the store lacks the site or, with a chain, the site before it.
@@ -32,11 +32,11 @@ class SaeInputs:
 
     @property
     def residual(self) -> bool:
-        """Whether a map's prediction is taken off: in a chain, at every site but the first."""
+        """Whether the inputs are residuals of a map: in a chain, at every site but the first."""
         return self._before is not None
 
     def images(self, at: slice) -> Tensor:
-        """What the SAE sees of some images, float32 (I * T, D)."""
+        """Inputs of the SAE for some images, float32 (I * T, D)."""
         x = self.clean(at)
         if self._chain is None or self._before is None:
             return x

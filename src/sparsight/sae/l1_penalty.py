@@ -1,4 +1,4 @@
-"""What SAEs with an L1 penalty share: its weight, steered so that K latents are active.
+"""What SAEs with an L1 penalty share: a penalty weight that adapts until K latents are active on average.
 
 Shapes: B batch, F latents (d_sae), K active latents (k).
 """
@@ -16,10 +16,10 @@ _SPEED = 0.02  # largest relative change of the weight in a step
 
 
 class L1Penalised(SAE):
-    """The papers set the weight of the L1 term by hand; here it follows from K, as in every other variant.
+    """An SAE whose sparsity is set by K, as in every other variant; the papers set the weight of the L1 term by hand.
 
-    After each training batch the weight grows by up to two percent where more than K latents were active
-    on average, and shrinks where fewer were.
+    After each training batch the weight grows by up to two percent if more than K latents were active on average, and
+    shrinks if fewer were.
     """
 
     has_auxk = False
@@ -30,7 +30,7 @@ class L1Penalised(SAE):
         self.sparsity: Tensor
 
     def l1(self, z_BF: Tensor) -> Tensor:
-        """The penalty on codes or gates that are not negative, relative to the data's standard deviation."""
+        """L1 penalty on non-negative codes or gates, relative to the data's standard deviation."""
         return z_BF.sum() / len(z_BF) * (self.sparsity * math.sqrt(self.loss_scale))
 
     @torch.no_grad()

@@ -20,7 +20,7 @@ Affine = tuple[Tensor, Tensor]
 
 
 class Moments:
-    """Sums over rows of one token group that the affine maps need, float64; one pass, nothing of size N."""
+    """Sums over the rows of one token group, for affine maps: float64, one pass, memory independent of N."""
 
     def __init__(self, sites: Sequence[str]) -> None:
         self.sites = list(sites)
@@ -39,11 +39,11 @@ class Moments:
         extended = {site: torch.nn.functional.pad(rows[site].double(), (0, 1), value=1.0) for site in self.sites}
         self.n += len(extended[self.sites[0]])
         for i, site in enumerate(self.sites):
-            for other in self.sites[i : i + 2]:
-                product = extended[site].T @ extended[other]  # the last row and column are sums
+            for later in self.sites[i : i + 2]:
+                product = extended[site].T @ extended[later]  # the last row and column are sums
                 if not product.isfinite().all():
-                    raise SparsightError(f"ReSAE: NaN or infinite activation at site {site!r} or {other!r}")
-                self._sums[site, other] = self._sums[site, other] + product if (site, other) in self._sums else product
+                    raise SparsightError(f"ReSAE: NaN or infinite activation at site {site!r} or {later!r}")
+                self._sums[site, later] = self._sums[site, later] + product if (site, later) in self._sums else product
 
     def spread(self, b: str, a: str | None = None, affine: Affine | None = None) -> tuple[Tensor, Tensor]:
         """Mean (D,) and mean squared length of h_b, or of its residual h_b - A h_a - c."""
@@ -56,7 +56,7 @@ class Moments:
         return mean, variance + mean.square().sum()
 
     def covariance(self, a: str, b: str) -> tuple[Tensor, Tensor, Tensor]:
-        """Covariance (D, D) of a site and itself or the next, and both means, (D,)."""
+        """Covariance (D, D) of a site with itself or with the next one, and both means (D,)."""
         if self.n == 0:
             raise SparsightError("ReSAE: no activations to fit the affine maps on")
         total = self._sums[a, b] / self.n
@@ -67,17 +67,19 @@ class Moments:
 def by_group(
     store: ActivationStore, sites: Sequence[str], device: torch.device, rows: int = 8192
 ) -> Iterator[dict[str, dict[str, Tensor]]]:
-    """A store in order, as {token group: {site: float32 (N, D)}} of about ``rows`` rows at a time."""
+    """Batches of a store in order, of about ``rows`` rows each: {token group: {site: float32 (N, D)}}."""
     groups, sources = store.token_groups(sites[0]), {site: store.rows(site) for site in sites}
     n_tokens = sum(map(len, groups.values()))
     for images in row_slices(len(sources[sites[0]]) // n_tokens, max(1, rows // n_tokens)):
-        blocks = {site: torch.from_numpy(one.images(images.start, images.stop)) for site, one in sources.items()}
+        blocks = {
+            site: torch.from_numpy(site_rows.images(images.start, images.stop)) for site, site_rows in sources.items()
+        }
         x = {site: block.to(device).float().unflatten(0, (-1, n_tokens)) for site, block in blocks.items()}
-        yield {group: {site: x[site][:, at].flatten(0, 1) for site in sites} for group, at in groups.items()}
+        yield {group: {site: x[site][:, tokens].flatten(0, 1) for site in sites} for group, tokens in groups.items()}
 
 
 def fit_moments(batches: Iterable[Mapping[str, Activations]], sites: Sequence[str]) -> dict[str, Moments]:
-    """One pass over batches of {token group: {site: rows (N, D)}} to the moments of each group."""
+    """Moments of each token group, from one pass over batches of {token group: {site: rows (N, D)}}."""
     moments: dict[str, Moments] = {}
     for batch in batches:
         for group, rows in batch.items():

@@ -1,8 +1,8 @@
-"""ReSAE (Poduval et al. 2026, arXiv 2605.27819): affine maps between layers, SAEs on what the maps leave.
+"""ReSAE (Poduval et al. 2026, arXiv 2605.27819): affine maps between layers, and SAEs on their residuals.
 
-Sites l_0, ..., l_M in the order of the model. Per consecutive pair, r_{m+1} = h_{m+1} - A_m h_m - c_m; the first
-SAE sees h_0, each later one r. No public code exists; ridge value, SAE kind and the two ways of putting
-reconstructions back are our reading (docs/sae.md).
+The sites l_0, ..., l_M are in the order of the model. For each consecutive pair, r_{m+1} = h_{m+1} - A_m h_m - c_m.
+The first SAE is trained on h_0, each later one on r. No public code exists: the ridge value, the kind of SAE and the
+two ways of putting reconstructions back are our reading (docs/sae.md).
 
 Shapes: N rows, D width (d_in), M pairs of sites, G token groups (class token, patches).
 """
@@ -29,11 +29,11 @@ def affine(moments: Moments, a: str, b: str, fit: Fit = "full", ridge: float = 1
     """A (D, D) and c (D,) of h_b ~ h_a A^T + c by ridge regression, float64.
 
     Args:
-        moments: of both sites, consecutive.
+        moments: moments of both sites, which must be consecutive.
         a: the earlier site.
         b: the later site.
-        fit: ``full``; or a control: ``diagonal``, ``identity`` (A = I, c the mean difference), ``zero`` (A = 0 and
-            c = 0, the plain SAE).
+        fit: ``full``, or a control: ``diagonal``, ``identity`` (A = I, c the difference of the means), ``zero``
+            (A = 0 and c = 0, the plain SAE).
         ridge: weight of ||A||^2, relative to the mean eigenvalue of the covariance of a.
     """
     S_aa, mean_a, mean_b = moments.covariance(a, a)[0], *moments.covariance(a, b)[1:]
@@ -67,7 +67,7 @@ def fit_maps(sites: Sequence[str], moments: Mapping[str, Moments], fit: Fit = "f
 class ReSAE:
     """A chain of SAEs of one width, one per site, on the residuals of affine maps.
 
-    ``group`` in the methods picks the maps of a token group; the SAEs serve all groups.
+    In the methods, ``group`` selects the maps of a token group. All groups share the SAEs.
     """
 
     sites: list[str]
@@ -79,11 +79,11 @@ class ReSAE:
     def fit(
         cls, saes: Mapping[str, SAE], moments: Mapping[str, Moments], fit: Fit = "full", ridge: float = 1e-3
     ) -> "ReSAE":
-        """Fit the maps; the SAEs are to be trained on :meth:`residuals` afterwards.
+        """Fit the maps. The SAEs must be trained on :meth:`residuals` afterwards.
 
         Args:
-            saes: by site, in the order of the model.
-            moments: by token group, e.g. ``{"cls": ..., "patches": ...}``.
+            saes: SAEs by site, in the order of the model.
+            moments: moments by token group, e.g. ``{"cls": ..., "patches": ...}``.
             fit: see :func:`affine`.
             ridge: see :func:`affine`.
 
@@ -91,15 +91,15 @@ class ReSAE:
             SparsightError: fewer than two sites, different widths, an unknown fit, or moments without rows.
         """
         sites = list(saes)
-        if len(sites) < 2 or len({one.d_in for one in saes.values()}) != 1:
+        if len(sites) < 2 or len({sae.d_in for sae in saes.values()}) != 1:
             raise SparsightError(f"ReSAE: needs two or more sites of one width, got {', '.join(sites) or 'none'}")
         return cls(sites, dict(saes), fit_maps(sites, moments, fit, ridge))
 
     def statistics(self, moments: Mapping[str, Moments]) -> dict[str, tuple[Tensor, float]]:
-        """By site, of what its SAE sees: mean (D,) and standard deviation over all dimensions around it, float64.
+        """Mean (D,) of each SAE's inputs, and the standard deviation around it over all dimensions, by site, float64.
 
         Raises:
-            SparsightError: the maps leave nothing that varies at a site.
+            SparsightError: the residual at a site does not vary.
         """
         total, out = sum(sums.n for sums in moments.values()), {}
         for m, site in enumerate(self.sites):
@@ -110,32 +110,32 @@ class ReSAE:
                 parts.append([sums.n / total * value for value in (*sums.spread(site, *before), of_site)])
             mean, square, whole = (torch.stack(values).sum(dim=0) for values in zip(*parts, strict=True))
             variance = float(square - mean.square().sum()) / len(mean)
-            # A difference of sums of this size: what is less is rounding.
+            # The variance is a difference of sums of this size, so less is rounding error.
             if not variance > 1e-10 * float(whole) / len(mean):
                 raise SparsightError(f"ReSAE: nothing is left to learn at site {site!r}: its residual does not vary")
             out[site] = mean, variance**0.5
         return out
 
     def carry(self, m: int, h: Tensor, group: str) -> Tensor:
-        """A_m h + c_m of rows (N, D): what site m predicts of site m + 1."""
+        """A_m h + c_m of rows (N, D): the prediction of site m + 1 from site m."""
         A, c = (t.to(h) for t in self.maps[group][m])
         return torch.addmm(c, h, A.T)
 
     def residuals(self, rows: Activations, group: str) -> dict[str, Tensor]:
-        """What each site's SAE sees of clean activations (N, D), by site."""
+        """Inputs of every SAE for clean activations (N, D), by site."""
         out = {self.sites[0]: rows[self.sites[0]]}
         for m, (a, b) in enumerate(itertools.pairwise(self.sites)):
             out[b] = rows[b] - self.carry(m, rows[a], group)
         return out
 
     def reconstruct(self, rows: Activations, group: str, chained: bool = True) -> dict[str, Tensor]:
-        """Teacher-forced reconstructions (N, D) by site: every SAE sees the clean residual.
+        """Teacher-forced reconstructions (N, D) by site: every SAE encodes the clean residual.
 
         Args:
             rows: clean activations of every site.
             group: token group of the rows.
-            chained: carry the reconstruction of the site before, h~_{m+1} = A_m h~_m + c_m + r~_{m+1}, so errors
-                add up as e_{m+1} = A_m e_m + e(r_{m+1}); otherwise carry the clean activation.
+            chained: apply the map to the reconstruction of the previous site, h~_{m+1} = A_m h~_m + c_m + r~_{m+1}, so
+                that errors add up as e_{m+1} = A_m e_m + e(r_{m+1}); otherwise apply it to the clean activation.
         """
         clean = self.residuals(rows, group)
         out = {self.sites[0]: self.saes[self.sites[0]](clean[self.sites[0]])}
@@ -144,22 +144,22 @@ class ReSAE:
         return out
 
     def replace(self, m: int, h: Tensor, before: Tensor | None, group: str) -> Tensor:
-        """Online: what is put in place of the activation h (N, D) that arrives at site m.
+        """Online mode: the replacement for the activation h (N, D) that arrives at site m.
 
-        ``before`` is what this returned at site m - 1 in the same forward pass (None at the first site). The
-        affine part cancels: replace(h) - h is the residual SAE's own error.
+        ``before`` is the replacement at site m - 1 in the same forward pass, None at the first site. The affine part
+        cancels: replace(h) - h is the residual SAE's own error.
         """
-        one = self.saes[self.sites[m]]
+        sae = self.saes[self.sites[m]]
         if m == 0:
-            return one(h)
+            return sae(h)
         assert before is not None
         carried = self.carry(m - 1, before, group)
-        return carried + one(h - carried)
+        return carried + sae(h - carried)
 
     def to(self, device: torch.device) -> "ReSAE":
-        """The chain with everything on a device."""
+        """The chain with its SAEs and maps on a device."""
         maps = {group: [(A.to(device), c.to(device)) for A, c in pairs] for group, pairs in self.maps.items()}
-        return ReSAE(self.sites, {site: one.to(device) for site, one in self.saes.items()}, maps)
+        return ReSAE(self.sites, {site: sae.to(device) for site, sae in self.saes.items()}, maps)
 
     def save(self, folder: str | Path, **about: Any) -> None:
         """Write ``<site>/`` for every SAE and ``affine.safetensors`` (A.<group>.<m>, c.<group>.<m>)."""
@@ -179,7 +179,7 @@ def load_chain(folder: str | Path) -> ReSAE:
     """The chain that :meth:`ReSAE.save` wrote.
 
     Raises:
-        SparsightError: no chain there.
+        SparsightError: no chain in the folder.
     """
     folder = Path(folder)
     if not (folder / "affine.safetensors").is_file():

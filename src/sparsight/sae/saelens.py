@@ -1,7 +1,7 @@
 """Export to and import from the folder format of SAELens 6 (cfg.json, sae_weights.safetensors).
 
-SAELens has no Switch SAE. It runs BatchTopK and Matryoshka SAEs as JumpReLU with one threshold for all latents,
-which is what they are at inference; so that is what comes back.
+SAELens has no Switch SAE. It runs BatchTopK and Matryoshka SAEs as JumpReLU with one threshold for all latents, which
+is the same at inference. An exported SAE of these two kinds is therefore imported as JumpReLU.
 
 Shapes: D width (d_in), F latents (d_sae).
 """
@@ -61,8 +61,8 @@ def export(sae: SAE, folder: str | Path) -> None:
 def load(folder: str | Path) -> SAE:
     """The SAE of a SAELens folder, with the same codes and reconstructions.
 
-    Decoder rows keep the norm they have there. ``k`` of a variant without one is what an export of ours noted, or
-    d_sae.
+    Decoder rows keep their norm, unless SAELens rescales activations by it. If the variant has no k, ``k`` comes from
+    the metadata of our own export, or is d_sae.
 
     Raises:
         SparsightError: no such folder, or an architecture or setting that has no counterpart here.
@@ -91,7 +91,7 @@ def load(folder: str | Path) -> SAE:
     if not config.get("apply_b_dec_to_input", True):
         _subtract_b_dec_first(weights)
     if architecture == "jumprelu":
-        weights["theta"] = weights.pop("threshold").clamp(min=0)  # SAELens takes the ReLU beside the threshold
+        weights["theta"] = weights.pop("threshold").clamp(min=0)  # SAELens also applies a ReLU
     k = config.get("k") or config.get("metadata", {}).get("k") or config["d_sae"]
     sae = create(_KIND[architecture], config["d_in"], config["d_sae"], k)
     sae.load_state_dict(weights)
@@ -99,7 +99,7 @@ def load(folder: str | Path) -> SAE:
 
 
 def _subtract_b_dec_first(weights: dict[str, Tensor]) -> None:
-    """Rewrite x W + b as (x - b_dec) W + (b + b_dec W)."""
+    """Rewrite the encoder x W + b as (x - b_dec) W + (b + b_dec W)."""
     shift_F = weights["b_dec"] @ weights["W_enc"]
     for name in ("b_enc", "b_gate"):
         if name in weights:

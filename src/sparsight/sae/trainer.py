@@ -19,16 +19,16 @@ _MAX_NORM = 1.0
 
 
 class Trainer:
-    """Optimises one or many SAEs on the same rows; each gets the bytes it would get alone.
+    """Optimises one or many SAEs on the same rows. Each ends with the same bytes as if trained alone.
 
     Args:
         saes: the SAEs, on their device; their decoder rows have unit norm and keep it.
         lr: learning rate of Adam (betas 0.9 and 0.999, eps 6.25e-10, as Gao et al.); None takes
             2e-4 / sqrt(d_sae / 2^14) for each SAE (arXiv 2406.04093, section 3, in its common form).
-        dead_after: activations without firing after which a latent counts as dead (AuxK revives it).
-        sites: the site of each SAE, for steps on several; None takes ``about["site"]``.
-        precision: ``bf16`` runs the products of the forward pass in bfloat16; weights stay fp32.
-        prototype_weight: weight of the PASS term where labels are given (arXiv 2506.01247: 0.8).
+        dead_after: number of activations without firing after which a latent counts as dead (AuxK revives it).
+        sites: the site of each SAE, for steps on several sites; None takes ``about["site"]``.
+        precision: ``bf16`` computes the products of the forward pass in bfloat16; weights stay fp32.
+        prototype_weight: weight of the PASS term, used if labels are given (arXiv 2506.01247: 0.8).
     """
 
     def __init__(
@@ -37,14 +37,14 @@ class Trainer:
     ) -> None:  # fmt: skip
         self.saes, self.dead_after, self.precision = list(saes), dead_after, precision
         self.prototype_weight = prototype_weight
-        self.sites = [one.about.get("site") for one in self.saes] if sites is None else list(sites)
+        self.sites = [sae.about.get("site") for sae in self.saes] if sites is None else list(sites)
         if len(self.sites) != len(self.saes):
             raise SparsightError(f"Trainer: {len(self.sites)} sites for {len(self.saes)} SAEs; name one for each")
-        self.lrs = [2e-4 / math.sqrt(one.d_sae / 2**14) if lr is None else lr for one in self.saes]
-        self.optimizers = [_adam(one, rate) for one, rate in zip(self.saes, self.lrs, strict=True)]
-        self.since_fired = [torch.zeros(one.d_sae, dtype=torch.int64, device=one.W_dec.device) for one in self.saes]
-        """Per SAE, activations seen since each latent fired last, (F,)."""
-        self.prototypes = [ClassMeans(one.d_sae, one.W_dec.device) for one in self.saes]
+        self.lrs = [2e-4 / math.sqrt(sae.d_sae / 2**14) if lr is None else lr for sae in self.saes]
+        self.optimizers = [_adam(sae, rate) for sae, rate in zip(self.saes, self.lrs, strict=True)]
+        self.since_fired = [torch.zeros(sae.d_sae, dtype=torch.int64, device=sae.W_dec.device) for sae in self.saes]
+        """Per SAE, the number of activations since each latent last fired, (F,)."""
+        self.prototypes = [ClassMeans(sae.d_sae, sae.W_dec.device) for sae in self.saes]
 
     def schedule(self, factor: float) -> None:
         """Set every learning rate to ``factor`` times its peak."""
@@ -57,12 +57,12 @@ class Trainer:
         """One step of every SAE: losses, gradients, decoder constraint, clipping, Adam, dead counters.
 
         Args:
-            x: activations (B, D), or such by site.
-            labels: (B,) class numbers, which add the PASS term.
+            x: activations (B, D), or activations by site.
+            labels: (B,) class numbers; if given, the PASS term is added.
 
         Raises:
-            SparsightError: activations that are not finite or do not fit, a site that is not given, or a
-                loss that is not finite; the SAE at fault is left as it was before the step.
+            SparsightError: activations that are not finite or of another width, a missing site, or a loss that is not
+                finite. The weights of the SAE at fault stay as they were before the step.
         """
         return [self._step(i, self._rows(i, x), labels) for i in range(len(self.saes))]
 
@@ -80,34 +80,34 @@ class Trainer:
         return x[site]
 
     def _step(self, i: int, x: Tensor | np.ndarray, labels: Tensor | np.ndarray | None) -> Loss:
-        one, optimizer = self.saes[i], self.optimizers[i]
-        if not one.started:
-            rows = one.validate(x).double()
-            one.start(float((rows - rows.mean(dim=0)).square().sum() / len(rows)))
-        device = one.W_dec.device.type
+        sae, optimizer = self.saes[i], self.optimizers[i]
+        if not sae.started:
+            rows = sae.validate(x).double()
+            sae.start(float((rows - rows.mean(dim=0)).square().sum() / len(rows)))
+        device = sae.W_dec.device.type
         with torch.autocast(device, torch.bfloat16, enabled=self.precision == "bf16"):
-            loss = one.loss(x)
+            loss = sae.loss(x)
         total = loss.total
         if labels is not None:
-            y = torch.as_tensor(labels, device=one.W_dec.device).long()
+            y = torch.as_tensor(labels, device=sae.W_dec.device).long()
             if y.shape != (len(loss.x_hat),) or y.min() < 0:
                 raise SparsightError(f"labels: expected {len(loss.x_hat)} class numbers from 0, got {tuple(y.shape)}")
-            total = total + self.prototype_weight * one.loss_scale * self.prototypes[i].term(loss.codes, y)
-        one.zero_grad()
+            total = total + self.prototype_weight * sae.loss_scale * self.prototypes[i].term(loss.codes, y)
+        sae.zero_grad()
         total.backward()
-        one.remove_parallel_gradient()
-        for view, p in zip(optimizer.param_groups[0]["params"], one.parameters(), strict=True):
+        sae.remove_parallel_gradient()
+        for view, p in zip(optimizer.param_groups[0]["params"], sae.parameters(), strict=True):
             view.grad = None if p.grad is None else _rows(p.grad)
-        norm = torch.nn.utils.get_total_norm([p.grad for p in one.parameters() if p.grad is not None])
-        value, length = torch.stack([total.detach(), norm]).tolist()  # the one wait for the device
+        norm = torch.nn.utils.get_total_norm([p.grad for p in sae.parameters() if p.grad is not None])
+        value, length = torch.stack([total.detach(), norm]).tolist()  # the only wait for the device
         if not math.isfinite(value + length):
             raise SparsightError(
                 f"{self._name(i)}: loss {value}, gradient norm {length}; lower lr, or look for extreme activations"
             )
-        # Fused Adam divides by this while it reads the gradients, so clipping costs no pass of its own.
+        # Fused Adam divides by this while it reads the gradients, so clipping needs no extra pass.
         optimizer.grad_scale = (norm / _MAX_NORM).clamp(min=1)  # type: ignore[attr-defined]
         optimizer.step()
-        one.constrain()
+        sae.constrain()
         self._count(i, loss)
         if labels is not None:
             self.prototypes[i].learn(loss.codes, y)
@@ -124,42 +124,42 @@ class Trainer:
         return f"SAE {self.saes[i].about.get('name', i)!r} ({self.saes[i].kind})"
 
     def state(self) -> dict[str, Tensor]:
-        """Every tensor that the next step depends on, by flat names; see :meth:`restore`."""
+        """Every tensor that the next step depends on, under flat names; see :meth:`restore`."""
         state = {name: tensor.contiguous() for name, tensor in self._tensors().items()}
-        for i, (one, prototypes) in enumerate(zip(self.saes, self.prototypes, strict=True)):
-            state[f"{i}.loss_scale"] = torch.tensor([one.loss_scale, one.started], dtype=torch.float64)
+        for i, (sae, prototypes) in enumerate(zip(self.saes, self.prototypes, strict=True)):
+            state[f"{i}.loss_scale"] = torch.tensor([sae.loss_scale, sae.started], dtype=torch.float64)
             state[f"{i}.prototypes.means"], state[f"{i}.prototypes.seen"] = prototypes.means_CF, prototypes.seen_C
         return state
 
     @torch.no_grad()
     def restore(self, state: Mapping[str, Tensor]) -> None:
-        """Take over what :meth:`state` returned; the steps that follow give the same bytes."""
+        """Restore what :meth:`state` returned. The following steps then give the same bytes."""
         for name, tensor in self._tensors().items():
             tensor.copy_(state[name])
-        for i, (one, prototypes) in enumerate(zip(self.saes, self.prototypes, strict=True)):
-            one.loss_scale, one.started = float(state[f"{i}.loss_scale"][0]), bool(state[f"{i}.loss_scale"][1])
-            prototypes.means_CF = state[f"{i}.prototypes.means"].to(one.W_dec.device)
-            prototypes.seen_C = state[f"{i}.prototypes.seen"].to(one.W_dec.device)
+        for i, (sae, prototypes) in enumerate(zip(self.saes, self.prototypes, strict=True)):
+            sae.loss_scale, sae.started = float(state[f"{i}.loss_scale"][0]), bool(state[f"{i}.loss_scale"][1])
+            prototypes.means_CF = state[f"{i}.prototypes.means"].to(sae.W_dec.device)
+            prototypes.seen_C = state[f"{i}.prototypes.seen"].to(sae.W_dec.device)
 
     def _tensors(self) -> dict[str, Tensor]:
         tensors: dict[str, Tensor] = {}
-        for i, (one, optimizer) in enumerate(zip(self.saes, self.optimizers, strict=True)):
-            tensors |= {f"{i}.{name}": buffer for name, buffer in one.named_buffers()}
+        for i, (sae, optimizer) in enumerate(zip(self.saes, self.optimizers, strict=True)):
+            tensors |= {f"{i}.{name}": buffer for name, buffer in sae.named_buffers()}
             tensors[f"{i}.since_fired"] = self.since_fired[i]
             views = optimizer.param_groups[0]["params"]
-            for (name, _), view in zip(one.named_parameters(), views, strict=True):
+            for (name, _), view in zip(sae.named_parameters(), views, strict=True):
                 tensors[f"{i}.{name}"] = view.detach()
                 tensors |= {f"{i}.{name}.{slot}": value for slot, value in optimizer.state[view].items()}
         return tensors
 
 
 def _rows(p: Tensor) -> Tensor:
-    """The same memory as contiguous rows: of a transposed weight fused Adam makes copies, at ten times its cost."""
+    """A view of the memory with contiguous rows. Fused Adam would copy a transposed weight, at ten times its cost."""
     return p.T if p.ndim == 2 and p.T.is_contiguous() else p
 
 
 def _adam(one: SAE, lr: float) -> torch.optim.Adam:
-    """Fused Adam on the SAE's memory, its moments already there so that a state can be copied in."""
+    """Fused Adam on the SAE's memory. Its moments exist from the start, so that a saved state can be copied in."""
     views = [_rows(p.detach()).requires_grad_() for p in one.parameters()]
     optimizer = torch.optim.Adam(views, lr=lr, betas=(0.9, 0.999), eps=6.25e-10, fused=True)
     for p in views:

@@ -1,6 +1,6 @@
-"""Per-class latents: which SAE latents stand for a class, and the edits that amplify them.
+"""Class latents: the SAE latents that stand for a class, and the edits that amplify or clamp them.
 
-The strategy of arXiv 2603.26743; the rankings are our choice, the paper's is not public.
+The strategy is that of arXiv 2603.26743. The rankings are our choice, because the paper's is not public.
 
 Shapes: B batch, N rows, D width (d_in), F latents (d_sae), C classes, M latents per class.
 """
@@ -23,12 +23,12 @@ _ROWS = 4096
 
 @dataclass(frozen=True)
 class ClassLatents:
-    """What steering needs to know of the train split, class by class."""
+    """What steering needs from the train split, by class."""
 
     latents: Tensor
     """(C, M) int64: the class's latents, the highest ranked first."""
     random_latents: Tensor
-    """(C, M) int64: latents drawn at random among those that fire on train and are not in ``latents``."""
+    """(C, M) int64: random latents outside the class's own, among those that fire on train if there are enough."""
     mean_activation: Tensor
     """(C, F) mean code of the class's images."""
     class_mean: Tensor
@@ -36,7 +36,7 @@ class ClassLatents:
     mean: Tensor
     """(D,) mean activation of all images."""
     vectors: Tensor
-    """(C, M, D) steering vectors: the mean push of the first m latents of a class, sum of z_i W_dec_i."""
+    """(C, M, D) steering vectors: the m-th is the sum of mean z_i times W_dec_i over the class's first m latents."""
 
     def save(self, path: Path) -> None:
         """Write a safetensors file with these fields."""
@@ -56,12 +56,12 @@ def find(
     """Rank the latents of every class on training activations.
 
     Args:
-        rows: activations of the train split, one row an image.
-        labels: (N,) int.
+        rows: activations of the train split, one row per image.
+        labels: int (N,), classes of the images.
         n_latents: M, at most half of F.
-        seed: of the random latents.
-        ranking: ``mean-difference``: mean activation in the class minus mean activation elsewhere; ``mean``: the first
-            of the two alone; or the scores themselves, (C, F).
+        seed: seed of the random latents.
+        ranking: ``mean-difference``: mean activation in the class minus mean activation in the other classes;
+            ``mean``: mean activation in the class; or the scores themselves, (C, F).
     """
     device = sae.W_dec.device
     total_CF = torch.zeros(n_classes, sae.d_sae, dtype=torch.float64, device=device)
@@ -73,19 +73,19 @@ def find(
         sum_CD += onehot_CB @ x_BD.double()
     count_C1 = torch.from_numpy(np.bincount(labels, minlength=n_classes)).to(device)[:, None]
     mean_CF = total_CF / count_C1
-    elsewhere_CF = (total_CF.sum(dim=0) - total_CF) / (len(labels) - count_C1)
+    other_mean_CF = (total_CF.sum(dim=0) - total_CF) / (len(labels) - count_C1)
     if isinstance(ranking, Tensor):
         score_CF = ranking
     else:
-        score_CF = mean_CF - elsewhere_CF if ranking == "mean-difference" else mean_CF
+        score_CF = mean_CF - other_mean_CF if ranking == "mean-difference" else mean_CF
     latents = score_CF.argsort(dim=1, descending=True, stable=True)[:, :n_latents]
     generator = np.random.default_rng(seed)
     alive = np.flatnonzero(total_CF.sum(dim=0).cpu().numpy() > 0)
-    every = np.arange(sae.d_sae)
+    all_latents = np.arange(sae.d_sae)
     random = []
-    for own in latents.cpu().numpy():
-        others = np.setdiff1d(alive, own)
-        pool = others if len(others) >= n_latents else np.setdiff1d(every, own)
+    for ranked in latents.cpu().numpy():
+        outside = np.setdiff1d(alive, ranked)
+        pool = outside if len(outside) >= n_latents else np.setdiff1d(all_latents, ranked)
         random.append(generator.choice(pool, n_latents, replace=False))
     push_CMD = mean_CF.gather(1, latents).float()[:, :, None] * sae.W_dec[latents]
     return ClassLatents(
@@ -99,9 +99,9 @@ def find(
 
 
 def class_edit(sae: SAE, codes_BF: Tensor, classes_B: Tensor, found: ClassLatents) -> Tensor:
-    """The edit of factor 2, (B, D): sum over the class's latents of z_i W_dec_i.
+    """The edit for factor 2, (B, D): sum over the class's latents of z_i W_dec_i.
 
-    Factor gamma adds (gamma - 1) times this: x' = x + D(g z) - D(z), which keeps the SAE's error.
+    For factor gamma the edit is (gamma - 1) times this: x' = x + D(g z) - D(z), which keeps the SAE's error.
     """
     latents_BM = found.latents[classes_B]
     picked_BF = torch.zeros_like(codes_BF).scatter(1, latents_BM, codes_BF.gather(1, latents_BM))
@@ -109,9 +109,10 @@ def class_edit(sae: SAE, codes_BF: Tensor, classes_B: Tensor, found: ClassLatent
 
 
 def clamp_edit(sae: SAE, codes_BF: Tensor, classes_B: Tensor, found: ClassLatents, factor: float) -> Tensor:
-    """Set the class's latents to ``factor`` times their mean activation in the class: x' - x, (B, D).
+    """The edit x' - x, (B, D), that sets the class's latents to ``factor`` times their mean activation in the class.
 
-    The image's own codes there do not matter; factor 0 ablates. As :func:`class_edit` it keeps the SAE's error.
+    The image's own codes of these latents are replaced; factor 0 ablates them. Like :func:`class_edit`, the edit keeps
+    the SAE's error.
     """
     latents_BM = found.latents[classes_B]
     wanted_BM = factor * found.mean_activation[classes_B].gather(1, latents_BM)

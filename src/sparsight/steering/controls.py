@@ -1,4 +1,4 @@
-"""Class latents as a steering method, and edits of equal size that they are compared with.
+"""Class latents as a steering method, and its controls: edits of equal size.
 
 Shapes: B batch, D width (d_in), C classes, M latents per class.
 """
@@ -16,8 +16,8 @@ from sparsight.steering.edits import Batch, Edit, of_size
 def random_edit(sae: SAE, classes_B: Tensor, found: ClassLatents, size_B: Tensor) -> Tensor:
     """Each class's random latents at their mean activation, scaled to the norm ``size_B``; (B, D).
 
-    A random latent is seldom active on a given image, so amplifying its own code would do next to
-    nothing; its usual push at the size of the real edit is the harder control.
+    A random latent is seldom active on a given image, so amplifying its code would change almost nothing. Its mean
+    activation, scaled to the size of the real edit, is the harder control.
     """
     mean_CM = found.mean_activation.mean(dim=0)[found.random_latents]
     push_CD = torch.einsum("cm,cmd->cd", mean_CM, sae.W_dec[found.random_latents])
@@ -25,12 +25,15 @@ def random_edit(sae: SAE, classes_B: Tensor, found: ClassLatents, size_B: Tensor
 
 
 def mean_difference_edit(classes_B: Tensor, found: ClassLatents, size_B: Tensor) -> Tensor:
-    """SAE-free: towards the class's mean activation from the mean of all, scaled to ``size_B``; (B, D)."""
+    """Without an SAE: the class's mean activation minus the mean of all images, scaled to ``size_B``; (B, D)."""
     return of_size((found.class_mean - found.mean)[classes_B], size_B)
 
 
 def edits(sae: SAE, found: ClassLatents, edit: Literal["amplify", "clamp"]) -> dict[str, Edit]:
-    """Class latents and their controls, by name; strength is the factor on the latents or on their class mean."""
+    """Class latents and their controls, by name.
+
+    The strength is the factor on the latents (``amplify``) or on their mean in the class (``clamp``).
+    """
 
     def named(method: str) -> Edit:
         def apply(batch: Batch, factor: float) -> Tensor:
@@ -48,7 +51,7 @@ def edits(sae: SAE, found: ClassLatents, edit: Literal["amplify", "clamp"]) -> d
 
 
 def _beside(method: str, edit_BD: Tensor, sae: SAE, classes_B: Tensor, found: ClassLatents) -> Tensor:
-    """The edit itself, or a control of its size."""
+    """The edit itself, or a control of the same size."""
     if method == "class-latents":
         return edit_BD
     if method == "random-latents":

@@ -1,4 +1,4 @@
-"""What a steering method is: a change of the class token at one site, of the embedding, or of the logits.
+"""Steering methods as edits: of the class token at one site, of the embedding, or of the logits.
 
 Shapes: B batch, D width (d_in), C classes.
 """
@@ -13,16 +13,16 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Batch:
-    """The images that an edit sees."""
+    """Input of an edit: a batch of images."""
 
     x: Tensor
-    """What it changes: the class token at the site or the embedding, (B, D), or the logits, (B, C)."""
+    """The tensor to edit: the class token at the site or the embedding, (B, D), or the logits, (B, C)."""
     classes: Tensor | None = None
-    """int64 (B,): the class that the unsteered model predicts, or the true one; None for an edit without labels."""
+    """int64 (B,): classes predicted by the unsteered model, or the true classes; None for an edit without labels."""
     labels: str = "none"
-    """Which of these: ``none``, ``predicted``, ``oracle``."""
+    """Kind of ``classes``: ``none``, ``predicted`` or ``oracle``."""
     images: slice = field(default_factory=lambda: slice(None))
-    """Which images of the split these are."""
+    """Positions of the images in the split."""
 
 
 @dataclass(frozen=True)
@@ -30,23 +30,23 @@ class Edit:
     """A steering method."""
 
     apply: Callable[[Batch, float], Tensor]
-    """What becomes of ``x`` of a batch at a strength."""
+    """From a batch and a strength to the edited ``x``."""
     labels: tuple[str, ...] = ("none",)
-    """Which classes it takes: ``none``, or ``predicted`` and ``oracle``."""
+    """Kinds of label that it takes: ``none``, or ``predicted`` and ``oracle``."""
     at: Literal["site", "embedding", "logits"] = "site"
-    """What it changes."""
+    """The tensor that it edits."""
     strength: float | None = None
-    """The one strength of a method that has none to choose."""
+    """Fixed strength of a method whose strength is not chosen; None for all others."""
 
 
 def keep_norm(x_BD: Tensor, edit_BD: Tensor) -> Tensor:
-    """(x + edit) ||x|| / ||x + edit||: the edited activation at its old length; x itself where the edit is zero."""
+    """(x + edit) ||x|| / ||x + edit||: the edited activation, scaled back to the length of x."""
     moved_BD = x_BD + edit_BD
     return moved_BD * (x_BD.norm(dim=1) / _length(moved_BD)).unsqueeze(1)
 
 
 def of_size(direction_BD: Tensor, size_B: Tensor) -> Tensor:
-    """The directions scaled to lengths ``size_B``; zero stays zero."""
+    """The directions scaled to lengths ``size_B``. A zero direction stays zero."""
     return direction_BD * (size_B / _length(direction_BD)).unsqueeze(1)
 
 

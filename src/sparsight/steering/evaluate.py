@@ -1,6 +1,6 @@
-"""Steering inside the model: edit the class token at the SAE's site and see what the classifier says.
+"""Steering inside the model: edit the class token at the SAE's site and classify the images.
 
-No head is pruned here. Validation picks a strength per method; test sees that strength alone.
+No head is pruned here. A strength per method is chosen on val; only this strength is run on test.
 
 Shapes: D width (d_in), n images.
 """
@@ -37,8 +37,8 @@ def steer(
     """Write ``<name>.safetensors`` (the vectors), ``.parquet``, ``-classes.parquet`` and ``.json``.
 
     Args:
-        stores: by split, of the backbone; train, and for kind ``vs2++`` val and test.
-        finder: for kind ``vs2++``: by split, of the model whose embeddings find neighbours.
+        stores: stores of the backbone by split: train, for kind ``vs2++`` also val and test.
+        finder: for kind ``vs2++``, stores by split of the model whose embeddings find the neighbours.
 
     Raises:
         SparsightError: an SAE of another model, or not of the class token in the residual stream; images without
@@ -53,31 +53,31 @@ def steer(
     edits: Callable[[str], dict[str, Edit]]
     if section.kind == "class-latents":
         ranking = section.ranking
-        found = class_latents.find(
+        ranked = class_latents.find(
             sae, stores["train"].rows(sae.about["site"]), splits["train"].labels, len(manifest.classes),
             section.latents, derive_seed(seed, "random"),
             intervention.attribution(runner.place, sae, splits["train"], len(manifest.classes))
             if ranking == "attribution" else ranking,
         )  # fmt: skip
-        by_name = controls.edits(sae, found, section.edit)
-        edits, save = lambda split: by_name, found.save
+        by_name = controls.edits(sae, ranked, section.edit)
+        edits, save = lambda split: by_name, ranked.save
     elif section.kind == "vs2":
         gate = vs2.Calibration.of(sae, stores["train"], seed)
         by_name = vs2.edits(sae, gate)
         edits, save = lambda split: by_name, gate.save
     else:
         labels = {split: images.labels for split, images in splits.items()}
-        around = NeighbourSteering(section.neighbours, sae, backbone, stores, finder, labels, seed)
-        edits, save = around.edits, around.save
+        neighbours = NeighbourSteering(section.neighbours, sae, backbone, stores, finder, labels, seed)
+        edits, save = neighbours.edits, neighbours.save
     val, test = splits["val"], splits["test"]
-    every = edits("val")
+    val_edits = edits("val")
     rows = [
         Row(method, strength, labels)
-        for method, edit in every.items()
+        for method, edit in val_edits.items()
         for labels in edit.labels
         for strength in (section.strengths if edit.strength is None else (edit.strength,))
     ]
-    on_val = runner.run([NONE, RECONSTRUCT, *rows], every, val)
+    on_val = runner.run([NONE, RECONSTRUCT, *rows], val_edits, val)
     chosen = _choose(rows, on_val)
     on_test = runner.run([NONE, RECONSTRUCT, *chosen], edits("test"), test)
     save(work.out / f"{name}.safetensors")
@@ -90,22 +90,22 @@ def steer(
         on_val[gated], on_test[gated] = val_gated[best], test_gated[best]
         curve = [
             {"split": split, **line, "chosen": line["quantile"] == best}
-            for split, lines in (("val", val_curve), ("test", test_curve))
-            for line in lines
+            for split, split_curve in (("val", val_curve), ("test", test_curve))
+            for line in split_curve
         ]
-    lines, class_lines = [], []
+    outcome_rows, class_rows = [], []
     for split, outcomes in (("val", on_val), ("test", on_test)):
         for row, outcome in outcomes.items():
-            lines.append({**row._asdict(), "split": split, **outcome.measures(outcomes[NONE])})
+            outcome_rows.append({**row._asdict(), "split": split, **outcome.measures(outcomes[NONE])})
     for row, outcome in on_test.items():
         for c, class_name in enumerate(manifest.classes):
-            about = {**row._asdict(), "split": "test", "class": c, "class_name": class_name}
-            own = test.labels == c
-            if own.any():  # an official split need not have every class
-                hits = outcome.hits[own]
-                class_lines.append({**about, **wilson(hits), **paired(hits, on_test[NONE].hits[own])})
-    tables.write(work.out / f"{name}.parquet", lines)
-    tables.write(work.out / f"{name}-classes.parquet", class_lines)
+            key = {**row._asdict(), "split": "test", "class": c, "class_name": class_name}
+            in_class = test.labels == c
+            if in_class.any():  # an official split need not have every class
+                hits = outcome.hits[in_class]
+                class_rows.append({**key, **wilson(hits), **paired(hits, on_test[NONE].hits[in_class])})
+    tables.write(work.out / f"{name}.parquet", outcome_rows)
+    tables.write(work.out / f"{name}-classes.parquet", class_rows)
     summary = {
         "format_version": 1,
         "sae": section.sae,
@@ -117,7 +117,7 @@ def steer(
         "record": record,
     }
     write_json(work.out / f"{name}.json", summary)
-    for line in lines:
+    for line in outcome_rows:
         if line["split"] == "test":
             log(f"{line['method']} x{line['strength']:g} ({line['labels']} labels): accuracy {line['accuracy']:.4f}")
 
@@ -130,7 +130,7 @@ def cost(sae: SAE, backbone: Backbone) -> dict[str, float]:
 
 
 def _choose(rows: Sequence[Row], on_val: Mapping[Row, Outcome]) -> list[Row]:
-    """Per method and labels the strength of the highest accuracy on val, the least among equals."""
+    """Per method and kind of label, the row with the highest accuracy on val. Ties go to the lowest strength."""
     keys = dict.fromkeys((row.method, row.labels) for row in rows)
     return [
         max(
@@ -142,32 +142,35 @@ def _choose(rows: Sequence[Row], on_val: Mapping[Row, Outcome]) -> list[Row]:
 
 
 def against_controls(chosen: Sequence[Row], outcomes: Mapping[Row, Outcome]) -> list[dict[str, Any]]:
-    """The paired difference in accuracy between the first method and every other one that knows no more labels."""
+    """Paired differences in accuracy between the first method and every other one with the same labels or none."""
     return [
-        {"method": one.method, "labels": one.labels, "control": other.method,
-         **paired(outcomes[one].hits, outcomes[other].hits)}
-        for one in chosen if one.method == chosen[0].method
-        for other in chosen if other.labels in (one.labels, "none") and other.method != one.method
+        {"method": row.method, "labels": row.labels, "control": control.method,
+         **paired(outcomes[row].hits, outcomes[control].hits)}
+        for row in chosen if row.method == chosen[0].method
+        for control in chosen if control.labels in (row.labels, "none") and control.method != row.method
     ]  # fmt: skip
 
 
 def gate_curve(
     quantiles: Sequence[float], found: vs2.Calibration, steered: Row, outcomes: Mapping[Row, Outcome], fvu: np.ndarray
 ) -> tuple[list[dict[str, Any]], dict[float, Outcome]]:
-    """What a gate at each quantile does to the images of a split: measures, and outcomes by quantile.
+    """The gate at each quantile on the images of a split: measures, and outcomes by quantile.
 
-    An image whose FVU is above the threshold keeps the unsteered answer, so the gate needs no forward pass of its own.
-    Its strength is the one chosen for VS2.
+    The gate steers images whose FVU is at most the threshold, at the strength chosen for VS2. All others keep the
+    unsteered prediction, so the gate needs no forward pass of its own.
 
     Args:
-        fvu: of every image of the split, (n,).
+        fvu: FVU of every image of the split, (n,).
     """
-    one, none = outcomes[steered], outcomes[NONE]
-    lines, gated = [], {}
+    steered_outcome, unsteered = outcomes[steered], outcomes[NONE]
+    curve, gated = [], {}
     for quantile in quantiles:
         threshold = found.threshold(quantile)
         steers = fvu <= threshold
-        gated[quantile] = Outcome(np.where(steers, one.hits, none.hits), np.where(steers, one.top5, none.top5))
-        about = {"quantile": quantile, "threshold": threshold, "steered": float(steers.mean())}
-        lines.append({"strength": steered.strength, **about, **gated[quantile].measures(none)})
-    return lines, gated
+        gated[quantile] = Outcome(
+            np.where(steers, steered_outcome.hits, unsteered.hits),
+            np.where(steers, steered_outcome.top5, unsteered.top5),
+        )
+        setting = {"quantile": quantile, "threshold": threshold, "steered": float(steers.mean())}
+        curve.append({"strength": steered.strength, **setting, **gated[quantile].measures(unsteered)})
+    return curve, gated

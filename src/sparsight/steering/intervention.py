@@ -1,4 +1,4 @@
-"""The place in a model where an SAE reads and edits: what comes before it is computed once, what follows per edit.
+"""Interventions at an SAE's site: the blocks before it run once, the blocks after it once per edit.
 
 Shapes: B batch, T tokens, D width (d_in), C classes, F latents (d_sae).
 """
@@ -20,7 +20,7 @@ _IMAGES = 125
 
 
 class Intervention:
-    """The class token in the residual stream at an SAE's site of a model.
+    """Edits of the class token in the residual stream at an SAE's site.
 
     Raises:
         SparsightError: an SAE of another model, or not of the class token in the residual stream.
@@ -35,7 +35,7 @@ class Intervention:
 
     @torch.no_grad()
     def streams(self, split: Split) -> Iterator[tuple[slice, Tensor]]:
-        """The residual stream (B, T, D) that arrives at the site, and which images of the split it is of."""
+        """In batches, the positions of the images in the split and the residual stream (B, T, D) at the site."""
         windows = list(row_slices(len(split), _IMAGES))
         pixels = split.stream(windows, self.backbone.preprocess, torch.get_num_threads())
         with Progress(len(split), "images") as progress:
@@ -45,12 +45,12 @@ class Intervention:
                 progress(len(x_BTD))
 
     def rest(self, x_BTD: Tensor, cls_BD: Tensor) -> Tensor:
-        """The stream after the last block, when the class token at the site is another."""
+        """The stream after the last block, with ``cls_BD`` as the class token at the site."""
         edited_BTD = torch.cat([cls_BD.unsqueeze(1), x_BTD[:, 1:]], dim=1)
         return self.backbone.run_blocks(edited_BTD, self._start, self.backbone.n_blocks)[0]
 
     def logits(self, x_BTD: Tensor, cls_BD: Tensor) -> Tensor:
-        """Class logits (B, C) when the class token at the site is another."""
+        """Class logits (B, C), with ``cls_BD`` as the class token at the site."""
         return self.backbone.classify(self.rest(x_BTD, cls_BD))
 
 
@@ -70,22 +70,24 @@ def check_site(sae: SAE, backbone: Backbone) -> None:
 
 
 def attribution(place: Intervention, sae: SAE, split: Split, n_classes: int) -> Tensor:
-    """How much each latent speaks for a class, to first order: (C, F).
+    """Attribution of each class's logit to each latent, to first order: (C, F).
 
-    The mean over the images of a class of z_i <d logit_c / d x, W_dec_i>, the gradient taken at the class token of the
-    site: what the class's logit would lose without the latent, linearised (activation times gradient; for SAEs
+    It is the mean over the images of a class of z_i <d logit_c / d x, W_dec_i>, with the gradient at the class token of
+    the site. This linearises what the class's logit would lose without the latent (activation times gradient; for SAEs
     arXiv 2403.19647, equation 2).
 
     Args:
-        split: whose labels say which images are of a class; train, usually.
+        place: the SAE's site in the model.
+        sae: the SAE.
+        split: labelled images, usually train.
         n_classes: C.
     """
     total_CF = torch.zeros(n_classes, sae.d_sae, dtype=torch.float64, device=sae.W_dec.device)
     for images, x_BTD in place.streams(split):
         labels_B = torch.from_numpy(split.labels[images]).long().to(x_BTD.device)
         cls_BD = x_BTD[:, 0].clone().requires_grad_(True)
-        own = place.logits(x_BTD, cls_BD).gather(1, labels_B[:, None]).sum()
-        (gradient_BD,) = torch.autograd.grad(own, cls_BD)
+        logit_sum = place.logits(x_BTD, cls_BD).gather(1, labels_B[:, None]).sum()
+        (gradient_BD,) = torch.autograd.grad(logit_sum, cls_BD)
         with torch.no_grad():
             effect_BF = sae.encode(x_BTD[:, 0]).dense() * (gradient_BD @ sae.W_dec.T)
             total_CF += torch.nn.functional.one_hot(labels_B, n_classes).double().T @ effect_BF.double()

@@ -1,11 +1,11 @@
 """The rows of a bank nearest to each query by cosine similarity: an exact search at the speed of fp32.
 
-The search takes a block of similarities in fp32 and computes those near or above the n-th best again in float64.
+The search computes a block of similarities in fp32. It computes those near or above the n-th best again in float64.
 Let s' be the fp32 similarity of two unit rows, s its float64 value, u = 2^-24 the unit round-off of fp32. Whatever
 the order of the sum, |s' - s| <= D u to first order. If n rows have s' >= m, the n-th best s rounded to fp32 is at
-least m - (D + 1) u. So every row among the n best has s' >= m - (2 D + 2) u. As m serves the n-th largest of two sets
-together: the similarities kept so far, and the maxima over disjoint groups of columns. One pass over the block is
-enough for them.
+least m - (D + 1) u. So every row among the n best has s' >= m - (2 D + 2) u. The search sets m to the n-th largest of
+two sets together: the similarities kept so far, and the maxima over disjoint groups of columns. This needs only one
+pass over the block.
 
 Shapes: Q queries, B rows of the bank, N neighbours of a query, W rows of a slice of the bank, D width, G groups of
 columns, P columns of a group, M candidates.
@@ -22,11 +22,11 @@ from sparsight.activations.store import Rows
 from sparsight.common.errors import SparsightError
 from sparsight.common.slices import row_slices
 
-_QUERIES = 512  # larger blocks are a little faster, and take more memory where most rows of the bank are alike
+_QUERIES = 512  # larger blocks are a little faster, but take more memory if most rows of the bank are alike
 _WINDOW = 8192
 _GROUP = 16
 _SLACK = 8  # in units of u: terms of second order, norms not quite 1, rounding of the floor itself
-_LAST = 2**32 - 1  # row that a key can name
+_LAST = 2**32 - 1  # largest row number that a key can hold
 
 
 @dataclass(frozen=True)
@@ -43,9 +43,9 @@ class Neighbours:
 def nearest(queries: Rows | np.ndarray, bank: Rows | np.ndarray, n: int, device: torch.device) -> Neighbours:
     """The ``n`` rows of the bank with the largest cosine similarity, exactly (section 4.2: n = 50).
 
-    A similarity is the float64 product, rounded to fp32, of two rows brought to unit norm in fp32: it depends on the
-    two rows alone, so that equal rows tie. Of equal similarities the lower row of the bank comes first. A query that
-    is itself in the bank finds itself; queries are meant to be of another split.
+    Rows are scaled to unit norm in fp32. A similarity is the float64 product of two such rows, rounded to fp32. It
+    depends on the two rows alone, so equal rows tie. In a tie the lower row of the bank comes first. A query that is
+    itself in the bank finds itself; queries are meant to be of another split.
 
     Args:
         queries: (Q, D), held in memory.
@@ -83,11 +83,11 @@ def _unit(rows: Rows | np.ndarray, window: slice, name: str, device: torch.devic
 
 
 def _search(q_QD: Tensor, bank_WD: Tensor, first: int, keys_QN: Tensor) -> None:
-    """Let the rows of a window, which begins at row ``first`` of the bank, take the places that they deserve."""
+    """Update the best keys in place with a window of the bank that begins at row ``first``."""
     n, n_rows = keys_QN.shape[1], len(bank_WD)
     group = max(1, min(_GROUP, n_rows // n))
     n_groups = -(-n_rows // group)
-    # Reused, as fresh memory costs page faults; columns that only fill up the groups keep their -inf.
+    # One buffer for all blocks, because fresh memory costs page faults. Columns that pad the last group keep -inf.
     s_QW = q_QD.new_full((min(_QUERIES, len(q_QD)), group * n_groups), -torch.inf)
     exact_WD, no_bias = bank_WD.double(), bank_WD.new_zeros(n_rows, dtype=torch.float64)
     for block in row_slices(len(q_QD), _QUERIES):
@@ -96,12 +96,12 @@ def _search(q_QD: Tensor, bank_WD: Tensor, first: int, keys_QN: Tensor) -> None:
         torch.mm(q, bank_WD.T, out=s[:, :n_rows])
         columns_QM, real_QM = _candidates(s.view(len(q), group, n_groups), _similarity(kept_QN), q.shape[1])
         exact_QM = kernels.encode_at(q.double(), exact_WD.T, no_bias, columns_QM).float()
-        found_QM = _key(exact_QM.masked_fill(~real_QM, -torch.inf), first + columns_QM)
-        keys_QN[block] = torch.cat([kept_QN, found_QM], dim=1).topk(n, dim=1).values
+        window_keys_QM = _key(exact_QM.masked_fill(~real_QM, -torch.inf), first + columns_QM)
+        keys_QN[block] = torch.cat([kept_QN, window_keys_QM], dim=1).topk(n, dim=1).values
 
 
 def _candidates(s_QPG: Tensor, kept_QN: Tensor, d_in: int) -> tuple[Tensor, Tensor]:
-    """Columns, (Q, M), among which are all that belong to the N best; and which of them are real."""
+    """Columns (Q, M) that contain all of the N best, and which of these entries are real, not padding."""
     maxima_QG = s_QPG.amax(dim=1)
     reached_Q1 = torch.cat([kept_QN, maxima_QG], dim=1).topk(kept_QN.shape[1], dim=1).values[:, -1:]
     floor_Q1 = reached_Q1 - 2 * (d_in + _SLACK) * 2.0**-24
@@ -114,16 +114,16 @@ def _candidates(s_QPG: Tensor, kept_QN: Tensor, d_in: int) -> tuple[Tensor, Tens
 
 
 def _key(similarity: Tensor, rows: Tensor) -> Tensor:
-    """int64 in the order of the similarities and, where those are equal, in the reverse order of the rows."""
-    bits = (similarity + 0.0).view(torch.int32)  # no -0.0, which is equal to 0.0 and has other bits
+    """int64 keys in the order of the similarities, and in reverse order of the rows for equal similarities."""
+    bits = (similarity + 0.0).view(torch.int32)  # turns -0.0 into 0.0, which is equal but has other bits
     return (_ordered(bits).long() << 32) + (_LAST - rows)
 
 
 def _similarity(keys: Tensor) -> Tensor:
-    """The similarities that the keys were made of."""
+    """The similarities in keys."""
     return _ordered((keys >> 32).int()).view(torch.float32)
 
 
 def _ordered(bits: Tensor) -> Tensor:
-    """Bits of fp32 numbers as integers of the same order, and back: the negative ones count downwards."""
+    """Bits of fp32 numbers as integers of the same order, and back. Negative numbers get inverted magnitude bits."""
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)

@@ -1,7 +1,7 @@
-"""Vectors that VS2++ makes of an image's nearest train images, and the baselines that use no SAE.
+"""Steering vectors of VS2++ from an image's nearest train images, and baselines without an SAE.
 
-The headroom analysis of VS2 (arXiv 2506.01247, sections 3.3 and 4.2). The neighbours of one label are the positives,
-the others the negatives. The bank is the train split; it is read in slices, in order.
+This is the headroom analysis of VS2 (arXiv 2506.01247, sections 3.3 and 4.2). Neighbours with one label are the
+positives, all others the negatives. The bank is the train split; it is read in slices, in order.
 
 Shapes: Q queries, B rows of the bank, N neighbours of a query, W rows of a slice of the bank, D width.
 """
@@ -19,18 +19,18 @@ from sparsight.common.slices import row_slices
 from sparsight.sae.base import SAE
 from sparsight.steering.nearest_neighbours import Neighbours
 
-_ENCODED = 4096  # rows whose codes, dense for some SAEs, exist at a time
+_ENCODED = 4096  # rows encoded at a time; codes are dense for some SAEs
 
 
 def positives(labels_QN: Tensor, label_Q: Tensor | None = None) -> Tensor:
     """Which neighbours are positives, bool (Q, N); all others are negatives.
 
-    Section 3.3 takes those with the query's own pseudo-label, section 4.2 those with the pseudo-label most frequent
-    among the neighbours. Oracle labels are true labels in the place of pseudo-labels.
+    In section 3.3 the positives have the query's own pseudo-label. In section 4.2 they have the most frequent
+    pseudo-label among the neighbours. With oracle labels, true labels replace pseudo-labels.
 
     Args:
         labels_QN: labels of the neighbours, nearest first.
-        label_Q: labels of the queries; None takes the most frequent one, of several the one of the nearest neighbour.
+        label_Q: labels of the queries; None takes the most frequent label, in a tie that of the nearest neighbour.
     """
     if label_Q is None:
         count_QN = torch.stack([(labels_QN == label_Q1).sum(dim=1) for label_Q1 in labels_QN.split(1, dim=1)], dim=1)
@@ -47,11 +47,11 @@ def contrast(
     The vector of VS2++ (section 3.3) is gamma - 1 times this. A side without neighbours contributes nothing.
 
     Args:
-        sae: of the site that is steered.
-        bank: activations (B, D) of that site, in the order of the bank that was searched.
-        neighbours: of the Q queries.
+        sae: the SAE of the steered site.
+        bank: activations (B, D) of that site, in the order of the searched bank.
+        neighbours: neighbours of the Q queries.
         positives_QN: see :func:`positives`.
-        W_dec: another decoder (d_sae, D) in the place of the SAE's, for controls.
+        W_dec: a decoder (d_sae, D) to use instead of the SAE's, for controls.
 
     Raises:
         SparsightError: a bank too short for the neighbours; activations of another width, NaN or infinite.
@@ -66,11 +66,11 @@ def contrast(
 def embedding_steering(bank: Rows | np.ndarray, neighbours: Neighbours, positives_QN: Tensor) -> Tensor:
     """Mean embedding of the positives minus mean embedding of the negatives, (Q, D): VS2++ without an SAE.
 
-    "CLIP steering" in section 4.2. A side without neighbours contributes nothing.
+    Section 4.2 calls it "CLIP steering". A side without neighbours contributes nothing.
 
     Args:
-        bank: embeddings (B, D) of the space that is steered, in the order of the bank that was searched.
-        neighbours: of the Q queries.
+        bank: embeddings (B, D) of the steered space, in the order of the searched bank.
+        neighbours: neighbours of the Q queries.
         positives_QN: see :func:`positives`.
 
     Raises:
@@ -84,12 +84,12 @@ def weighted_retrieval(
 ) -> Tensor:
     """Weighted RAG of section 4.2: a q + (1 - a) sum_j w_j r_j with w_j = s_j / sum s, (Q, D).
 
-    Neighbours of negative similarity get no weight; a query without any other stays as it is.
+    Neighbours with negative similarity get no weight. A query without any positive similarity stays unchanged.
 
     Args:
         queries_QD: embeddings of the queries, q.
-        bank: embeddings (B, D) of the same space, r, in the order of the bank that was searched.
-        neighbours: of the Q queries.
+        bank: embeddings (B, D) of the same space, r, in the order of the searched bank.
+        neighbours: neighbours of the Q queries.
         query_weight: a, from 0 to 1.
 
     Raises:
@@ -112,7 +112,7 @@ def _difference_of_means(positives_QN: Tensor) -> Tensor:
 def _weighted(
     weights_QN: Tensor, neighbours: Neighbours, bank: Rows | np.ndarray, of: Callable[[Tensor], Tensor] = Tensor.float
 ) -> Tensor:
-    """Per query the weighted sum of what ``of`` makes of its neighbours' rows, (Q, D)."""
+    """For each query, the weighted sum of its neighbours' rows after applying ``of`` to them, (Q, D)."""
     if (last := int(neighbours.indices.max())) >= len(bank):
         raise SparsightError(
             f"retrieval: neighbour {last} in a bank of {len(bank)} rows; give the one that was searched"

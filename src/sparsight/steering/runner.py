@@ -1,4 +1,4 @@
-"""Forward passes of steered images: which row of a table gives which answer.
+"""Forward passes of steered images, and the predictions under each row of a table.
 
 Shapes: B batch, T tokens, D width (d_in), C classes, n images.
 """
@@ -22,7 +22,7 @@ from sparsight.steering.intervention import Intervention
 
 
 class Row(NamedTuple):
-    """What one row of the table is about."""
+    """Key of a row of the table."""
 
     method: str
     strength: float
@@ -34,20 +34,20 @@ NONE, RECONSTRUCT = Row("none", 0.0, "none"), Row("reconstruct", 1.0, "none")
 
 @dataclass(frozen=True)
 class Outcome:
-    """What the classifier said under one row."""
+    """Predictions under one row."""
 
     hits: np.ndarray
-    """bool (n,), the true class comes first."""
+    """bool (n,), whether the true class has the largest logit."""
     top5: np.ndarray
-    """bool (n,), the true class is among the first five."""
+    """bool (n,), whether the true class is among the five largest logits."""
 
     def measures(self, reference: "Outcome") -> dict[str, float]:
-        """n, accuracy, lo, hi; delta, delta_lo, delta_hi against a reference on the same images; top5."""
+        """n, accuracy, lo, hi; delta, delta_lo and delta_hi against a reference on the same images; top5."""
         return {**wilson(self.hits), **paired(self.hits, reference.hits), "top5": float(self.top5.mean())}
 
 
 class Runner:
-    """Forward passes of steered images; the blocks before the site run once for all rows.
+    """Forward passes of steered images. The blocks before the site run once for all rows.
 
     Raises:
         SparsightError: an SAE of another model, or not of the class token in the residual stream.
@@ -58,8 +58,8 @@ class Runner:
 
     @torch.no_grad()
     def run(self, rows: Sequence[Row], edits: Mapping[str, Edit], split: Split) -> dict[Row, Outcome]:
-        """What the classifier says of each image under each row."""
-        found = {row: Outcome(np.zeros(len(split), bool), np.zeros(len(split), bool)) for row in rows}
+        """Predictions for each image of a split under each row."""
+        outcomes = {row: Outcome(np.zeros(len(split), bool), np.zeros(len(split), bool)) for row in rows}
         for images, x_BTD in self.place.streams(split):
             truth_B = torch.from_numpy(split.labels[images]).long().to(x_BTD.device)
             last_BTD = self.place.rest(x_BTD, x_BTD[:, 0])
@@ -67,7 +67,7 @@ class Runner:
             if any(edit.at == "embedding" for edit in edits.values()):
                 plain["embedding"] = self.backbone.tower.pool(last_BTD)
             classes = {"none": None, "predicted": plain["logits"].argmax(dim=1), "oracle": truth_B}
-            for row, outcome in found.items():
+            for row, outcome in outcomes.items():
                 if row == NONE:
                     logits_BC = plain["logits"]
                 elif row == RECONSTRUCT:
@@ -79,7 +79,7 @@ class Runner:
                 first_B5 = logits_BC.topk(min(5, logits_BC.shape[1]), dim=1).indices
                 outcome.hits[images] = (logits_BC.argmax(dim=1) == truth_B).cpu().numpy()
                 outcome.top5[images] = (first_B5 == truth_B.unsqueeze(1)).any(dim=1).cpu().numpy()
-        return found
+        return outcomes
 
     def _logits(self, edit: Edit, x_BTD: Tensor, edited: Tensor) -> Tensor:
         if edit.at == "site":
@@ -104,8 +104,8 @@ def check_images(backbone: Backbone, split: Split, name: str) -> None:
         )
     if backbone.class_names is not None and backbone.class_names != split.classes:
         pairs = zip(backbone.class_names, split.classes, strict=False)
-        other = next((f": {a!r} against {b!r}" for a, b in pairs if a != b), "")
+        mismatch = next((f": {a!r} against {b!r}" for a, b in pairs if a != b), "")
         raise SparsightError(
             f"steering: the model knows {len(backbone.class_names)} classes and the images have {len(split.classes)}, "
-            f"which are not the same{other}; run the backbone stage on these images"
+            f"which are not the same{mismatch}; run the backbone stage on these images"
         )

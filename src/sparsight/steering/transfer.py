@@ -1,7 +1,7 @@
-"""VS2 and its gate on another data set than the SAE's: what is reconstructed badly must fall back to the plain model.
+"""VS2 and its gate on another data set than the SAE's: the gate must not steer images that are reconstructed badly.
 
-The strengths are those chosen at home, on val; nothing is chosen on the other data set, and its test split is used
-once. The model classifies it by prompts of its own class names.
+The strengths are those chosen on val of the original data set. Nothing is chosen on the other data set, and its test
+split is used once. The model classifies its images by prompts with its class names.
 """
 
 from pathlib import Path
@@ -29,9 +29,9 @@ def steer_elsewhere(
 
     Args:
         about: ``config.json`` of the backbone.
-        home: ``<steering>.json`` at home, of kind ``vs2``.
-        vectors: ``<steering>.safetensors`` at home, for the gate's thresholds.
-        manifest: of the other images.
+        home: ``<steering>.json`` of the original data set, of kind ``vs2``.
+        vectors: ``<steering>.safetensors`` of the original data set, for the gate's thresholds.
+        manifest: the manifest of the other images.
 
     Raises:
         SparsightError: a model without a text tower, an SAE of another model, images without labels.
@@ -41,14 +41,14 @@ def steer_elsewhere(
     backbone.class_names = manifest.classes
     test = manifest.split("test")
     check_images(backbone, test, "test")
-    found = vs2.Calibration.load(vectors, sae.W_dec.device)
+    calibration = vs2.Calibration.load(vectors, sae.W_dec.device)
     chosen = [Row(**row) for row in home["chosen_on_val"]]
     runner = Runner(sae, backbone)
-    outcomes = runner.run([NONE, RECONSTRUCT, *chosen], vs2.edits(sae, found), test)
-    at_home = [line for line in home["gate"] if line["split"] == "test"]
-    quantiles = [line["quantile"] for line in at_home]
-    curve, gated = gate_curve(quantiles, found, chosen[0], outcomes, runner.sample_fvu(test, found))
-    (best,) = (line["quantile"] for line in at_home if line["chosen"])
+    outcomes = runner.run([NONE, RECONSTRUCT, *chosen], vs2.edits(sae, calibration), test)
+    original_gate = [line for line in home["gate"] if line["split"] == "test"]
+    quantiles = [line["quantile"] for line in original_gate]
+    curve, gated = gate_curve(quantiles, calibration, chosen[0], outcomes, runner.sample_fvu(test, calibration))
+    (best,) = (line["quantile"] for line in original_gate if line["chosen"])
     outcomes[chosen[0]._replace(method=f"{chosen[0].method}-gated")] = gated[best]
     rows = [{**row._asdict(), "split": "test", **outcome.measures(outcomes[NONE])} for row, outcome in outcomes.items()]
     tables.write(work.out / f"{name}.parquet", rows)
@@ -57,7 +57,7 @@ def steer_elsewhere(
         "source": manifest.about["source"],
         "classes": len(names),
         "gate": [{**line, "split": "test", "chosen": line["quantile"] == best} for line in curve],
-        "steered_at_home": {str(line["quantile"]): line["steered"] for line in at_home},
+        "steered_at_home": {str(line["quantile"]): line["steered"] for line in original_gate},
         "against_controls": against_controls(chosen, outcomes),
         "record": record,
     }

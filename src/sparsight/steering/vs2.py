@@ -1,9 +1,10 @@
-"""VS2 (arXiv 2506.01247): amplify an image's own active latents, and the controls that say what the SAE adds.
+"""VS2 (arXiv 2506.01247): amplify an image's own active latents. Controls show what the SAE adds.
 
-With codes c = encode(x), v = decode(gamma c) - decode(c) = (gamma - 1) W_dec c, x' = x + lambda v at the length of x.
-Only alpha = lambda (gamma - 1) matters, so there is one strength, alpha. Since W_dec c = x - b_dec + eps with the SAE's
-error eps = x_hat - x, VS2 is x + alpha (x - b_dec) + alpha eps (Prop. 3.1): extrapolation away from the mean, and the
-SAE's error. The control ``mean-extrapolation`` is the first part alone.
+With codes c = encode(x), v = decode(gamma c) - decode(c) = (gamma - 1) W_dec c, and x' = x + lambda v, scaled back to
+the length of x. Only alpha = lambda (gamma - 1) matters, so there is one strength, alpha. Since W_dec c = x - b_dec +
+eps with the SAE's error eps = x_hat - x, VS2 is x + alpha (x - b_dec) + alpha eps (Prop. 3.1). The first part
+extrapolates away from the mean, the second is the SAE's error. The control ``mean-extrapolation`` is the first part
+alone.
 
 Shapes: B batch, D width (d_in), F latents (d_sae), K components, n images.
 """
@@ -40,18 +41,18 @@ class Calibration:
     """What VS2 and its controls take from the train split, without its labels."""
 
     mean: Tensor
-    """(D,)."""
+    """(D,): mean activation of the train images."""
     components: Tensor
-    """(K, D): the K = k principal components, unit rows."""
+    """(K, D): the K = k principal components, as unit rows."""
     fvu: Tensor
-    """(n,): the FVU of every single train image, rising."""
+    """(n,): FVU of every train image, sorted in rising order."""
     permutation: Tensor
     """int64 (F,): the latents in a random order."""
 
     @classmethod
     @torch.no_grad()
     def of(cls, sae: SAE, store: ActivationStore, seed: int) -> "Calibration":
-        """Two passes over the stored train split."""
+        """Compute from the stored train split, in two passes."""
         site, device = sae.about["site"], sae.W_dec.device
         moments = Moments([site])
         for groups in by_group(store, [site], device):
@@ -77,16 +78,16 @@ class Calibration:
         return cls(**load_file(path, device=str(device)))
 
     def threshold(self, quantile: float) -> float:
-        """The FVU at or below which lies the share ``quantile`` of the train images."""
+        """The FVU that the share ``quantile`` of the train images does not exceed."""
         return float(self.fvu[math.ceil(quantile * len(self.fvu)) - 1])
 
 
 def edits(sae: SAE, found: Calibration) -> dict[str, Edit]:
-    """VS2 (``vs2-pass`` where the SAE was trained with the PASS term) and its controls, by name.
+    """VS2 (``vs2-pass`` if the SAE was trained with the PASS term) and its controls, by name.
 
-    ``mean-extrapolation``: x + alpha (x - mean); ``pca-extrapolation``: the same along the K principal components, a
-    reconstruction as sparse as the SAE's; ``random-latents``: the image's codes on randomly permuted latents, at the
-    length of VS2's edit. All keep the length of x, as VS2 does.
+    ``mean-extrapolation`` is x + alpha (x - mean). ``pca-extrapolation`` is the same along the K principal components,
+    a reconstruction as sparse as the SAE's. ``random-latents`` puts the image's codes on randomly permuted latents, at
+    the length of VS2's edit. All keep the length of x, as VS2 does.
     """
 
     def random(x_BD: Tensor) -> Tensor:

@@ -1,9 +1,10 @@
-"""VS2++ (arXiv 2506.01247, sections 3.3 and 4.2): steer towards what an image's positives have and its negatives lack.
+"""VS2++ (arXiv 2506.01247, sections 3.3 and 4.2): steer from an image's negative neighbours to its positive ones.
 
-The neighbours of an image, by the embeddings of any model, are train images. Those of one label are the positives, the
-others the negatives: v = W_dec^T (mean code of the positives - mean code of the negatives), x' = x + alpha v at the
-length of x, with alpha = lambda (gamma - 1) as in VS2. Which label is the two sections' disagreement: the one most
-frequent among the neighbours (``vs2++-majority``, the default) or the query's own (``vs2++-query``).
+The neighbours of an image are train images, found by the embeddings of any model. Neighbours with one label are the
+positives, all others the negatives. The steering vector is v = W_dec^T (mean code of the positives - mean code of the
+negatives). As in VS2, x' = x + alpha v, scaled back to the length of x, with alpha = lambda (gamma - 1). The two
+sections disagree on the label: it is the most frequent one among the neighbours (``vs2++-majority``, the default) or
+the query's own (``vs2++-query``).
 
 Shapes: Q queries, N neighbours of a query, B rows of the bank (train images), D width (d_in), C classes.
 """
@@ -31,19 +32,19 @@ _LABELS = ("predicted", "oracle")
 
 
 class NeighbourSteering:
-    """The train images around every image of a split, and the edits made of them.
+    """The nearest train images of every image of a split, and the edits computed from them.
 
     Args:
         n: neighbours per image (the paper's N = 50).
-        sae: whose codes are compared.
+        sae: the SAE whose codes are compared.
         backbone: the steered model.
-        stores: by split, of the steered model: the SAE's site and ``embedding``.
-        finder: by split, of the model whose ``embedding`` finds neighbours.
-        labels: by split, int (n,): the true ones, for rows that are marked ``oracle``.
-        seed: of the permutation behind ``random-latents``.
+        stores: stores of the steered model by split, with the SAE's site and ``embedding``.
+        finder: stores by split of the model whose ``embedding`` finds the neighbours.
+        labels: true classes by split, int (n,), for rows with ``oracle`` labels.
+        seed: seed of the permutation for ``random-latents``.
 
     Raises:
-        SparsightError: a store that has no embedding, or is of other images; more neighbours than train images.
+        SparsightError: a store without an embedding or with other images, or more neighbours than train images.
     """
 
     def __init__(
@@ -54,13 +55,15 @@ class NeighbourSteering:
         self.stores, self.finder = stores, finder
         self.device = sae.W_dec.device
         for split, store in stores.items():
-            for one in (store, finder[split]):
-                if len(one.rows("embedding")) != len(labels[split]):
+            for source in (store, finder[split]):
+                if len(source.rows("embedding")) != len(labels[split]):
                     raise SparsightError(
-                        f"steering: a store of the {split} split has {len(one.rows('embedding'))} images, the manifest "
-                        f"{len(labels[split])}; run the activations stage again"
+                        f"steering: a store of the {split} split has {len(source.rows('embedding'))} images, the "
+                        f"manifest {len(labels[split])}; run the activations stage again"
                     )
-        self.labels = {split: torch.from_numpy(own).long().to(self.device) for split, own in labels.items()}
+        self.labels = {
+            split: torch.from_numpy(split_labels).long().to(self.device) for split, split_labels in labels.items()
+        }
         self.pseudo = {split: self._predict(store.rows("embedding")) for split, store in stores.items()}
         generator = np.random.default_rng(seed)
         self.permutation = torch.from_numpy(generator.permutation(sae.d_sae)).to(self.device)
@@ -69,15 +72,15 @@ class NeighbourSteering:
     def edits(self, split: str) -> dict[str, Edit]:
         """VS2++ and its controls for the images of a split, by name.
 
-        ``mean-difference``: the activations of the positives minus those of the negatives, without an SAE;
-        ``random-latents``: the codes on randomly permuted latents; both at the length of ``vs2++-majority``.
-        ``retrieval`` and ``embedding-steering`` are the paper's baselines, in the space of the embedding;
-        ``nearest-neighbours`` answers with the majority label and never looks at the image.
+        ``mean-difference`` is the mean activation of the positives minus that of the negatives, without an SAE.
+        ``random-latents`` puts the codes on randomly permuted latents. Both have the length of ``vs2++-majority``.
+        ``retrieval`` and ``embedding-steering`` are the paper's baselines in the space of the embedding.
+        ``nearest-neighbours`` predicts the majority label and ignores the image's own logits.
         """
-        found = nearest(
+        neighbours = nearest(
             self.finder[split].rows("embedding"), self.finder["train"].rows("embedding"), self.n, self.device
         )
-        self.found[split] = found
+        self.found[split] = neighbours
         train = self.stores["train"]
         site_rows, embeddings = train.rows(self.sae.about["site"]), train.rows("embedding")
         at_site: dict[tuple[str, str], Tensor] = {}
@@ -86,20 +89,20 @@ class NeighbourSteering:
             ("predicted", self.pseudo["train"], self.pseudo[split]),
             ("oracle", self.labels["train"], self.labels[split]),
         ):
-            labels_QN = of_train[found.indices]
+            labels_QN = of_train[neighbours.indices]
             majority_QN, query_QN = retrieval.positives(labels_QN), retrieval.positives(labels_QN, of_queries)
-            contrast = partial(retrieval.contrast, self.sae, site_rows, found)
+            contrast = partial(retrieval.contrast, self.sae, site_rows, neighbours)
             main = contrast(majority_QN)
             at_site["vs2++-majority", labels], size_Q = main, main.norm(dim=1)
             at_site["vs2++-query", labels] = contrast(query_QN)
-            plain = retrieval.embedding_steering(site_rows, found, majority_QN)
+            plain = retrieval.embedding_steering(site_rows, neighbours, majority_QN)
             at_site["mean-difference", labels] = of_size(plain, size_Q)
             shuffled = contrast(majority_QN, self.sae.W_dec[self.permutation])
             at_site["random-latents", labels] = of_size(shuffled, size_Q)
-            at_embedding[labels] = retrieval.embedding_steering(embeddings, found, majority_QN)
+            at_embedding[labels] = retrieval.embedding_steering(embeddings, neighbours, majority_QN)
             votes[labels] = self._votes(labels_QN, majority_QN)
-        own = torch.from_numpy(self.stores[split].rows("embedding")[:]).to(self.device).float()
-        retrieved_QD = retrieval.weighted_retrieval(own, embeddings, found, 0.0)
+        queries_QD = torch.from_numpy(self.stores[split].rows("embedding")[:]).to(self.device).float()
+        retrieved_QD = retrieval.weighted_retrieval(queries_QD, embeddings, neighbours, 0.0)
 
         def along(method: str) -> Edit:
             return Edit(lambda b, s: keep_norm(b.x, s * at_site[method, b.labels][b.images]), _LABELS)
@@ -123,18 +126,18 @@ class NeighbourSteering:
     def save(self, path: Path) -> None:
         """Write a safetensors file: ``<split>.neighbours`` (Q, N), ``<split>.similarity`` (Q, N), ``permutation``."""
         tensors = {"permutation": self.permutation}
-        for split, found in self.found.items():
-            tensors |= {f"{split}.neighbours": found.indices, f"{split}.similarity": found.similarity}
+        for split, neighbours in self.found.items():
+            tensors |= {f"{split}.neighbours": neighbours.indices, f"{split}.similarity": neighbours.similarity}
         save_file({name: value.contiguous() for name, value in tensors.items()}, path)
 
     @torch.no_grad()
     def _predict(self, rows: Rows) -> Tensor:
-        """What the unsteered model says of stored embeddings, int64 (n,): the pseudo-labels."""
+        """Predictions of the unsteered model for stored embeddings, int64 (n,): the pseudo-labels."""
         blocks = (torch.from_numpy(rows[window]).to(self.device).float() for window in row_slices(len(rows), _ROWS))
         return torch.cat([self.backbone.classify_embedding(block).argmax(dim=1) for block in blocks])
 
     def _votes(self, labels_QN: Tensor, majority_QN: Tensor) -> Tensor:
-        """How many neighbours have each label, (Q, C); the label of :func:`retrieval.positives` wins among equals."""
+        """Number of neighbours with each label, (Q, C). In a tie the label of :func:`retrieval.positives` wins."""
         assert self.backbone.n_classes is not None
         weights_QN = 1 + majority_QN / (2 * self.n)
         return torch.stack([((labels_QN == c) * weights_QN).sum(1) for c in range(self.backbone.n_classes)], dim=1)

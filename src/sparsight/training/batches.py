@@ -1,9 +1,9 @@
-"""Which rows a training step sees, and how they get there.
+"""Batches for training: the order of the rows, and reading them from memory or from an activation store.
 
-Order depends on a seed and the epoch alone, so training continues exactly where it stopped: the position is
-the number of batches seen. The rows of a store are in a seeded random order of images already; they are
-shuffled again in every epoch inside a pool that fits into memory. Pools follow each other as on disk, from
-another one on in each epoch: jumping between them would cost a disk its read-ahead and mix nothing more.
+The order depends only on a seed and the epoch, so training continues exactly where it stopped: its position is
+the number of batches seen. The rows of a store are already in a seeded random order of images. Every epoch
+shuffles them again, within pools that fit into memory. Pools are read in their order on disk, but each epoch
+starts at another pool. Jumping between pools would waste the disk's read-ahead and mix the rows no better.
 
 Shapes: B batch, D width.
 """
@@ -31,7 +31,7 @@ class Batches(Protocol[T_co]):
 
     @property
     def unit(self) -> str:
-        """What its rows are, for messages."""
+        """Name of a row's kind, for messages."""
 
     @property
     def n_rows(self) -> int:
@@ -51,7 +51,7 @@ class Batches(Protocol[T_co]):
 
 @dataclass(frozen=True)
 class RowNumbers:
-    """Row numbers, int64 (B,), of images that are at hand: one permutation an epoch, the tail kept."""
+    """Row numbers of images, int64 (B,): one permutation per epoch; the last batch may be smaller."""
 
     n_rows: int
     batch_size: int
@@ -74,11 +74,11 @@ class Batch(NamedTuple):
     rows: np.ndarray
     """int64 (B,): row r is token r % tokens_per_image of image r // tokens_per_image."""
     x: dict[str, Tensor]
-    """Per site (B, D), in the stored dtype, on the wanted device."""
+    """Per site (B, D), in the stored dtype, on the device of the batches."""
 
 
 class Source(Protocol):
-    """Rows of one site, as :class:`sparsight.activations.store.Rows` offers them."""
+    """Rows of one site, such as :class:`sparsight.activations.store.Rows`."""
 
     dtype: np.dtype[Any]
     shape: tuple[int, int]
@@ -86,7 +86,7 @@ class Source(Protocol):
     chunk_images: int
 
     def images(self, first: int, last: int, out: np.ndarray | None = None) -> np.ndarray:
-        """The rows of images ``first`` to ``last`` - 1, (rows, D), put into ``out`` if that is given."""
+        """The rows of images ``first`` to ``last`` - 1, (rows, D), written to ``out`` if given."""
 
 
 class _Pool(NamedTuple):
@@ -94,21 +94,22 @@ class _Pool(NamedTuple):
     """First image."""
     last: int
     order: np.ndarray
-    """Rows in the order in which they are drawn, counted from the pool's first."""
+    """Rows in the order of drawing, counted from the pool's first row."""
 
 
 class StoreBatches:
-    """Shuffled batches of a store's rows, read with a bounded amount of memory; the tail is kept.
+    """Shuffled batches of a store's rows, read with a bounded amount of memory; the last one may be smaller.
 
     Args:
-        sites: per site its rows; all of the same number of rows.
+        sites: rows of each site; all sites have the same number of rows.
         batch_size: B.
-        seed: of the order.
-        memory: bytes for activations: half for the pool that batches are drawn from, half for the next
-            one. What fits as a whole is one pool, read once and kept.
-        workers: threads that read the next pool meanwhile; 0 reads it when it is needed. The order does
-            not depend on them.
-        device: where batches are wanted. A CUDA device with room keeps all rows; the order stays the same.
+        seed: seed of the order.
+        memory: bytes for activations, half for the current pool and half for the next one. A store that fits
+            as a whole is one pool, read once and kept.
+        workers: number of threads that read the next pool in the background; 0 reads a pool when it is
+            needed. The order does not depend on this.
+        device: device of the batches. A CUDA device with enough memory keeps all rows. The order does not
+            depend on this.
 
     Raises:
         SparsightError: no rows, sites with different numbers of rows, or memory for less than two chunks.
@@ -128,7 +129,7 @@ class StoreBatches:
             raise SparsightError(f"batches need rows, and as many of every site; found {counts}")
         self._tokens = next(iter(self.sites.values())).tokens_per_image
         self._n_images = self.n_rows // self._tokens
-        image_bytes = sum(s.dtype.itemsize * s.shape[1] * self._tokens for s in self.sites.values())
+        image_bytes = sum(source.dtype.itemsize * source.shape[1] * self._tokens for source in self.sites.values())
         self._chunk = max(source.chunk_images for source in self.sites.values())
         fits = memory // image_bytes
         self._pool_images = self._n_images if fits >= self._n_images else fits // 2 // self._chunk * self._chunk
@@ -152,14 +153,14 @@ class StoreBatches:
         """The batches of one epoch from the ``skip``-th on.
 
         Raises:
-            SparsightError: a damaged shard, or a value that is not finite, by its place.
+            SparsightError: a damaged shard, or a value that is not finite; the message names its place.
         """
         pools = self._plan(epoch, skip * self.batch_size)
         batches = self._draw(self._from_kept(pools) if self._keeps else self._from_store(pools))
         if self.device.type == "cpu":
             yield from batches
             return
-        ahead: Batch | None = None  # is copied to the device while the batch before it is used
+        ahead: Batch | None = None  # copied to the device while the previous batch is used
         for rows, x in batches:
             ready, ahead = ahead, Batch(rows, {site: self._move(value) for site, value in x.items()})
             if ready is not None:
@@ -170,9 +171,9 @@ class StoreBatches:
     def _plan(self, epoch: int, skip: int) -> list[_Pool]:
         """The pools of an epoch without its first ``skip`` rows."""
         slices = list(row_slices(self._n_images, self._pool_images))
-        turn = int(np.random.default_rng(derive_seed(self.seed, "pools", epoch)).integers(len(slices)))
+        first_pool = int(np.random.default_rng(derive_seed(self.seed, "pools", epoch)).integers(len(slices)))
         pools = []
-        for images in slices[turn:] + slices[:turn]:
+        for images in slices[first_pool:] + slices[:first_pool]:
             n_rows = (images.stop - images.start) * self._tokens
             if skip < n_rows:
                 generator = np.random.default_rng(derive_seed(self.seed, "order", epoch, images.start))
@@ -184,20 +185,20 @@ class StoreBatches:
         if self._kept is None:
             kept = self._buffer(self._n_images, self.device)
             slices = row_slices(self._n_images, self._pool_images)
-            whole = [_Pool(images.start, images.stop, np.empty(0, np.int64)) for images in slices]
+            all_pools = [_Pool(images.start, images.stop, np.empty(0, np.int64)) for images in slices]
             if self.device.type == "cpu":
-                self._run(self._jobs(whole[0], kept))
+                self._run(self._jobs(all_pools[0], kept))
             else:
-                for pool, x in self._from_store(whole):
+                for pool, x in self._from_store(all_pools):
                     for site, value in x.items():
                         kept[site][self._rows(pool)] = value.to(self.device)
                 self._buffers = []
-            self._kept = kept  # only what was read without an error
+            self._kept = kept  # set only once every row was read without an error
         for pool in pools:
             yield pool, {site: value[self._rows(pool)] for site, value in self._kept.items()}
 
     def _from_store(self, pools: list[_Pool]) -> Iterator[tuple[_Pool, dict[str, Tensor]]]:
-        """Each pool in one of two buffers; the next one is read into the other meanwhile."""
+        """Each pool in one of two buffers, while the next pool is read into the other."""
         while len(self._buffers) < min(2, len(pools)):
             self._buffers.append(self._buffer(self._pool_images, "cpu"))
         with ThreadPoolExecutor(max(1, self.workers)) as threads:
@@ -220,7 +221,7 @@ class StoreBatches:
                 threads.shutdown(cancel_futures=True)
 
     def _jobs(self, pool: _Pool, buffer: dict[str, Tensor]) -> list[Callable[[], object]]:
-        """Reads of one chunk each that fill ``buffer`` with a pool."""
+        """Jobs that each read one chunk and together fill ``buffer`` with a pool."""
         return [
             partial(source.images, pool.first + part.start, pool.first + part.stop, out)
             for site, source in self.sites.items()
@@ -234,7 +235,7 @@ class StoreBatches:
                 done.result()
 
     def _draw(self, pools: Iterator[tuple[_Pool, dict[str, Tensor]]]) -> Iterator[Batch]:
-        """Cut the pools' orders, one after the other, into batches; one may end in the next pool."""
+        """Cut the rows of successive pools into batches; a batch may end in the next pool."""
         parts: list[Batch] = []
         missing = self.batch_size
         for pool, x in pools:
@@ -255,15 +256,15 @@ class StoreBatches:
     def _gather(self, x: Tensor, rows: Tensor) -> Tensor:
         if self._keeps:
             return x.index_select(0, rows)
-        return torch.from_numpy(np.take(x.numpy(), rows.numpy(), axis=0))  # one thread: another reads the next pool
+        return torch.from_numpy(np.take(x.numpy(), rows.numpy(), axis=0))  # one thread, as another reads the next pool
 
     def _rows(self, pool: _Pool) -> slice:
         return slice(pool.first * self._tokens, pool.last * self._tokens)
 
     def _buffer(self, n_images: int, device: torch.device | str) -> dict[str, Tensor]:
         return {
-            site: torch.empty(n_images * self._tokens, s.shape[1], dtype=_TORCH[s.dtype.name], device=device)
-            for site, s in self.sites.items()
+            site: torch.empty(n_images * self._tokens, source.shape[1], dtype=_TORCH[source.dtype.name], device=device)
+            for site, source in self.sites.items()
         }
 
     def _move(self, x: Tensor) -> Tensor:

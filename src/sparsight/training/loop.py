@@ -1,7 +1,7 @@
-"""The loop that trains everything: seeded order, JSON-lines log, checkpoints, exact resumption.
+"""The training loop of backbones, SAEs and policies: seeded order, JSON-lines log, checkpoints, exact resumption.
 
-Nothing random has a state to save: order and noise are derived from (seed, epoch) and (seed, step). A
-checkpoint holds the sums of the log line in progress, so a resumed run writes the same log.
+There is no random state to save, because order and noise are derived from (seed, epoch) and (seed, step). A
+checkpoint includes the sums of the unfinished log line, so a resumed run writes the same log.
 """
 
 import json
@@ -27,7 +27,7 @@ from sparsight.common.seeds import derive_seed
 from sparsight.training.batches import Batches
 
 _CHECKPOINT_SECONDS = 15.0
-_PAUSE = 20  # times what the last checkpoint took, so that writing large states is 5 % of the time at most
+_PAUSE = 20  # pause in multiples of the last checkpoint's duration, so that writing takes at most 5 % of the time
 _LOG_LINES = 200
 _POSITION, _SUM = "loop.position", "loop.sum."
 
@@ -37,12 +37,12 @@ B = TypeVar("B")
 
 
 class Trainable(Protocol[B_contra]):
-    """What the loop needs of the thing it trains."""
+    """The interface that the loop needs of an object to train it."""
 
     def step(self, batch: B_contra, progress: float, generator: torch.Generator) -> dict[str, Tensor]:
         """One optimiser step on ``batch``; ``progress`` in [0, 1) is the share of training done.
 
-        ``generator`` is a CPU generator seeded for this step. Returns scalars to log.
+        ``generator`` is a CPU generator seeded for this step. Returns the scalars to log.
         """
 
     def epoch_end(self) -> dict[str, float]:
@@ -52,25 +52,25 @@ class Trainable(Protocol[B_contra]):
         """Every tensor that the next step depends on."""
 
     def restore(self, state: dict[str, Tensor]) -> None:
-        """Take over what :meth:`state` returned."""
+        """Restore what :meth:`state` returned."""
 
 
 def train(trainable: Trainable[B], batches: Batches[B], epochs: int, seed: int, state: Path, log_path: Path) -> None:
     """Run all epochs, continuing from the checkpoint in ``state`` if there is one.
 
-    SIGTERM stops it with status 143 after the step in progress and a checkpoint.
+    On SIGTERM, the loop finishes the current step, writes a checkpoint and exits with status 143.
 
     Args:
-        trainable: what is trained.
-        batches: on what.
+        trainable: the object to train.
+        batches: the training data.
         epochs: passes over the data.
-        seed: of the noise that steps ask for.
+        seed: seed of each step's generator.
         state: folder of the checkpoint.
-        log_path: the log, which belongs to the checkpoint: one line per logging step with the means since
-            the last one, and one per epoch.
+        log_path: the log: one line per logging step with the means since the previous line, and one per epoch.
+            A resumed run cuts it to its length at the checkpoint.
 
     Raises:
-        SparsightError: a step that is refused, or a mean that is not finite; names the last checkpoint.
+        SparsightError: a step that fails, or a mean that is not finite; the message names the last checkpoint.
     """
     per_epoch, total = batches.per_epoch, batches.per_epoch * epochs
     log_every = max(1, total // _LOG_LINES)
@@ -112,16 +112,16 @@ def train(trainable: Trainable[B], batches: Batches[B], epochs: int, seed: int, 
                 progress(_rows(batches, step) - progress.done, note)
                 if save:
                     log_file.flush()
-                    own = {_POSITION: torch.tensor([step, log_file.tell(), count])}
-                    own |= {f"{_SUM}{name}": value for name, value in sums.items()}
-                    checkpoint.save(step, {**trainable.state(), **own})
+                    loop_state = {_POSITION: torch.tensor([step, log_file.tell(), count])}
+                    loop_state |= {f"{_SUM}{name}": value for name, value in sums.items()}
+                    checkpoint.save(step, {**trainable.state(), **loop_state})
                 if stop:
                     log(f"stopped by SIGTERM after step {step} of {total}; the same command continues there")
                     raise SystemExit(128 + signal.SIGTERM)
 
 
 POSITION = ("step", "epoch")
-"""Keys of a log line that say where it stands."""
+"""Keys of a log line that give its position in training."""
 
 
 class _Checkpoint:
@@ -132,7 +132,7 @@ class _Checkpoint:
         self._next = time.monotonic() + _CHECKPOINT_SECONDS
 
     def load(self) -> dict[str, Tensor]:
-        """What :meth:`save` wrote; nothing if there is no file yet."""
+        """The state that :meth:`save` wrote; empty if there is no file yet."""
         if not self.path.exists():
             return {}
         state = load_file(self.path)
@@ -157,20 +157,20 @@ class _Checkpoint:
 
 @contextmanager
 def _sigterm_noted() -> Iterator[list[int]]:
-    """Inside ``with``, SIGTERM does no more than to grow this list. Only a main thread may handle signals."""
-    noted: list[int] = []
+    """Inside ``with``, record SIGTERM in this list instead of terminating. Works only in the main thread."""
+    received: list[int] = []
     if threading.current_thread() is not threading.main_thread():
-        yield noted
+        yield received
         return
-    before = signal.signal(signal.SIGTERM, lambda number, _: noted.append(number))
+    before = signal.signal(signal.SIGTERM, lambda number, _: received.append(number))
     try:
-        yield noted
+        yield received
     finally:
         signal.signal(signal.SIGTERM, before)
 
 
 def _rows(batches: Batches[Any], step: int) -> int:
-    """Rows that so many steps have seen."""
+    """Number of rows seen after ``step`` steps."""
     epochs, steps = divmod(step, batches.per_epoch)
     return epochs * batches.n_rows + steps * batches.batch_size
 
@@ -186,11 +186,11 @@ def _means(sums: Mapping[str, Tensor], count: int) -> dict[str, float]:
 
 
 def _note(means: Mapping[str, float]) -> str:
-    """A log line for the eye: of what several SAEs have (``topk-s0.fvu``, ``topk-s1.fvu``) their mean."""
+    """Short text of a log line; values of several SAEs (``topk-s0.fvu``, ``topk-s1.fvu``) are averaged."""
     values: dict[str, list[float]] = defaultdict(list)
     for name, value in means.items():
         values[name.rpartition(".")[2]].append(value)
-    return ", ".join(f"{name} {np.mean(same):.4g}" for name, same in values.items())
+    return ", ".join(f"{name} {np.mean(group):.4g}" for name, group in values.items())
 
 
 def _write(log_file: Any, line: dict[str, Any]) -> None:
@@ -207,23 +207,23 @@ def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Tensor]) -> None:
-    """Take over what :func:`optimizer_state` returned."""
-    plain = optimizer.state_dict()
-    plain["state"] = {}
+    """Restore what :func:`optimizer_state` returned."""
+    state_dict = optimizer.state_dict()
+    state_dict["state"] = {}
     for key, value in state.items():
         if key.startswith("optimizer."):
             _, index, name = key.split(".", 2)
-            plain["state"].setdefault(int(index), {})[name] = value
-    optimizer.load_state_dict(plain)
+            state_dict["state"].setdefault(int(index), {})[name] = value
+    optimizer.load_state_dict(state_dict)
 
 
 def module_state(module: torch.nn.Module) -> dict[str, Tensor]:
-    """A module's parameters and buffers under flat names beside those of the optimiser."""
+    """A module's parameters and buffers under flat names, distinct from the optimiser's."""
     return {f"module.{name}": value.contiguous() for name, value in module.state_dict().items()}
 
 
 def restore_module(module: torch.nn.Module, state: dict[str, Tensor]) -> None:
-    """Take over what :func:`module_state` returned."""
+    """Restore what :func:`module_state` returned."""
     module.load_state_dict({k.removeprefix("module."): v for k, v in state.items() if k.startswith("module.")})
 
 

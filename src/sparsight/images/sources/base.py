@@ -1,4 +1,4 @@
-"""What an image source is, and how the bytes of an image become an 8-bit picture.
+"""The interface of image sources, and decoding of image files to 8-bit pictures.
 
 Shapes: H height, W width, C channels (1 grey, 3 RGB).
 """
@@ -14,10 +14,10 @@ from PIL import Image, ImageOps
 
 SPLITS = ("train", "val", "test")
 MAX_PIXELS = 200_000_000
-"""Pictures with more pixels are taken for damaged or hostile files and refused before they are decoded."""
+"""Pictures with more pixels are rejected before decoding, as damaged or hostile files."""
 _BAND = 128
-"""Rows that are copied out of Pillow at a time; np.array would fill as much memory twice more."""
-Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit warns at a number of its own; the one above decides
+"""Number of rows copied out of Pillow at a time. np.array would need memory for two more copies of the picture."""
+Image.MAX_IMAGE_PIXELS = None  # the limit above replaces Pillow's own, which warns at another number
 
 
 @dataclass(frozen=True)
@@ -27,44 +27,44 @@ class Item:
     uri: str
     label_name: str
     split: str | None
-    """None where the source leaves the split to us."""
+    """None if the source does not assign splits."""
     member: int = 0
-    """Which data set of several it is of: each keeps its splits, and what it lacks is drawn from its own train."""
+    """Number of its data set in a union. Each keeps its own splits; missing ones are drawn from its train images."""
 
 
 class Reader(Protocol):
-    """Gives the bytes of images."""
+    """Reads the bytes of images."""
 
     def read(self, uri: str) -> bytes:
-        """The bytes that the manifest's sha256 is taken of; may raise OSError."""
+        """The bytes of an image, as hashed for the manifest; may raise OSError."""
 
 
 class Source(Reader, Protocol):
-    """A place images come from; a new one is one class and one line in ``SINGLE``.
+    """A source of images. A new one needs one class and one line in ``SINGLE``.
 
-    It is made from its path alone, opens files when they are needed, and pickles as its path, so that worker
-    processes can open their own.
+    A source is created from its path alone, opens files when they are needed, and pickles as its path, so that
+    worker processes open their own files.
     """
 
     def items(self) -> list[Item]:
         """Every image, in an order that depends on the source alone.
 
         Raises:
-            SparsightError: nothing there, or labels that do not fit the images.
+            SparsightError: no images, or labels that do not fit the images.
         """
 
     def class_names(self) -> list[str]:
         """Label names in the source's official order; the position is the label."""
 
     def reader(self, uris: Iterable[str]) -> Reader:
-        """What reads these images best, each once and about in this order: it may fetch what lies together."""
+        """A reader for these images, each read once and roughly in this order; it may fetch neighbours together."""
 
     def decode(self, uri: str, data: bytes) -> np.ndarray:
-        """The picture in the bytes of an image, uint8 (H, W, C), upright; may raise OSError or ValueError."""
+        """Decode the bytes of an image: uint8 (H, W, C), upright; may raise OSError or ValueError."""
 
 
 class Reopening(ABC):
-    """Pickles as its class and path; whatever was opened is opened again."""
+    """Base of sources that pickle as class and path; the copy opens its files again."""
 
     path: Any
 
@@ -75,18 +75,18 @@ class Reopening(ABC):
         return type(self), (None if self.path is None else str(self.path),)
 
     def reader(self, uris: Iterable[str]) -> Reader:
-        """Images one at a time."""
+        """Read images one at a time."""
         return self
 
     def decode(self, uri: str, data: bytes) -> np.ndarray:
-        """A picture file's content, see :func:`decode_file`."""
+        """Decode the bytes of a picture file, see :func:`decode_file`."""
         return decode_file(data)
 
 
 def decode_file(data: bytes) -> np.ndarray:
-    """Decode a picture file: uint8 (H, W, C), turned as its EXIF orientation says, first frame only.
+    """Decode a picture file: uint8 (H, W, C), rotated by its EXIF orientation, first frame only.
 
-    Transparent pixels are laid on white; 16-bit grey is divided by 257; CMYK and palettes become RGB.
+    Transparent pixels are blended with white; 16-bit grey is divided by 257; CMYK and palettes become RGB.
 
     Raises:
         OSError: not a picture, or cut short.
@@ -100,7 +100,7 @@ def decode_file(data: bytes) -> np.ndarray:
         ImageOps.exif_transpose(image, in_place=True)
     except (OSError, ValueError):
         raise
-    except Exception as error:  # Pillow's plugins raise whatever they stumble on in a damaged file
+    except Exception as error:  # Pillow's plugins raise any kind of exception on damaged files
         raise OSError(None, f"{type(error).__name__}: {error}") from None
     return _array(_eight_bit(image))
 

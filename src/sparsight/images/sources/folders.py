@@ -39,7 +39,7 @@ class Folder(_Files):
         roots: list[tuple[Path, str | None]] = [(self.path / name, name) for name in splits] or [(self.path, None)]
         suffixes = Image.registered_extensions()
         items: list[Item] = []
-        others: list[Path] = []
+        stray: list[Path] = []
         for root, split in roots:
             for entry in sorted(root.iterdir()):
                 files = sorted(entry.rglob("*")) if entry.is_dir() else [entry]
@@ -47,11 +47,11 @@ class Folder(_Files):
                     if entry.is_dir() and file.suffix.lower() in suffixes:
                         items.append(Item(file.as_posix(), entry.name, split))
                     elif not file.is_dir():
-                        others.append(file)
+                        stray.append(file)
         if splits:
-            others += sorted(entry for entry in self.path.iterdir() if entry.name not in splits)
-        if others:
-            log(f"images: {len(others)} entries of {self.path} are no images in a class folder, e.g. {others[0].name}")
+            stray += sorted(entry for entry in self.path.iterdir() if entry.name not in splits)
+        if stray:
+            log(f"images: {len(stray)} entries of {self.path} are no images in a class folder, e.g. {stray[0].name}")
         if not items:
             raise SparsightError(f"{self.path}: no images found; expected {self.path}/<class>/<image>")
         return items
@@ -79,7 +79,7 @@ class Cub200(_Files):
 
     @cached_property
     def _classes(self) -> dict[str, str]:
-        """Class number -> readable name: ``001.Black_footed_Albatross`` is ``Black footed Albatross``."""
+        """Class number -> readable name: ``001.Black_footed_Albatross`` becomes ``Black footed Albatross``."""
         return {key: name.partition(".")[2].replace("_", " ") for key, name in self._table("classes.txt").items()}
 
     def _table(self, name: str) -> dict[str, str]:
@@ -109,7 +109,7 @@ class TinyImageNet(_Files):
         return items
 
     def class_names(self) -> list[str]:
-        """The first word of each synset; two synsets with one first word get their number beside it."""
+        """First name of each synset; synsets that share a first name get their WordNet id appended."""
         words = dict(line.split("\t", 1) for line in _lines(self.path / "words.txt") if "\t" in line)
         names = [words.get(wnid, wnid).split(",")[0].strip() for wnid in self._wnids]
         return [
@@ -142,9 +142,9 @@ def _name(names: dict[str, str], key: str, path: Path) -> str:
 
 
 def _same_keys(path: Path, tables: Mapping[str, Mapping[str, object]]) -> None:
-    """Every table must list the same images."""
-    (first, keys), *others = tables.items()
-    for name, table in others:
+    """Check that every table lists the same images."""
+    (first, keys), *rest = tables.items()
+    for name, table in rest:
         missing: Iterable[str] = keys.keys() ^ table.keys()
         if missing:
             raise SparsightError(

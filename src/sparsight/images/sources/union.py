@@ -1,4 +1,4 @@
-"""Several data sets as one."""
+"""A union of several data sets."""
 
 import dataclasses
 from collections import defaultdict
@@ -14,7 +14,7 @@ from sparsight.images.sources.single import SINGLE
 class Union(Reopening):
     """Members in the order of the path, ``<source>:<path> + <source>:<path>``; a uri is ``<member>:<member's uri>``.
 
-    Classes of equal names are one class. Each member keeps its own splits.
+    Classes with equal names are merged. Each member keeps its own splits.
     """
 
     def __init__(self, path: str | None) -> None:
@@ -33,32 +33,32 @@ class Union(Reopening):
         return list(dict.fromkeys(name for member in self._members for name in member.class_names()))
 
     def reader(self, uris: Iterable[str]) -> Reader:
-        """What each member reads its own images with."""
-        own: dict[int, list[str]] = defaultdict(list)
+        """A reader that passes each image to its member's own reader."""
+        by_member: dict[int, list[str]] = defaultdict(list)
         for number, uri in map(_split, uris):
-            own[number].append(uri)
-        return _Readers({number: self._members[number].reader(uris) for number, uris in own.items()})
+            by_member[number].append(uri)
+        return _Readers({number: self._members[number].reader(uris) for number, uris in by_member.items()})
 
     def read(self, uri: str) -> bytes:
-        number, own = _split(uri)
-        return self._members[number].read(own)
+        number, member_uri = _split(uri)
+        return self._members[number].read(member_uri)
 
     def decode(self, uri: str, data: bytes) -> np.ndarray:
-        number, own = _split(uri)
-        return self._members[number].decode(own, data)
+        number, member_uri = _split(uri)
+        return self._members[number].decode(member_uri, data)
 
 
 class _Readers:
-    """The members' readers, by number."""
+    """The members' readers, by the member's number."""
 
     def __init__(self, readers: dict[int, Reader]) -> None:
         self._readers = readers
 
     def read(self, uri: str) -> bytes:
-        number, own = _split(uri)
-        return self._readers[number].read(own)
+        number, member_uri = _split(uri)
+        return self._readers[number].read(member_uri)
 
 
 def _split(uri: str) -> tuple[int, str]:
-    number, _, own = uri.partition(":")
-    return int(number), own
+    number, _, member_uri = uri.partition(":")
+    return int(number), member_uri

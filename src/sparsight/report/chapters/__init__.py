@@ -1,1 +1,1 @@
-"""What each chapter of the page says: numbers read from the run's files, and the chapter's figures."""
+"""The chapters of the page: numbers read from the run's files, and figures."""

@@ -1,4 +1,4 @@
-"""What the page says of a backbone."""
+"""The chapter on a backbone."""
 
 import json
 from pathlib import Path
@@ -8,7 +8,7 @@ from sparsight.report.figures import backbones as figures
 
 
 def chapter(folder: Path) -> dict[str, Any]:
-    """The chapter's facts and its figure, from the folder of the backbone stage."""
-    about = json.loads((folder / "config.json").read_text())
+    """The chapter's metadata and figure, from the folder of the backbone."""
+    metadata = json.loads((folder / "config.json").read_text())
     svg = figures.training(folder)
-    return {"name": folder.name, "about": about, "figures": {f"backbone-{folder.name}": svg} if svg else {}}
+    return {"name": folder.name, "about": metadata, "figures": {f"backbone-{folder.name}": svg} if svg else {}}

@@ -1,4 +1,4 @@
-"""What the latent browser shows: for each SAE its latents, and the test images that activate them most.
+"""Content of the latent browser: for each SAE its latents, and the test images that activate them most.
 
 Shapes: B images at a time, N test images, P patches, F latents (d_sae).
 """
@@ -23,17 +23,17 @@ from sparsight.sae.inputs import SaeInputs
 from sparsight.sae.resae import ReSAE
 
 _SIDE = 56  # pixels of a thumbnail
-_BYTES = 9_000_000  # of thumbnails and heat maps; the page stays under 15 MB
-_ENTRIES = 2**25  # of dense codes at a time
+_BYTES = 9_000_000  # space for thumbnails and heat maps; the page stays under 15 MB
+_ENTRIES = 2**25  # largest number of entries of dense codes at a time
 
 
 class Browser:
-    """Collects what the page needs; every image is kept once, however many latents show it.
+    """Collects the data for the page. Every image is stored once, however many latents show it.
 
     Args:
         manifest: the images of the run.
-        n_latents: latents of each SAE, those that select for a class most.
-        n_images: images of each latent.
+        n_latents: latents per SAE, those of the highest class selectivity.
+        n_images: images per latent.
     """
 
     def __init__(self, manifest: Manifest, n_latents: int, n_images: int) -> None:
@@ -47,23 +47,23 @@ class Browser:
     def add(
         self, name: str, folder: Path, chain: ReSAE | None, store: ActivationStore, device: torch.device, share: float
     ) -> None:
-        """Take in one SAE, with at most ``share`` of the space for images.
+        """Add one SAE.
 
         Args:
-            name: what the page calls it.
-            folder: its files.
-            chain: the chain that it is part of, if any.
+            name: name of the SAE on the page.
+            folder: folder with its files.
+            chain: the chain that it belongs to, if any.
             store: activations of the test split.
-            device: where codes are computed.
-            share: of the space for images.
+            device: device for computing codes.
+            share: share of the space for images after which no more latents are added.
         """
-        one = load(folder).to(device)
+        sae = load(folder).to(device)
         rows = tables.read(folder / "latents.parquet")
-        seen = SaeInputs(store, one.about["site"], device, chain)
-        values_FK, images_FK = top_images(one, seen, len(self.split), self.n_images)
+        inputs = SaeInputs(store, sae.about["site"], device, chain)
+        values_FK, images_FK = top_images(sae, inputs, len(self.split), self.n_images)
         limit, shown = self._bytes + share * _BYTES, []
         fires = [row for row in rows if not np.isnan(row["selectivity"])]
-        # One that fires on an image or two selects for their class perfectly, by chance: those come last.
+        # A latent that fires on an image or two is perfectly selective for their class by chance. Those come last.
         rare = (values_FK > 0).sum(axis=1) < self.n_images
         fires.sort(key=lambda row: (rare[row["latent"]], -row["selectivity"], row["latent"]))
         for row in fires[: self.n_latents]:
@@ -71,14 +71,14 @@ class Browser:
                 break
             active = values_FK[row["latent"]] > 0
             images = images_FK[row["latent"]][active]
-            heats = _heats(one, seen, images, row["latent"])
-            self._bytes += sum(4 * len(heat) for heat in heats if heat)  # digits and commas
+            heats = _heats(sae, inputs, images, row["latent"])
+            self._bytes += sum(4 * len(heat) for heat in heats if heat)  # up to three digits and a comma each
             top = [
                 {"image": self._placed(int(image)), "activation": round(float(value), 4), "heat": heat}
                 for image, value, heat in zip(images, values_FK[row["latent"]][active], heats, strict=True)
             ]
             shown.append({**_facts(row), "top": top})
-        self.saes[name] = {"site": one.about["site"], "latents": shown, "total": len(rows)}
+        self.saes[name] = {"site": sae.about["site"], "latents": shown, "total": len(rows)}
 
     def data(self) -> dict[str, Any]:
         """The content of the page's JSON."""
@@ -91,7 +91,7 @@ class Browser:
         }
 
     def _placed(self, image: int) -> int:
-        """Where the image stands in the page's list."""
+        """Index of the image in the page's list, to which it is added if missing."""
         if image not in self._place:
             self._place[image] = len(self._thumbnails)
             self._thumbnails.append(thumbnail(self.split, image))
@@ -119,7 +119,7 @@ def _facts(row: dict[str, Any]) -> dict[str, Any]:
 def top_images(one: SAE, seen: SaeInputs, n: int, k: int) -> tuple[np.ndarray, np.ndarray]:
     """The k images with the largest activation of each latent, largest first: values and image numbers, (F, k).
 
-    An image's activation is the largest of its tokens'; of equal ones the earlier image comes first.
+    An image's activation is the largest over its tokens. Among equal activations the earlier image comes first.
     """
     values = np.zeros((one.d_sae, 0), np.float32)
     images = np.zeros((one.d_sae, 0), np.int64)
@@ -139,7 +139,7 @@ def _codes(one: SAE, seen: SaeInputs, images: slice) -> Tensor:
 
 @torch.no_grad()
 def _heats(one: SAE, seen: SaeInputs, images: np.ndarray, latent: int) -> list[list[int] | None]:
-    """Of each image the latent's activation on every patch, 0 to 255; None where patches are not stored."""
+    """For each image, the latent's activation on every patch, from 0 to 255; None if there is no square of patches."""
     patches = seen.groups.get("patches", [])
     if not patches or len(patches) != round(len(patches) ** 0.5) ** 2:
         return [None] * len(images)
@@ -152,7 +152,7 @@ def _heats(one: SAE, seen: SaeInputs, images: np.ndarray, latent: int) -> list[l
 
 
 def thumbnail(split: Split, row: int) -> bytes:
-    """A data URI of at most _SIDE pixels a side; small pictures are left to the browser to enlarge."""
+    """The image as a data URI, at most _SIDE pixels a side. Smaller pictures keep their size."""
     picture = split.picture(row)
     image = Image.fromarray(picture[:, :, 0] if picture.shape[2] == 1 else picture)
     small = max(image.size) <= _SIDE

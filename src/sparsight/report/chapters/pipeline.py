@@ -1,4 +1,4 @@
-"""What a run consisted of, stage by stage, and what each part of it read."""
+"""The stages of a run, and what each of their parts reads."""
 
 import json
 from pathlib import Path
@@ -16,39 +16,43 @@ class Part(NamedTuple):
 
 
 class Stage(NamedTuple):
-    """A row of boxes, which read those of the rows above."""
+    """A row of boxes, which read the boxes of the rows above."""
 
     name: str
     section: str
-    """Where the page says more; empty where it does not."""
+    """The section of the page with details; empty if there is none."""
     parts: list[Part]
 
 
 def stages(manifest: Manifest, inputs: dict[str, Any]) -> list[Stage]:
-    """The stages in order, without those that made nothing.
+    """The stages in order, without empty ones.
 
     Args:
-        manifest: of the images.
-        inputs: paths by name, as of :func:`sparsight.report.page.write_page`.
+        manifest: the manifest of the images.
+        inputs: paths by name, as for :func:`sparsight.report.page.write_page`.
     """
     backbones = {path.parent.name: _read(path) for path in inputs["backbones"]}
     stores = {path.parent.name: _read(path) for path in inputs["stores"]}
     saes = [_read(path.with_name("config.json")) for path in inputs["saes"]]
     saes += [_read(next(path.parent.glob("*/config.json"))) for path in inputs["chains"]]
     steerings = [(path.stem, _read(path.with_suffix(".json"))) for path in inputs["steerings"]]
-    sections = {_section(about["name"]): about["training"] for about in saes}
-    steered = {_section(name): about for name, about in steerings}
+    sections = {_section(metadata["name"]): metadata["training"] for metadata in saes}
+    steered = {_section(name): metadata for name, metadata in steerings}
     source = Part(manifest.about["source"], f"{len(manifest.table):,} images, {len(manifest.classes)} classes", "")
-    found = [
+    all_stages = [
         Stage("Images", "", [source]),
-        Stage("Backbones", "backbones", [_backbone(name, about) for name, about in backbones.items()]),
-        Stage("Activations", "", [_store(name, about) for name, about in stores.items()]),
+        Stage("Backbones", "backbones", [_backbone(name, metadata) for name, metadata in backbones.items()]),
+        Stage("Activations", "", [_store(name, metadata) for name, metadata in stores.items()]),
         Stage("SAEs", "saes", [_sae(name, section) for name, section in sections.items()]),
-        Stage("Steering", "steering", [Part(name, about["kind"], about["sae"]) for name, about in steered.items()]),
+        Stage(
+            "Steering",
+            "steering",
+            [Part(name, metadata["kind"], metadata["sae"]) for name, metadata in steered.items()],
+        ),
         Stage("Head policies", "pruning", [_policy(path) for path in inputs["policies"]]),
         Stage("Report", "", [Part("this page", "and metrics.json, the numbers alone", "all of these")]),
     ]
-    return [stage for stage in found if stage.parts]
+    return [stage for stage in all_stages if stage.parts]
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -56,7 +60,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _section(name: str) -> str:
-    """The section of the configuration that one of its seeds belongs to."""
+    """The section of the configuration, from the name of one of its seeds."""
     return name.rpartition("-s")[0]
 
 
@@ -79,9 +83,11 @@ def _sae(name: str, section: dict[str, Any]) -> Part:
 
 
 def _policy(path: Path) -> Part:
-    about, metrics = _read(path.with_name("config.json")), _read(path)
+    metadata, metrics = _read(path.with_name("config.json")), _read(path)
     saes = dict.fromkeys(map(_section, metrics["fvu_on_pruned_stream"]))
-    return Part(about["name"], f"decides in {_count(about['blocks'], 'block')}", ", ".join([about["backbone"], *saes]))
+    return Part(
+        metadata["name"], f"decides in {_count(metadata['blocks'], 'block')}", ", ".join([metadata["backbone"], *saes])
+    )
 
 
 def _count(things: list[Any], name: str) -> str:

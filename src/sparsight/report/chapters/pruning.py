@@ -1,4 +1,4 @@
-"""What the page says of a head policy."""
+"""The chapter on a head policy."""
 
 import json
 from pathlib import Path
@@ -39,7 +39,7 @@ def chapter(folder: Path) -> dict[str, Any]:
 
 
 def _over_seeds(key: tuple[str, str], rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """One line of the headline table: the mean over SAE seeds and, where there are several, the range."""
+    """One row of the headline table: mean and range over SAE seeds."""
     line: dict[str, Any] = {"strategy": key[0], "labels": key[1], "strength": rows[0]["strength"], "n": rows[0]["n"]}
     line |= {"saes": len(rows) if rows[0]["sae"] else 0, "latents": rows[0]["latents"]}
     for name in ("accuracy", "lo", "hi", "delta", "delta_lo", "delta_hi", "usage_last", "usage_all", "macs"):
@@ -50,7 +50,10 @@ def _over_seeds(key: tuple[str, str], rows: list[dict[str, Any]]) -> dict[str, A
 
 
 def _verdicts(matched: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """Class latents with deployable labels, and the controls by how they compare at that usage; None without any."""
+    """Class latents with deployable labels, and the controls by how class latents compare with them at equal usage.
+
+    None if there are no deployable labels.
+    """
     rows = [row for row in matched if row["labels"] == _DEPLOYABLE]
     if not rows:
         return None
@@ -64,6 +67,6 @@ def _verdicts(matched: list[dict[str, Any]]) -> dict[str, Any] | None:
 
 
 def _subsets(rows: list[dict[str, Any]], counted: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Class latents of the first SAE, class by class, with the false positives of the same configuration."""
-    own = [{**line, **row} for row, line in zip(rows, counted, strict=True) if row["strategy"] == _MAIN]
-    return [row for row in own if row["sae"] == own[0]["sae"]]
+    """Class latents of the first SAE by class, with the false positives of the same configuration."""
+    main_rows = [{**line, **row} for row, line in zip(rows, counted, strict=True) if row["strategy"] == _MAIN]
+    return [row for row in main_rows if row["sae"] == main_rows[0]["sae"]]

@@ -1,4 +1,4 @@
-"""What the page says of SAEs and of chains: by section, its seeds taken together."""
+"""The chapter on SAEs and chains, by section, with the seeds of a section averaged."""
 
 import json
 from collections.abc import Iterable
@@ -11,7 +11,7 @@ from sparsight.report.comparisons import comparisons
 from sparsight.report.figures import saes as figures
 
 Metrics = dict[str, dict[str, float]]
-"""By metric that every seed has, its mean over them (see :func:`mean_of_seeds`)."""
+"""For each metric that every seed has, its mean over seeds (see :func:`mean_of_seeds`)."""
 
 
 def chapter(saes: Iterable[Path], chains: Iterable[Path], stabilities: Iterable[Path]) -> dict[str, Any]:
@@ -30,9 +30,9 @@ def chapter(saes: Iterable[Path], chains: Iterable[Path], stabilities: Iterable[
     for row in chained:
         first = row["folders"][0]
         drawn[f"chain-{row['name']}"] = figures.training({site: first / site for site in row["sites"]}, "fvu_residual")
-    for one in comparisons({name: row["about"] for name, row in sections.items()}):
-        draw = {"tradeoff": figures.tradeoff, "depth": figures.depth, "chains": figures.chains}[one.kind]
-        drawn[f"{one.kind}-{one.name}"] = draw([sections[name] for name in one.members])
+    for comparison in comparisons({name: row["about"] for name, row in sections.items()}):
+        draw = {"tradeoff": figures.tradeoff, "depth": figures.depth, "chains": figures.chains}[comparison.kind]
+        drawn[f"{comparison.kind}-{comparison.name}"] = draw([sections[name] for name in comparison.members])
     return {
         "sections": singles,
         "chains": chained,
@@ -42,7 +42,7 @@ def chapter(saes: Iterable[Path], chains: Iterable[Path], stabilities: Iterable[
 
 
 def _sections(folders: Iterable[Path]) -> list[dict[str, Any]]:
-    """A row a section: its settings, and what was measured, of a chain also by site."""
+    """One row per section: its settings and metrics, for a chain also by site."""
     grouped: dict[str, list[Path]] = {}
     for folder in folders:
         grouped.setdefault(folder.name.rpartition("-s")[0], []).append(folder)
@@ -51,10 +51,10 @@ def _sections(folders: Iterable[Path]) -> list[dict[str, Any]]:
         config = next(path for path in (seeds[0] / "config.json", *seeds[0].glob("*/config.json")) if path.is_file())
         settings: dict[str, Any] = json.loads(config.read_text())["training"]
         settings = {key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()}
-        about = Sae(**settings)
-        row = {"name": name, "about": about, "folders": seeds, "metrics": _over_seeds(seeds)}
-        if about.sites:
-            row["sites"] = {site: _over_seeds([folder / site for folder in seeds]) for site in about.sites}
+        section = Sae(**settings)
+        row = {"name": name, "about": section, "folders": seeds, "metrics": _over_seeds(seeds)}
+        if section.sites:
+            row["sites"] = {site: _over_seeds([folder / site for folder in seeds]) for site in section.sites}
         rows.append(row)
     return rows
 
@@ -66,6 +66,6 @@ def _over_seeds(folders: list[Path]) -> Metrics:
 
 
 def _stability(path: Path) -> list[dict[str, Any]]:
-    """A row per site: what the SAEs of a section have in common over its seeds."""
+    """One row per site: how well the features of a section's seeds match."""
     name, sites = path.stem.removesuffix("-stability"), json.loads(path.read_text())["sites"]
-    return [{"name": name, "site": site, **found} for site, found in sites.items()]
+    return [{"name": name, "site": site, **metrics} for site, metrics in sites.items()]

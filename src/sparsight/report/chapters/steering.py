@@ -1,4 +1,4 @@
-"""What the page says of a steering result."""
+"""The chapter on a steering result."""
 
 import json
 from pathlib import Path
@@ -22,11 +22,11 @@ def chapter(path: Path, transfers: list[Path]) -> dict[str, Any]:
         "rows": [row for row in rows if row["split"] == "test"],
         "summary": summary,
         "figures": {f"steering-{path.stem}": figures.steering(rows, classes, summary["gate"])},
-        "elsewhere": {file.stem: _elsewhere(file) for file in transfers if file.parent.name == path.stem},
+        "elsewhere": {file.stem: _transfer(file) for file in transfers if file.parent.name == path.stem},
     }
 
 
-def _elsewhere(path: Path) -> dict[str, Any]:
+def _transfer(path: Path) -> dict[str, Any]:
     """VS2 on another data set: its rows with and without steering, and the gate's curve."""
     rows = {row["method"]: row for row in tables.read(path.with_suffix(".parquet"))}
     steered = rows.get("vs2") or rows["vs2-pass"]

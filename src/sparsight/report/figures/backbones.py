@@ -1,4 +1,4 @@
-"""The figure of a backbone's training, as SVG text that is the same in equal runs."""
+"""The figure of a backbone's training, as SVG text that is identical in equal runs."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The figures of the pruning chapter, as SVG text that is the same in equal runs."""
+"""The figures of the pruning chapter, as SVG text that is identical in equal runs."""
 
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,7 @@ from safetensors.numpy import load_file
 
 from sparsight.report.figures.svg import svg
 
-# Okabe and Ito's palette; controls that share a colour differ in their marker.
+# Okabe and Ito's palette. Strategies of the same colour differ in their marker.
 _STYLES = {
     "class-latents": ("#0072B2", "o"),
     "class-latents-in-stream": ("#000000", "o"),
@@ -28,9 +28,9 @@ _BOUNDS = {"none": "s", "skip-block": "1", "zero-heads": "2", "all-heads": "3"}
 
 
 def frontiers(rows: list[dict[str, Any]], unpruned: float) -> str:
-    """The frontiers of val as test sees them, one panel per kind of label; large markers were chosen on val.
+    """Frontiers chosen on val, evaluated on test, with one panel per kind of label.
 
-    The bar is the 95 % interval of class latents.
+    Large markers show the points chosen on val. The bar is the 95 % interval of class latents.
     """
     test = [row for row in rows if row["split"] == "test"]
     kinds = [kind for kind in ("probe", "predicted", "oracle") if any(row["labels"] == kind for row in test)]
@@ -38,14 +38,14 @@ def frontiers(rows: list[dict[str, Any]], unpruned: float) -> str:
     axes = figure.subplots(1, max(1, len(kinds)), sharey=True, squeeze=False)[0]
     for axis, kind in zip(axes, kinds or ["none"], strict=True):
         for name, (colour, marker) in _STYLES.items():
-            own = [row for row in test if row["strategy"] == name and row["labels"] in (kind, "none")]
-            line = sorted((row for row in own if row["on_frontier"]), key=lambda row: row["usage"])
+            strategy_rows = [row for row in test if row["strategy"] == name and row["labels"] in (kind, "none")]
+            line = sorted((row for row in strategy_rows if row["on_frontier"]), key=lambda row: row["usage"])
             style = {"color": colour, "marker": marker, "linewidth": 1}
-            label = name if own else None
+            label = name if strategy_rows else None
             axis.plot([r["usage"] for r in line], [r["accuracy"] for r in line], markersize=3, label=label, **style)
-            for row in (row for row in own if row["chosen"]):
+            for row in (row for row in strategy_rows if row["chosen"]):
                 axis.plot(row["usage"], row["accuracy"], markersize=8, **style)
-                if name == "class-latents":  # of all of them the bars would hide the points
+                if name == "class-latents":  # bars of all strategies would hide the points
                     bars = [[row["accuracy"] - row["lo"]], [row["hi"] - row["accuracy"]]]
                     axis.errorbar(row["usage"], row["accuracy"], yerr=bars, capsize=3, color=colour)
         for row in (row for row in test if row["strategy"] in _BOUNDS):

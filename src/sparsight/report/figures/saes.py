@@ -1,4 +1,4 @@
-"""The figures of the chapter on SAEs. A row is what :mod:`sparsight.report.saes` makes of a section."""
+"""The figures of the chapter on SAEs. A row is a section, as in :mod:`sparsight.report.chapters.saes`."""
 
 import json
 from pathlib import Path
@@ -13,17 +13,17 @@ from sparsight.common import sites
 from sparsight.config import Sae
 from sparsight.report.figures.svg import svg
 
-# Okabe and Ito's palette: told apart with any colour vision; a style of line tells those apart that share a colour.
+# Okabe and Ito's palette, distinguishable with any colour vision. Lines of the same colour differ in their style.
 _CYCLE = ("#0072B2", "#E69F00", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#000000")
 _MARKERS = "osD^vPX*"
 _WAYS = {"forced": "o", "unchained": "s", "online": "D"}
 
 
 def training(folders: dict[str, Path], level: str) -> str:
-    """FVU on the training batches; of a few SAEs also the test FVU (``level`` of its metrics) and PCA's, as levels."""
+    """FVU on the training batches; for few SAEs also levels of the test FVU (metric ``level``) and of PCA's FVU."""
     figure = Figure(figsize=(7.6, max(3, 0.2 * len(folders))), layout="constrained")
     axis, components = figure.subplots(), set()
-    few = len(folders) <= len(_CYCLE)  # more levels than colours tell nobody anything; the table has them all
+    few = len(folders) <= len(_CYCLE)  # more levels than colours are not readable; the table has all numbers
     for i, (name, folder) in enumerate(folders.items()):
         lines = [json.loads(line) for line in (folder / "training.jsonl").read_text().splitlines()]
         style: dict[str, Any] = {
@@ -34,7 +34,7 @@ def training(folders: dict[str, Path], level: str) -> str:
         if few:
             metrics = json.loads((folder / "metrics.json").read_text())
             axis.axhline(metrics[level], color=_colour(i), linestyle="--", linewidth=1)
-            components.add(metrics["fvu_pca_k"])  # SAEs of one site and k share it
+            components.add(metrics["fvu_pca_k"])  # the same for all SAEs of one site and k
     for pca in sorted(components):
         axis.axhline(pca, color="#666666", linestyle=":", linewidth=1)
     if few:
@@ -47,25 +47,25 @@ def training(folders: dict[str, Path], level: str) -> str:
 
 
 def tradeoff(rows: list[dict[str, Any]]) -> str:
-    """FVU against active latents and against the encoder's work, for SAEs of one site."""
+    """FVU against active latents and against the encoder's multiply-accumulates, for SAEs of one site."""
     figure = Figure(figsize=(10, 3.8), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
-    seen = [(_kind(row["about"]), row["about"].k) for row in rows]
+    kinds_and_k = [(_kind(row["about"]), row["about"].k) for row in rows]
     kinds: dict[str, list[dict[str, Any]]] = {}
     for row in sorted(rows, key=lambda row: row["about"].k):
         key = _kind(row["about"]), row["about"].k
-        kinds.setdefault(key[0] if seen.count(key) == 1 else row["name"], []).append(row)
-    numbers = sorted({row["about"].k for row in rows})
+        kinds.setdefault(key[0] if kinds_and_k.count(key) == 1 else row["name"], []).append(row)
+    k_values = sorted({row["about"].k for row in rows})
     for i, (kind, group) in enumerate(kinds.items()):
         line = ("-", "--", ":")[i // len(_CYCLE) % 3]
         _bars(left, [row["metrics"]["l0"]["mean"] for row in group], group, "fvu", label=kind, color=_colour(i),
               linestyle=line, marker=".")  # fmt: skip
         for row in group:
-            marker = _MARKERS[numbers.index(row["about"].k) % len(_MARKERS)]
+            marker = _MARKERS[k_values.index(row["about"].k) % len(_MARKERS)]
             _bars(right, [row["metrics"]["macs_encode"]["mean"]], [row], "fvu", color=_colour(i), marker=marker,
                   fillstyle="none" if line != "-" else "full", linestyle="")  # fmt: skip
-    for k in numbers:
-        marker = _MARKERS[numbers.index(k) % len(_MARKERS)]
+    for k in k_values:
+        marker = _MARKERS[k_values.index(k) % len(_MARKERS)]
         right.plot([], [], color="#666666", marker=marker, linestyle="", label=f"k = {k}")
     left.set(xscale="log", yscale="log", xlabel="active latents (L0)", ylabel="FVU on test")
     right.set(xscale="log", xlabel="multiply-accumulates of the encoder, per activation")
@@ -76,7 +76,7 @@ def tradeoff(rows: list[dict[str, Any]]) -> str:
 
 
 def depth(rows: list[dict[str, Any]]) -> str:
-    """FVU, probing and accuracy with the reconstruction in place, by block, for one kind of SAE at many sites."""
+    """FVU, probing accuracy and accuracy with spliced reconstructions by block, for one kind of SAE at many sites."""
     panels = {"fvu": "FVU on test", "probing_sae_5": "accuracy of 5 latents a class",
               "accuracy_spliced": "accuracy, reconstruction in place"}  # fmt: skip
     figure = Figure(figsize=(10.5, 3.2), layout="constrained")
@@ -95,14 +95,14 @@ def depth(rows: list[dict[str, Any]]) -> str:
 
 
 def chains(rows: list[dict[str, Any]]) -> str:
-    """What chains over the same sites keep of each activation, do to the model, and repeat between layers."""
+    """Chains over the same sites: FVU of each activation, KL of the predictions, redundancy between layers."""
     figure = Figure(figsize=(10.5, 3.6), layout="constrained")
     by_site, by_way, by_kind = figure.subplots(1, 3)
     places, names = list(rows[0]["about"].sites), [row["name"] for row in rows]
     for i, row in enumerate(rows):
         for key, line in (("fvu", "-"), ("fvu_unchained", ":")):
-            own = [row["sites"][site][key] for site in places]
-            by_site.errorbar(range(len(places)), [m["mean"] for m in own], [m.get("half", 0) for m in own], capsize=2,
+            fvus = [row["sites"][site][key] for site in places]
+            by_site.errorbar(range(len(places)), [m["mean"] for m in fvus], [m.get("half", 0) for m in fvus], capsize=2,
                              color=_colour(i), linestyle=line, label=row["name"] if line == "-" else None)  # fmt: skip
         for w, (way, marker) in enumerate(_WAYS.items()):
             if f"kl_{way}" in row["metrics"]:
@@ -134,7 +134,7 @@ def _bars(axis: Axes, x: list[float], rows: list[dict[str, Any]], key: str, **st
 
 
 def _plain(*axes: Axis) -> None:
-    """Plain numbers along logarithmic axes, where powers of ten would be few and in the way."""
+    """Label logarithmic axes with plain numbers, because they span few powers of ten."""
     for axis in axes:
         axis.set_minor_locator(LogLocator(subs=(2, 3, 5)))
         axis.set_major_formatter("{x:,.10g}")

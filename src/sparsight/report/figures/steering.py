@@ -1,4 +1,4 @@
-"""The figures of steering, as SVG text that is the same in equal runs."""
+"""The figures of steering, as SVG text that is identical in equal runs."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ from matplotlib.figure import Figure
 
 from sparsight.report.figures.svg import svg as _svg
 
-# Okabe and Ito's palette: told apart with any colour vision.
+# Okabe and Ito's palette, distinguishable with any colour vision.
 _COLOURS = {
     "none": "#000000",
     "reconstruct": "#999999",
@@ -29,7 +29,7 @@ _MARKERS = {"none": "s", "predicted": "o", "oracle": "^"}
 
 
 def steering(rows: list[dict[str, Any]], classes: list[dict[str, Any]], gate: list[dict[str, Any]]) -> str:
-    """Accuracy against strength on val, the gate's curve on test where there is one, and test gains by class."""
+    """Accuracy against strength on val, gains by class on test and, if there is a gate, its curve on test."""
     figure = Figure(figsize=(10.5, 3.9), layout="constrained")
     axes = figure.subplots(1, 3 if gate else 2, squeeze=False)[0]
     val = [row for row in rows if row["split"] == "val"]
@@ -41,7 +41,8 @@ def steering(rows: list[dict[str, Any]], classes: list[dict[str, Any]], gate: li
         else:
             axes[0].plot([r["strength"] for r in group], [r["accuracy"] for r in group], label=label, **style)
     axes[0].set(title="val: every strength", xlabel="strength", ylabel="accuracy")
-    figure.legend(loc="outside lower center", ncols=5, frameon=False, fontsize=7)  # too many for a corner of the axes
+    # Below the axes, because the entries are too many for a corner.
+    figure.legend(loc="outside lower center", ncols=5, frameon=False, fontsize=7)
     main = next(row["method"] for row in val if row["method"] not in ("none", "reconstruct"))
     shown = [row for row in classes if row["method"] not in ("none", "reconstruct") and row["labels"] != "oracle"]
     names = list(dict.fromkeys(row["class_name"] for row in classes))

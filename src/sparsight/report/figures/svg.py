@@ -1,4 +1,4 @@
-"""A figure as SVG text that is the same in equal runs."""
+"""Figures as SVG text that is identical in equal runs."""
 
 import io
 
@@ -11,7 +11,7 @@ matplotlib.rcParams.update(
 
 
 def svg(figure: Figure) -> str:
-    """The figure, from its first tag on."""
+    """The figure as SVG text, from its ``<svg`` tag on."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None})
     text = buffer.getvalue()

@@ -1,1 +1,1 @@
-"""What SAEs are worth on stored activations, by subject: docs/evaluation.md has every formula."""
+"""Metrics of SAEs on stored activations, by subject. docs/evaluation.md has every formula."""

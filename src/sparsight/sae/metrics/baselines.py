@@ -1,4 +1,4 @@
-"""What an SAE is compared with: ways to write an activation as a few weighted features, and back.
+"""Baselines of an SAE: other ways to encode an activation as a few weighted features, and to decode it.
 
 Shapes: B batch, D width (d_in), F features (d_sae), K active features (k).
 """
@@ -13,7 +13,7 @@ from torch import Tensor
 from sparsight.sae.base import SAE, create
 from sparsight.sae.metrics.sparse_codes import Matrix, from_codes, from_entries, times
 
-_MAX_CLUSTERS = 512  # of k-means: more take minutes, and have too few rows each
+_MAX_CLUSTERS = 512  # of k-means; more would take minutes and have too few rows each
 _ROWS_PER_CLUSTER = 8
 
 
@@ -25,42 +25,42 @@ class Method:
     encode: Callable[[Tensor], Matrix]
     """From activations (B, D) to a CSR array (B, F)."""
     rows: np.ndarray
-    """What a feature of value 1 adds to the reconstruction, float32 (F, D)."""
+    """What each feature adds to the reconstruction per unit of its value, float32 (F, D)."""
     offset: np.ndarray
     """float32 (D,)."""
     macs_encode: int
     """Multiply-accumulates of encoding an activation."""
     macs_per_active: int
-    """And of decoding it, for each active feature."""
+    """Multiply-accumulates of decoding, per active feature."""
 
     def decode(self, z: Matrix) -> np.ndarray:
         """Reconstructions (B, D)."""
         return times(z, self.rows) + self.offset
 
     def macs(self, l0: float) -> float:
-        """Multiply-accumulates of an activation with ``l0`` active features, there and back."""
+        """Multiply-accumulates of encoding and decoding an activation with ``l0`` active features."""
         return self.macs_encode + l0 * self.macs_per_active
 
 
 def of_sae(sae: SAE) -> Method:
-    """The SAE itself."""
+    """The SAE as a method."""
     rows, offset = (p.detach().float().cpu().numpy() for p in (sae.W_dec, sae.b_dec))
     return Method("sae", lambda x: from_codes(sae.encode(x)), rows, offset, sae.macs_encode, sae.d_in)
 
 
 def random_dictionary(sae: SAE, x_ND: Tensor, seed: int) -> Method:
-    """TopK on rows drawn from the unit sphere, as wide and sparse as the SAE: what training must beat.
+    """TopK with random unit rows, as wide and sparse as the SAE: the baseline that training must beat.
 
-    Its reconstructions would be too long, for its rows are not orthogonal: one factor, fitted on ``x_ND``, mends that.
+    The rows are not orthogonal, so reconstructions would be too long. One factor, fitted on ``x_ND``, corrects this.
 
     Args:
-        sae: gives the shape.
+        sae: the SAE whose shape it takes.
         x_ND: training activations; their mean is the offset.
-        seed: of the rows.
+        seed: seed of the rows.
     """
-    one = create("topk", sae.d_in, sae.d_sae, sae.k, seed).to(x_ND.device).requires_grad_(False)
-    one.set_center(x_ND.mean(dim=0))
-    method = dataclasses.replace(of_sae(one), name="random")
+    random_sae = create("topk", sae.d_in, sae.d_sae, sae.k, seed).to(x_ND.device).requires_grad_(False)
+    random_sae.set_center(x_ND.mean(dim=0))
+    method = dataclasses.replace(of_sae(random_sae), name="random")
     x, x_hat = x_ND.cpu().numpy() - method.offset, times(method.encode(x_ND), method.rows)
     squares = float(np.square(x_hat, dtype=np.float64).sum())
     gain = float(np.multiply(x, x_hat, dtype=np.float64).sum()) / squares if squares else 1.0
@@ -68,7 +68,7 @@ def random_dictionary(sae: SAE, x_ND: Tensor, seed: int) -> Method:
 
 
 def pca(name: str, mean_D: Tensor, components_DK: Tensor) -> Method:
-    """Principal components, given as columns."""
+    """Projection on principal components, given as columns."""
     mean, components = mean_D.float(), components_DK.float()
     width = components.shape[1]
 
@@ -81,7 +81,7 @@ def pca(name: str, mean_D: Tensor, components_DK: Tensor) -> Method:
 
 
 def neurons(mean_D: Tensor, k: int) -> Method:
-    """The k dimensions that are farthest from their mean, as they are."""
+    """The k dimensions of the activation that are farthest from their mean, unchanged."""
     mean = mean_D.float()
 
     def encode(x: Tensor) -> Matrix:
@@ -93,18 +93,18 @@ def neurons(mean_D: Tensor, k: int) -> Method:
 
 
 def kmeans(x_ND: Tensor, clusters: int, seed: int) -> Method:
-    """The nearest of cluster centres (scikit-learn's MiniBatchKMeans): one active feature of value 1.
+    """The nearest cluster centre (scikit-learn's MiniBatchKMeans): one active feature of value 1.
 
     Args:
         x_ND: training activations.
-        clusters: how many are wanted; there are at most 512, and one for 8 rows.
-        seed: of the first centres and of the batches.
+        clusters: number of clusters, reduced to at most 512 and at most one per 8 rows.
+        seed: seed of the first centres and of the batches.
     """
-    from sklearn.cluster import MiniBatchKMeans  # slow to import, and needed here alone
+    from sklearn.cluster import MiniBatchKMeans  # slow to import, and only needed here
 
     clusters = max(1, min(clusters, _MAX_CLUSTERS, len(x_ND) // _ROWS_PER_CLUSTER))
-    # Without early stopping: it would look at a sum whose order over threads is not fixed. k-means++ would begin with
-    # thousands of tiny products, each a wait of all threads for each other, and end within 2 % of the error.
+    # No early stopping: it depends on a sum whose order over threads is not fixed. No k-means++: it needs thousands of
+    # tiny products, at each of which all threads wait for each other, and ends within 2 % of the error.
     model = MiniBatchKMeans(
         clusters, init="random", batch_size=2048, max_iter=10, n_init=1, tol=0.0, max_no_improvement=None,
         random_state=seed % 2**32, compute_labels=False,

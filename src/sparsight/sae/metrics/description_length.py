@@ -1,7 +1,8 @@
-"""Bits that the codes of an activation take, after quantisation: a description length.
+"""Description length: the bits per activation of its quantised codes.
 
-After Ayonrinde et al. 2024 (arXiv 2410.11179). Codes are rounded to multiples of one step for all features; the bits
-are the sum over features of the entropy of the rounded value, zero included: each feature has a code book of its own.
+After Ayonrinde et al. 2024 (arXiv 2410.11179). Codes are rounded to multiples of one step, the same for all features.
+The bits are the sum over features of the entropy of the rounded value, zero included. So each feature has a code book
+of its own.
 
 Shapes: B rows of a window, F features, D width.
 """
@@ -12,13 +13,13 @@ from sparsight.sae.metrics.baselines import Method
 from sparsight.sae.metrics.sparse_codes import Matrix
 
 RISE = 0.05
-"""What quantisation may add to the squared error, relative to it, on the rows on which the step is chosen."""
+"""Largest relative increase of the squared error by quantisation, on the rows on which the step is chosen."""
 _HALVINGS = 16
-_RANGE = 24.0  # steps from the largest code down to 2**-24 of it
+_RANGE = 24.0  # the finest step is 2**-24 of the largest code
 
 
 def quantised(z: Matrix, step: float) -> Matrix:
-    """Codes rounded to multiples of ``step``; what becomes zero is no entry any more."""
+    """Codes rounded to multiples of ``step``, as integers. Entries that become zero are removed."""
     out = z.copy()
     out.data = np.rint(z.data.astype(np.float64) / step)
     out.eliminate_zeros()
@@ -26,27 +27,27 @@ def quantised(z: Matrix, step: float) -> Matrix:
 
 
 def squared_error(method: Method, x_BD: np.ndarray, z: Matrix) -> float:
-    """Sum of the squared error of reconstructions from codes."""
+    """Sum of squared errors of the reconstructions from codes."""
     return float(np.square(x_BD - method.decode(z), dtype=np.float64).sum())
 
 
 def restored(symbols: Matrix, step: float) -> Matrix:
-    """Codes of quantised ones."""
+    """Codes from quantised ones."""
     out = symbols.astype(np.float32)
     out.data = (symbols.data * step).astype(np.float32)
     return out
 
 
 def step_for(method: Method, x_BD: np.ndarray, z: Matrix, target: float) -> float:
-    """The largest step, to 0.03 %, whose squared error is at most ``target``; 1 where nothing is active.
+    """The largest step, to 0.03 %, whose squared error is at most ``target``; 1 if no code is active.
 
-    By bisection, for the error grows with the step but for ripples. Where not even the finest step reaches the target
-    that one is returned, and the table shows the error that it has.
+    It is found by bisection, because the error grows with the step, apart from ripples. If even the finest step misses
+    the target, the finest step is returned, and the table shows its error.
     """
     largest = float(np.abs(z.data).max(initial=0))
     if largest == 0:
         return 1.0
-    fine, coarse = -_RANGE, 2.0  # at four times the largest code everything is zero
+    fine, coarse = -_RANGE, 2.0  # with a step of four times the largest code, every code becomes zero
     for _ in range(_HALVINGS):
         middle = (fine + coarse) / 2
         step = largest * 2**middle
@@ -58,7 +59,7 @@ def step_for(method: Method, x_BD: np.ndarray, z: Matrix, target: float) -> floa
 
 
 class Bits:
-    """How often each feature takes each rounded value."""
+    """Counts of the rounded values of each feature."""
 
     def __init__(self, width: int) -> None:
         self.n, self.width = 0, width
@@ -85,7 +86,10 @@ class Bits:
         return float(_surprise(self._counts, self.n).sum() + _surprise(silent, self.n).sum())
 
     def of_the_choice(self) -> float:
-        """Entropy of which feature is active, for codes of exactly one: nothing is said twice, as above it would be."""
+        """Entropy of which feature is active, in bits, for codes with exactly one active feature of one value.
+
+        :meth:`per_activation` would add the entropy of the silent features, which the choice already determines.
+        """
         return float(_surprise(self._counts, self.n).sum())
 
 

@@ -1,4 +1,4 @@
-"""What each latent does: how often and how strongly it fires, and for which class.
+"""How often and how strongly each latent fires, and for which class.
 
 Shapes: B rows of a window, I images, F latents (d_sae), C classes, H bins of a histogram.
 """
@@ -8,17 +8,17 @@ import numpy as np
 from sparsight.sae.metrics.sparse_codes import Matrix, by_class
 
 EDGES = 2.0 ** np.arange(-8, 3)
-"""Between the bins of a histogram, in units of the activations' standard deviation; the first bin begins at 0."""
+"""Edges between histogram bins, in units of the activations' standard deviation. The first bin begins at 0."""
 DENSE = 0.1
-"""A latent that fires on a larger share of the activations is dense."""
+"""A latent is dense if it fires on a larger share of the activations."""
 
 
 class Firing:
-    """Sums over activations, token by token.
+    """Sums over activations; every token counts as one.
 
     Args:
         d_sae: F.
-        unit: what histograms count in: the square root of the activations' variance.
+        unit: unit of the histograms: the square root of the activations' variance.
     """
 
     def __init__(self, d_sae: int, unit: float) -> None:
@@ -38,22 +38,22 @@ class Firing:
 
     @property
     def count(self) -> np.ndarray:
-        """Activations on which each latent fires, (F,)."""
+        """Number of activations on which each latent fires, (F,)."""
         return self.histogram.sum(axis=1)
 
     @property
     def frequency(self) -> np.ndarray:
-        """Their share, (F,)."""
+        """Share of activations on which each latent fires, (F,)."""
         return self.count / self.n
 
     @property
     def mean(self) -> np.ndarray:
-        """Mean activation where a latent fires, 0 where it never does, (F,)."""
+        """Mean of each latent over the activations on which it fires, (F,); 0 if it never fires."""
         return self.total / np.maximum(self.count, 1)
 
 
 class ByClass:
-    """Sums over images, class by class; an image counts with the mean of its tokens."""
+    """Sums over images, by class. The code of an image is the mean over its tokens."""
 
     def __init__(self, width: int, n_classes: int) -> None:
         self.images = np.zeros(n_classes, np.int64)
@@ -85,21 +85,23 @@ class ByClass:
 
 
 def class_columns(train: ByClass, test: ByClass) -> dict[str, np.ndarray]:
-    """The class that a latent is about, chosen on train, and how well it tells that class on test.
+    """The class of each latent, chosen on train, and how well the latent identifies that class on test.
 
-    best_class: the class with the largest mean activation on train; -1 for a latent that never fires there.
-    class_precision: of the test images on which the latent fires, the share of that class; NaN where it never fires.
-    selectivity: (a - b) / (a + b) of its mean activation a on the class's test images and b on all others (Morcos et
-    al. 2018, arXiv 1803.06959); NaN where it never fires.
+    best_class: the class with the largest mean activation on train; -1 if the latent never fires on train.
+    class_precision: the share of that class among the test images on which the latent fires.
+    selectivity: (a - b) / (a + b), with mean activation a on the class's test images and b on all others (Morcos et
+    al. 2018, arXiv 1803.06959).
+
+    The last two are NaN if the latent never fires on train or never on test.
     """
     fires = train.total.sum(axis=0) > 0
     best = np.where(fires, train.means.argmax(axis=0), -1)
-    at = (np.maximum(best, 0), np.arange(len(best)))
-    of_all, inside = test.fired.sum(axis=0), test.fired[at]
-    others = np.maximum(test.images.sum() - test.images[at[0]], 1)
-    a, b = test.means[at], (test.total.sum(axis=0) - test.total[at]) / others
-    known = fires & (of_all > 0)
+    index = (np.maximum(best, 0), np.arange(len(best)))
+    fired_all, fired_inside = test.fired.sum(axis=0), test.fired[index]
+    n_others = np.maximum(test.images.sum() - test.images[index[0]], 1)
+    a, b = test.means[index], (test.total.sum(axis=0) - test.total[index]) / n_others
+    defined = fires & (fired_all > 0)
     precision, selectivity = np.full(len(best), np.nan), np.full(len(best), np.nan)
-    precision[known] = inside[known] / of_all[known]
-    selectivity[known] = (a[known] - b[known]) / (a[known] + b[known])
+    precision[defined] = fired_inside[defined] / fired_all[defined]
+    selectivity[defined] = (a[defined] - b[defined]) / (a[defined] + b[defined])
     return {"best_class": best, "class_precision": precision, "selectivity": selectivity}

@@ -1,8 +1,8 @@
-"""Everything that is measured of SAEs on stored activations, beside baselines, in three passes over windows.
+"""All metrics of SAEs on stored activations, beside baselines, in three passes over windows of rows.
 
-Train once: moments, and sums of codes by class, which choose the features of the probes. Train again: the chosen
-features, on which the probes are fitted. Test once: all that is reported. SAEs of one shape share the passes, and the
-baselines, which are the same for all of them.
+The first pass over train collects moments, and sums of codes by class, which choose the features of the probes. The
+second pass over train collects the chosen features, on which the probes are fitted. The pass over test computes all
+that is reported. SAEs of one shape share the passes and the baselines.
 
 Shapes: D width (d_in), F latents (d_sae).
 """
@@ -29,13 +29,13 @@ from sparsight.sae.metrics.split_rows import SplitRows
 from sparsight.sae.moments import Moments
 from sparsight.sae.resae import ReSAE
 
-_SAMPLE = 4096  # rows on which quantisation steps and the random dictionary's length are fitted
-_CLUSTER_SAMPLE = 16384  # rows that k-means is fitted on
+_SAMPLE = 4096  # rows on which quantisation steps and the random dictionary's factor are fitted
+_CLUSTER_SAMPLE = 16384  # rows on which k-means is fitted
 
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-    """What :func:`measure` finds; tables as rows."""
+    """Results of :func:`measure` for one SAE; tables are lists of rows."""
 
     metrics: dict[str, Any]
     latents: list[dict[str, Any]]
@@ -48,23 +48,23 @@ def measure(
     saes: Sequence[SAE], site: str, train: ActivationStore, test: ActivationStore, labels: Mapping[str, np.ndarray],
     n_classes: int, seed: int, chain: ReSAE | None = None,
 ) -> list[Measured]:  # fmt: skip
-    """Measure SAEs on the test split, with everything that is fitted fitted on train.
+    """Measure SAEs on the test split. Baselines and probes are fitted on train.
 
     Args:
         saes: SAEs of one shape (d_in, d_sae, k), such as those of a section.
-        site: whose activations they read.
+        site: the SAEs' site.
         train: store of the train split.
         test: store of the test split.
-        labels: int (images,) of the splits ``train`` and ``test``.
-        n_classes: how many classes there are.
-        seed: of the random dictionary and of k-means.
-        chain: whose SAE it is; then what it sees is what the chain's map leaves of the site.
+        labels: classes of the images, int (images,), of the splits ``train`` and ``test``.
+        n_classes: number of classes.
+        seed: seed of the random dictionary and of k-means.
+        chain: the chain that the SAE belongs to, if any; the inputs are then residuals at the site.
 
     Returns:
-        What was found of each SAE: the same as if it had been measured alone.
+        The results of each SAE, the same as if it had been measured alone.
 
     Raises:
-        SparsightError: activations of a split that are all the same, or stores and labels of different length.
+        SparsightError: constant activations, or stores and labels of different length.
     """
     assert len({(sae.d_in, sae.d_sae, sae.k) for sae in saes}) == 1, "baselines have the shape of the SAEs"
     on_train, on_test = (
@@ -72,16 +72,16 @@ def measure(
     )
     fitted = _fit(saes, on_train, n_classes, seed)
     head, tokens = on_test.head(_SAMPLE), on_test.tokens
-    rows = Moments(["x"])
+    moments = Moments(["x"])
     references = [at_own_error(method, head, on_test.d_embedding) for method in fitted.baselines]
     trials = []
-    for own in fitted.saes:
-        board = at_own_error(own.method, head, on_test.d_embedding)
-        all_components = at_error_of(board, fitted.all_components, head, on_test.d_embedding)
-        firing, codes = Firing(own.sae.d_sae, fitted.unit), ByClass(own.sae.d_sae, n_classes)
-        trials.append(_Trial(own, board, all_components, firing, codes))
+    for fitted_sae in fitted.saes:
+        scores = at_own_error(fitted_sae.method, head, on_test.d_embedding)
+        all_components = at_error_of(scores, fitted.all_components, head, on_test.d_embedding)
+        firing, codes = Firing(fitted_sae.sae.d_sae, fitted.unit), ByClass(fitted_sae.sae.d_sae, n_classes)
+        trials.append(_TestedSae(fitted_sae, scores, all_components, firing, codes))
     for window in on_test.windows():
-        rows.update({"x": window.x})
+        moments.update({"x": window.x})
         x = window.x.cpu().numpy()
         features: dict[str, Any] = dict.fromkeys(("neurons", "pca", "activation"), window.images)
         for baseline in references:
@@ -93,9 +93,9 @@ def measure(
         for probe in fitted.probes:
             probe.update(features[probe.method], window.labels)
         components = fitted.all_components.encode(window.x)
-        of_images = pooled(components, tokens)
+        image_components = pooled(components, tokens)
         for trial in trials:
-            trial.all_components.update(x, components, of_images, window.embedding)
+            trial.all_components.update(x, components, image_components, window.embedding)
             z = trial.board.method.encode(window.x)
             images = pooled(z, tokens)
             trial.board.update(x, z, images, window.embedding)
@@ -104,16 +104,16 @@ def measure(
             for probe in trial.own.probes:
                 probe.update(images, window.labels)
 
-    variance = rows.n * _deviation(rows, on_test) ** 2
-    of_baselines = [baseline.row(rows.n, variance) for baseline in references]
-    answers = [probe.row() for probe in fitted.probes]
-    about = {"activation_unit": fitted.unit, "embedding": on_test.embedding_site}
-    return [_measured(trial, rows.n, variance, of_baselines, answers, about) for trial in trials]
+    variance = moments.n * _deviation(moments, on_test) ** 2
+    of_baselines = [baseline.row(moments.n, variance) for baseline in references]
+    baseline_probes = [probe.row() for probe in fitted.probes]
+    common = {"activation_unit": fitted.unit, "embedding": on_test.embedding_site}
+    return [_measured(trial, moments.n, variance, of_baselines, baseline_probes, common) for trial in trials]
 
 
 @dataclasses.dataclass(frozen=True)
-class _Own:
-    """An SAE and what comes from the train split for it."""
+class _FittedSae:
+    """An SAE with what is fitted for it on the train split."""
 
     sae: SAE
     method: Method
@@ -122,29 +122,29 @@ class _Own:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Trial:
-    """An SAE on the test split."""
+class _TestedSae:
+    """An SAE with its sums over the test split."""
 
-    own: _Own
+    own: _FittedSae
     board: ReconstructionScores
     all_components: ReconstructionScores
-    """Of PCA at the SAE's error."""
+    """Scores of PCA with all components, quantised to the SAE's error."""
     firing: Firing
     codes: ByClass
 
 
 @dataclasses.dataclass(frozen=True)
 class _Fitted:
-    """What comes from the train split."""
+    """Everything that is fitted on the train split."""
 
     unit: float
     """Square root of E||x - mean||^2."""
-    saes: list[_Own]
+    saes: list[_FittedSae]
     baselines: list[Method]
     """PCA, the random dictionary, k-means, neurons."""
     all_components: Method
     probes: list[SparseProbe]
-    """On the features of the baselines."""
+    """Probes on the features of the baselines."""
 
 
 def _fit(saes: Sequence[SAE], train: SplitRows, n_classes: int, seed: int) -> _Fitted:
@@ -174,15 +174,15 @@ def _fit(saes: Sequence[SAE], train: SplitRows, n_classes: int, seed: int) -> _F
         *dense.probes("pca", components.cpu().numpy(), COUNTS),
         dense.probe("activation"),
     ]
-    own = [_Own(*each) for each in zip(saes, coded[:-1], codes[:-1], own_probes, strict=True)]
-    return _Fitted(unit, own, references, baselines.pca("pca-all", mean, components), probes)
+    fitted_saes = [_FittedSae(*parts) for parts in zip(saes, coded[:-1], codes[:-1], own_probes, strict=True)]
+    return _Fitted(unit, fitted_saes, references, baselines.pca("pca-all", mean, components), probes)
 
 
 def _measured(
-    trial: _Trial, n: int, variance: float, of_baselines: list[dict[str, Any]], answers: list[dict[str, Any]],
+    trial: _TestedSae, n: int, variance: float, of_baselines: list[dict[str, Any]], answers: list[dict[str, Any]],
     about: dict[str, Any],
 ) -> Measured:  # fmt: skip
-    """What is reported of an SAE."""
+    """The results of one SAE."""
     sae = trial.own.sae
     table = [trial.board.row(n, variance), *of_baselines, trial.all_components.row(n, variance)]
     monosemanticity = trial.board.monosemanticity
@@ -205,19 +205,23 @@ def _measured(
 
 
 def _of_baselines(table: list[dict[str, Any]]) -> dict[str, Any]:
-    """The SAE's own numbers and those of the baselines that the headline has beside them."""
-    own, pca, *others, every = table
+    """The SAE's numbers and, beside them, those of the baselines, as ``metrics.json`` has them."""
+    sae_row, pca_row, *other_rows, all_components_row = table
     return {
-        **{key: own[key] for key in ("fvu", "explained_variance", "l0", "bits", "fvu_quantised", "monosemanticity")},
-        "fvu_pca_k": pca["fvu"],
-        "bits_pca": every["bits"],
-        **{f"{key}_{row['method']}": row[key] for row in others for key in ("fvu", "monosemanticity")},
+        **{
+            key: sae_row[key] for key in ("fvu", "explained_variance", "l0", "bits", "fvu_quantised", "monosemanticity")
+        },
+        "fvu_pca_k": pca_row["fvu"],
+        "bits_pca": all_components_row["bits"],
+        **{f"{key}_{row['method']}": row[key] for row in other_rows for key in ("fvu", "monosemanticity")},
     }
 
 
 def _sparse_probes(split: SplitRows, coded: Sequence[Method], sums: Sequence[ByClass]) -> list[list[SparseProbe]]:
-    """Probes on the codes of each method: a second pass over train, for the codes of what was chosen in the first."""
-    chosen = [probing.select(own.means, own.mean, own.deviation, max(COUNTS)) for own in sums]
+    """Probes on the codes of each method. A second pass over train collects the codes of the chosen features."""
+    chosen = [
+        probing.select(class_sums.means, class_sums.mean, class_sums.deviation, max(COUNTS)) for class_sums in sums
+    ]
     kept = [np.unique(features) for features in chosen]
     blocks: list[list[Matrix]] = [[] for _ in coded]
     for window in split.windows():
@@ -226,10 +230,10 @@ def _sparse_probes(split: SplitRows, coded: Sequence[Method], sums: Sequence[ByC
     return [
         list(
             probing.sparse_probes(
-                method.name, own, features, sparse.vstack(block, format="csc").astype(np.float64), columns
+                method.name, class_sums, features, sparse.vstack(block, format="csc").astype(np.float64), columns
             )
         )
-        for method, own, features, columns, block in zip(coded, sums, chosen, kept, blocks, strict=True)
+        for method, class_sums, features, columns, block in zip(coded, sums, chosen, kept, blocks, strict=True)
     ]
 
 
@@ -264,15 +268,15 @@ def _latents(
 
 
 def _geometry(sae: SAE, latents: list[dict[str, Any]]) -> dict[str, float]:
-    """Of the decoder: its norms, and how many latents have a duplicate, in another expert too where there are some."""
+    """Metrics of the decoder: norms, and the share of latents with a duplicate, of a Switch SAE also across experts."""
     norms = [row["decoder_norm"] for row in latents]
-    found = {"decoder_norm_min": min(norms), "decoder_norm_max": max(norms)}
+    metrics = {"decoder_norm_min": min(norms), "decoder_norm_max": max(norms)}
     cosines = {"nearest": torch.tensor([row["nearest_cosine"] for row in latents])}
     experts = getattr(sae, "experts", 1)
     if experts > 1:
         cosines["other_expert"] = geometry.nearest(sae.W_dec, experts)[0]
     for name, cosine in cosines.items():
         if len(cosine) > 1:
-            found[f"{name}_cosine"] = float(cosine.double().mean())
-            found[f"{name}_duplicates"] = float((cosine > geometry.DUPLICATE).double().mean())
-    return found
+            metrics[f"{name}_cosine"] = float(cosine.double().mean())
+            metrics[f"{name}_duplicates"] = float((cosine > geometry.DUPLICATE).double().mean())
+    return metrics

@@ -5,7 +5,7 @@ With activations a_i of a feature scaled to [0, 1] over the images and embedding
     MS = sum over pairs i < j of a_i a_j <u_i, u_j> / sum over pairs i < j of a_i a_j.
 
 Both sums have a closed form: with s = sum_i a_i u_i and q = sum_i a_i^2, MS = (|s|^2 - q) / ((sum_i a_i)^2 - q). So one
-pass over the images is enough, O(I F E) at most, and the scaling, which is not known before its end, comes after it:
+pass over the images is enough, in O(I F E) at most. The scaling is only known after the pass and is applied then:
 dividing by the range changes nothing, and subtracting the least activation is linear in the sums.
 
 Shapes: I images of a window, F features, E width of the embedding.
@@ -16,7 +16,7 @@ from scipy import sparse
 
 from sparsight.sae.metrics.sparse_codes import Matrix, times
 
-_LEAST = 1e-10  # relative to the square of the sum: rounding leaves about 1e-13
+_LEAST = 1e-10  # smallest sum over pairs, relative to the square of the sum; rounding leaves about 1e-13
 
 
 class Monosemanticity:
@@ -40,23 +40,23 @@ class Monosemanticity:
         self.embeddings += unit_IE.sum(axis=0)
 
     def scores(self) -> np.ndarray:
-        """The score of every feature, (F,); NaN for one that fires, above its least activation, on no two images."""
+        """The score of every feature, (F,); NaN if fewer than two images exceed the feature's least activation."""
         total = self.total - self.n * self.low
         squares = self.squares - 2 * self.low * self.total + self.n * self.low**2
         weighted = self.weighted - np.outer(self.low, self.embeddings)
         pairs = total**2 - squares
-        known = (self.high > self.low) & (pairs > _LEAST * (self.total**2 + (self.n * self.low) ** 2))
+        defined = (self.high > self.low) & (pairs > _LEAST * (self.total**2 + (self.n * self.low) ** 2))
         scores = np.full(len(total), np.nan)
-        np.divide(np.square(weighted).sum(axis=1) - squares, pairs, out=scores, where=known)
+        np.divide(np.square(weighted).sum(axis=1) - squares, pairs, out=scores, where=defined)
         return scores
 
     def of_all_images(self) -> float | None:
-        """The mean cosine of all pairs of images: the score of a feature that tells none of them apart."""
+        """Mean cosine of all pairs of images: the score of a feature that is equally active on every image."""
         pairs = self.n * (self.n - 1)
         return float((np.square(self.embeddings).sum() - self.n) / pairs) if pairs else None
 
 
 def unit_rows(x_IE: np.ndarray) -> np.ndarray:
-    """Rows of unit length, float64; a row of zeros stays."""
+    """Rows scaled to unit length, float64. Zero rows stay zero."""
     x = x_IE.astype(np.float64)
     return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)

@@ -1,8 +1,9 @@
-"""Sparse probing: how much of the labels a few features tell (Gurnee et al. 2023, arXiv 2305.01610; SAEBench).
+"""Sparse probing: how well a few features predict the labels (Gurnee et al. 2023, arXiv 2305.01610; SAEBench).
 
-For each class the n features whose mean on the class differs most from their mean on all training images, in standard
-deviations. Their ridge regression on membership of the class is its score, and the class of the largest score is the
-answer. Features and weights come from the train split alone. An image counts with the mean of its tokens.
+Each class has the n features whose mean on the class differs most from their mean on all training images, in standard
+deviations. A ridge regression from these features to membership of the class gives the class's score. The predicted
+class is the one with the largest score. Features and weights come from the train split alone. The features of an image
+are means over its tokens.
 
 Shapes: I images, D width (d_in), F features, C classes, P features of a probe.
 """
@@ -20,19 +21,19 @@ from sparsight.sae.metrics.firing import ByClass
 from sparsight.sae.metrics.sparse_codes import Matrix, by_class
 
 COUNTS = (1, 2, 5, 20)
-"""Features a class."""
+"""Numbers of features per class."""
 RIDGE = 1e-3
-"""Weight of the squared weights of standardised features, relative to the number of images."""
+"""Penalty on the squared weights of standardised features, relative to the number of images."""
 
 
 @dataclasses.dataclass
 class SparseProbe:
-    """Scores (I, C) = features (I, F) W + b, and on which test images the largest one is right."""
+    """A probe with scores (I, C) = features (I, F) W + b, and its hits on test images."""
 
     method: str
     features: int
     W: Any
-    """(F, C), sparse or dense as the features are."""
+    """(F, C), sparse or dense like the features."""
     b: np.ndarray
     """(C,)."""
     hits: list[np.ndarray] = dataclasses.field(default_factory=list)
@@ -49,7 +50,7 @@ class SparseProbe:
 
 
 class DenseMoments:
-    """Sums over training images of dense features (I, D), enough for every probe on them and on their projections."""
+    """Sums over training images of dense features (I, D), enough to fit any probe on them or on their projections."""
 
     def __init__(self, width: int, n_classes: int) -> None:
         self.images = np.zeros(n_classes, np.int64)
@@ -63,12 +64,12 @@ class DenseMoments:
         self.products += (x.T @ x).numpy()
 
     def probes(self, method: str, basis_DP: np.ndarray, counts: tuple[int, ...]) -> Iterator[SparseProbe]:
-        """Probes on the features x basis, as probes on x.
+        """Probes on the features x basis, written as probes on x.
 
         Args:
             method: name of the features.
-            basis_DP: columns of the features.
-            counts: features a class; numbers above P are left out.
+            basis_DP: one column per feature.
+            counts: numbers of features per class; numbers above P are left out.
         """
         n = self.images.sum()
         mean = basis_DP.T @ self.total.sum(axis=0) / n
@@ -79,11 +80,16 @@ class DenseMoments:
         for count in counts:
             if count > basis_DP.shape[1]:
                 continue
-            at = chosen[:, :count]
-            own = covariance[at[:, :, None], at[:, None, :]]
-            w, b = ridge(own, mean[at], np.take_along_axis(means, at, axis=1), shares)
+            selected = chosen[:, :count]
+            selected_covariance = covariance[selected[:, :, None], selected[:, None, :]]
+            w, b = ridge(selected_covariance, mean[selected], np.take_along_axis(means, selected, axis=1), shares)
             yield SparseProbe(
-                method, count, np.stack([basis_DP[:, a] @ one for a, one in zip(at, w, strict=True)], axis=1), b
+                method,
+                count,
+                np.stack(
+                    [basis_DP[:, columns] @ weights for columns, weights in zip(selected, w, strict=True)], axis=1
+                ),
+                b,
             )
 
     def probe(self, method: str) -> SparseProbe:
@@ -105,22 +111,24 @@ def sparse_probes(
         train: sums over the training images.
         chosen: int (C, P), the features of each class, best first.
         columns: codes of all training images at the features ``union``, CSC (I, U).
-        union: every chosen feature, rising.
+        union: every chosen feature, in rising order.
     """
     n, width = train.images.sum(), train.total.shape[1]
     for count in COUNTS:
         if count > width:
             continue
-        at = chosen[:, :count]
-        mean = train.mean[at]
+        selected = chosen[:, :count]
+        mean = train.mean[selected]
         products = []
-        for one in at:
-            own = columns[:, np.searchsorted(union, one)]
-            products.append((own.T @ own).toarray())
+        for features in selected:
+            block = columns[:, np.searchsorted(union, features)]
+            products.append((block.T @ block).toarray())
         covariance = np.stack(products) / n - mean[:, :, None] * mean[:, None, :]
-        w, b = ridge(covariance, mean, np.take_along_axis(train.means, at, axis=1), train.images / n)
-        starts = np.arange(0, at.size + 1, count)
-        yield SparseProbe(method, count, sparse.csc_array((w.ravel(), at.ravel(), starts), shape=(width, len(at))), b)
+        w, b = ridge(covariance, mean, np.take_along_axis(train.means, selected, axis=1), train.images / n)
+        starts = np.arange(0, selected.size + 1, count)
+        yield SparseProbe(
+            method, count, sparse.csc_array((w.ravel(), selected.ravel(), starts), shape=(width, len(selected))), b
+        )
 
 
 def select(means: np.ndarray, mean: np.ndarray, deviation: np.ndarray, count: int) -> np.ndarray:
@@ -129,8 +137,8 @@ def select(means: np.ndarray, mean: np.ndarray, deviation: np.ndarray, count: in
     Args:
         means: by class, (C, F).
         mean: of all, (F,).
-        deviation: standard deviation over all images, (F,); a feature with none is chosen last.
-        count: P, if there are as many features.
+        deviation: standard deviation over all images, (F,); constant features are chosen last.
+        count: P; with fewer features, all of them are chosen.
     """
     varies = deviation > _floor(mean, deviation)
     score = np.abs(means - mean) / np.where(varies, deviation, np.inf)
@@ -140,23 +148,23 @@ def select(means: np.ndarray, mean: np.ndarray, deviation: np.ndarray, count: in
 def ridge(
     covariance: np.ndarray, mean: np.ndarray, class_means: np.ndarray, shares: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Weights and biases of the ridge regressions of membership of each class on standardised features.
+    """Weights and biases of ridge regressions from standardised features to membership of each class.
 
     Args:
-        covariance: of the features, (C, P, P), or (P, P) where all classes have the same.
-        mean: of the features, (C, P) or (P,).
-        class_means: their means on the class, (C, P).
-        shares: of the images that are of the class, (C,).
+        covariance: covariance of the features, (C, P, P), or (P, P) if all classes use the same features.
+        mean: mean of the features, (C, P) or (P,).
+        class_means: mean of the features on the class, (C, P).
+        shares: share of the images that are of the class, (C,).
 
     Returns:
-        (C, P) and (C,).
+        Weights (C, P) and biases (C,).
     """
     deviation = np.sqrt(np.maximum(np.diagonal(covariance, axis1=-2, axis2=-1), 0))
     varies = deviation > _floor(mean, deviation)
     scale = varies / np.where(varies, deviation, 1)
     system = covariance * scale[..., :, None] * scale[..., None, :] + RIDGE * np.eye(mean.shape[-1])
     targets = scale * shares[:, None] * (class_means - mean)
-    # torch: numpy's threads would wait for each other at every one of many small systems
+    # torch, because numpy's threads would wait for each other at each of many small systems
     columns = torch.from_numpy(targets.T if covariance.ndim == 2 else targets[..., None])
     solved = torch.linalg.solve(torch.from_numpy(system), columns).numpy()
     weights = scale * (solved.T if covariance.ndim == 2 else solved[..., 0])
@@ -164,5 +172,5 @@ def ridge(
 
 
 def _floor(mean: np.ndarray, deviation: np.ndarray) -> np.ndarray:
-    """A feature whose deviation is not above this is constant but for rounding."""
+    """The deviation up to which a feature is constant, apart from rounding."""
     return 1e-6 * (np.abs(mean) + deviation.max(axis=-1, keepdims=True, initial=0))

@@ -1,4 +1,4 @@
-"""One row of ``baselines.parquet`` for each method: what it reconstructs, in how many bits, at what cost.
+"""Rows of ``baselines.parquet``, one per method: reconstruction error, bits and cost.
 
 Shapes: B rows of a window, I images of it, D width (d_in), E width of the embedding.
 """
@@ -22,7 +22,7 @@ class ReconstructionScores:
 
     method: Method
     step: float | None
-    """Of quantisation; None for a method whose codes are a choice, which is told exactly."""
+    """Quantisation step; None for k-means, whose code is the choice of one centre and needs no rounding."""
     d_embedding: int
 
     def __post_init__(self) -> None:
@@ -35,15 +35,15 @@ class ReconstructionScores:
     def update(self, x_BD: np.ndarray, z: Matrix, images: Matrix, unit_IE: np.ndarray) -> None:
         """Add activations, their codes, the images' mean codes and the images' embeddings."""
         error = x_BD - self.method.decode(z)
-        own = float(np.square(error, dtype=np.float64).sum())
-        self.squares += own
+        squares = float(np.square(error, dtype=np.float64).sum())
+        self.squares += squares
         self.error += error.sum(axis=0, dtype=np.float64)
         self.active += int(np.count_nonzero(z.data))
         symbols = quantised(z, self.step or 1.0)
         self.bits.update(symbols)
         if self.step is not None:
-            own = description_length.squared_error(self.method, x_BD, restored(symbols, self.step))
-        self.squares_quantised += own
+            squares = description_length.squared_error(self.method, x_BD, restored(symbols, self.step))
+        self.squares_quantised += squares
         self.monosemanticity.update(images, unit_IE)
 
     def row(self, n: int, variance: float) -> dict[str, Any]:
@@ -51,10 +51,10 @@ class ReconstructionScores:
 
         Args:
             n: activations of the split.
-            variance: sum of their squared distances from their mean.
+            variance: sum of the activations' squared distances from their mean.
         """
         scores = self.monosemanticity.scores()
-        known = scores[~np.isnan(scores)]
+        defined = scores[~np.isnan(scores)]
         l0 = self.active / n
         return {
             "method": self.method.name,
@@ -66,12 +66,12 @@ class ReconstructionScores:
             "fvu_quantised": self.squares_quantised / variance,
             "bits": self.bits.of_the_choice() if self.step is None else self.bits.per_activation(),
             "macs": self.method.macs(l0),
-            "monosemanticity": float(known.mean()) if len(known) else None,
+            "monosemanticity": float(defined.mean()) if len(defined) else None,
         }
 
 
 def at_own_error(method: Method, x_BD: Tensor, d_embedding: int) -> ReconstructionScores:
-    """The board of a method whose step lets its own squared error on ``x_BD`` rise by 5 %."""
+    """Scores of a method with the step at which its own squared error on ``x_BD`` rises by 5 %."""
     x, z = x_BD.cpu().numpy(), method.encode(x_BD)
     step = None
     if method.name != "kmeans":
@@ -80,7 +80,10 @@ def at_own_error(method: Method, x_BD: Tensor, d_embedding: int) -> Reconstructi
 
 
 def at_error_of(other: ReconstructionScores, method: Method, x_BD: Tensor, d_embedding: int) -> ReconstructionScores:
-    """The board of a method whose step gives it the error of another one's quantised codes: bits at equal error."""
+    """Scores of a method with the step that gives the error of another method's quantised codes.
+
+    The bits of the two methods are then those at equal error.
+    """
     x, z, step = x_BD.cpu().numpy(), other.method.encode(x_BD), other.step
     assert step is not None
     error = description_length.squared_error(other.method, x, restored(quantised(z, step), step))

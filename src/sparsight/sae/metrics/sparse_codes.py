@@ -1,4 +1,4 @@
-"""Codes of a window of rows as sparse matrices: nothing of size (N, F) is made, and nothing of it is kept.
+"""Codes of a window of rows as sparse matrices, so that no array of size (N, F) is needed.
 
 Shapes: B rows of a window, I images, T tokens of an image (B = I T), D width (d_in), F features.
 """
@@ -14,19 +14,19 @@ from sparsight.sae.codes import Codes, SparseCodes
 
 Matrix = Any
 """A scipy CSR array; scipy has no types here."""
-_DENSE = 0.2  # share of entries from which on a dense product is the faster one
+_DENSE = 0.2  # share of non-zero entries from which a dense product is faster
 
 
 def from_codes(codes: Codes) -> Matrix:
     """The active latents as a CSR array (B, F)."""
     if not isinstance(codes, SparseCodes):
         return sparse.csr_array(codes.dense().cpu().numpy())
-    active = codes.values > 0  # the rest is padding, whose index may be that of an active latent
+    active = codes.values > 0  # the rest is padding, which may repeat the index of an active latent
     return _csr(codes.values[active], codes.indices[active], active.sum(dim=1), codes.d_sae)
 
 
 def from_entries(values_BK: Tensor, indices_BK: Tensor, width: int) -> Matrix:
-    """K entries a row, of either sign, as a CSR array (B, F)."""
+    """K entries per row, of either sign, as a CSR array (B, F)."""
     counts = torch.full((len(values_BK),), values_BK.shape[1])
     return _csr(values_BK.flatten(), indices_BK.flatten(), counts, width)
 
@@ -50,7 +50,7 @@ def pooled(z_BF: Matrix, tokens: int) -> Matrix:
 
 
 def by_class(labels_I: np.ndarray, n_classes: int) -> Matrix:
-    """The matrix (C, I) whose product with codes (I, F) is their sum by class."""
+    """The matrix (C, I) whose product with codes (I, F) is their sum by class, (C, F)."""
     n = len(labels_I)
     return sparse.csc_array((np.ones(n), labels_I, np.arange(n + 1)), shape=(n_classes, n)).tocsr()
 

@@ -1,4 +1,4 @@
-"""Reconstructions put in place of activations inside the model: what they cost.
+"""Splicing: the cost of replacing activations by reconstructions inside the model.
 
 Shapes: B batch, T tokens, D width (d_in), N rows = B x tokens of a group, C classes.
 """
@@ -20,51 +20,55 @@ _IMAGES = 125
 
 
 class Replacement(Protocol):
-    """What is put in place of the activation at one site."""
+    """Computes the replacement for the activations at a site."""
 
     def __call__(self, m: int, group: str, h: Tensor, before: Tensor | None) -> Tensor:
-        """Rows (N, D) for those of a token group at site number ``m``.
+        """The replacement (N, D) for the rows of a token group at site number ``m``.
 
         Args:
-            m: which site.
+            m: number of the site.
             group: ``cls``, ``registers`` or ``patches``.
-            h: what arrives there, (N, D), changed by the replacements at earlier sites.
-            before: what this returned for the group at the site before; None at the first.
+            h: the rows that arrive at the site, (N, D), changed by the replacements at earlier sites.
+            before: the replacement for the group at the previous site; None at the first.
         """
 
 
 Clean = Sequence[Mapping[str, Tensor]]
-"""Per site the rows (N, D) of each token group in a pass without replacements."""
+"""For each site, the rows (N, D) of each token group in a pass without replacements."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Spliced:
-    """What the model answers with activations replaced."""
+    """Predictions of the model with replaced activations."""
 
     right: dict[str, np.ndarray]
-    """On which images, bool (N,), by mode, and ``untouched``; empty where nothing could be replaced."""
+    """Whether each image is classified correctly, bool (n images,), by mode and for ``untouched``. Empty if nothing
+    could be replaced."""
     kl: dict[str, float]
     """Mean KL(untouched || replaced) of the predictions in nats, by mode."""
 
     def metrics(self, names: Mapping[str, str]) -> dict[str, float]:
-        """The numbers of modes, by the name that each shall have.
+        """Metrics of some modes.
+
+        Args:
+            names: by mode, the name that it gets in the metrics.
 
         Returns:
             ``accuracy_untouched``; per name ``accuracy_<name>`` with 95 % interval ``_lo`` and ``_hi``, the paired
-            difference ``<name>_delta`` with ``_lo`` and ``_hi``, and ``kl_<name>``. Nothing where nothing could be
+            difference ``<name>_delta`` with ``_lo`` and ``_hi``, and ``kl_<name>``. Empty if nothing could be
             replaced.
         """
         if not self.right:
             return {}
         untouched = self.right["untouched"]
-        found = {"accuracy_untouched": float(untouched.mean())}
+        result = {"accuracy_untouched": float(untouched.mean())}
         for mode, name in names.items():
             interval = wilson(self.right[mode])
-            found |= {f"accuracy_{name}": interval["accuracy"]}
-            found |= {f"accuracy_{name}_{end}": interval[end] for end in ("lo", "hi")}
-            found |= {f"{name}_{key}": value for key, value in paired(self.right[mode], untouched).items()}
-            found[f"kl_{name}"] = self.kl[mode]
-        return found
+            result |= {f"accuracy_{name}": interval["accuracy"]}
+            result |= {f"accuracy_{name}_{end}": interval[end] for end in ("lo", "hi")}
+            result |= {f"{name}_{key}": value for key, value in paired(self.right[mode], untouched).items()}
+            result[f"kl_{name}"] = self.kl[mode]
+        return result
 
 
 @torch.no_grad()
@@ -72,43 +76,44 @@ def spliced(
     backbone: Backbone, split: Split, names: Sequence[str], positions: Mapping[str, Sequence[int]],
     modes: Mapping[str, Callable[[Clean], Replacement]],
 ) -> Spliced:  # fmt: skip
-    """What a model answers with activations replaced, and without.
+    """Predictions of a model with replaced activations, and without.
+
+    Nothing is replaced without positions or without a classifier. All sites must be in the residual stream
+    (blocks.<i>.input or .output), which is all that later blocks read; otherwise nothing is replaced either.
 
     Args:
+        backbone: the model.
         split: the images.
         names: sites in the order of the model.
         positions: positions of each token group whose activations are replaced, along the model's token axis.
-        modes: by name, from the clean activations of a batch to the replacement.
-
-    Nothing is replaced without positions or a classifier, and where a site is not the residual stream
-    (blocks.<i>.input or .output), which is all that later blocks read.
+        modes: by name, a function from the clean activations of a batch to the replacement.
     """
     places = [sites.parse(name) for name in names]
     if not positions or not backbone.n_classes or any(part not in ("input", "output") for _, part in places):
         return Spliced({}, {})
     starts = [int(block or 0) + (part == "output") for block, part in places]
-    positions = {group: list(at) for group, at in positions.items()}
+    positions = {group: list(tokens) for group, tokens in positions.items()}
     hits: dict[str, list[np.ndarray]] = {name: [] for name in ("untouched", *modes)}
     kl = dict.fromkeys(modes, 0.0)
     labels = iter(np.split(split.labels, range(_IMAGES, len(split), _IMAGES)))
 
     def forward(x_BTD: Tensor, replace: Replacement | None) -> tuple[Tensor, list[dict[str, Tensor]]]:
-        """From the first site on: logits (B, C), and what arrived at each site."""
-        done, seen, before = starts[0], [], dict.fromkeys(positions)
+        """Run the model from the first site on: logits (B, C), and the rows that arrived at each site."""
+        block, arrived, before = starts[0], [], dict.fromkeys(positions)
         for m, start in enumerate(starts):
-            x_BTD, _ = backbone.run_blocks(x_BTD, done, start)
-            done = start
-            seen.append({group: x_BTD[:, at].flatten(0, 1) for group, at in positions.items()})
+            x_BTD, _ = backbone.run_blocks(x_BTD, block, start)
+            block = start
+            arrived.append({group: x_BTD[:, tokens].flatten(0, 1) for group, tokens in positions.items()})
             if replace is not None:
                 x_BTD = x_BTD.clone()
-                for group, at in positions.items():
-                    before[group] = value = replace(m, group, seen[m][group], before[group])
-                    x_BTD[:, at] = value.unflatten(0, (len(x_BTD), -1))
-        return backbone.classify(backbone.run_blocks(x_BTD, done, backbone.n_blocks)[0]), seen
+                for group, tokens in positions.items():
+                    before[group] = value = replace(m, group, arrived[m][group], before[group])
+                    x_BTD[:, tokens] = value.unflatten(0, (len(x_BTD), -1))
+        return backbone.classify(backbone.run_blocks(x_BTD, block, backbone.n_blocks)[0]), arrived
 
     for pixels in split.batches(backbone.preprocess, _IMAGES, torch.get_num_threads()):
         tokens_BTD, truth = backbone.tokens(backbone.normalize(pixels)), next(labels)
-        x_BTD, _ = backbone.run_blocks(tokens_BTD, 0, starts[0])  # once, whatever is put in place afterwards
+        x_BTD, _ = backbone.run_blocks(tokens_BTD, 0, starts[0])  # once for all modes
         logits, clean = forward(x_BTD, None)
         hits["untouched"].append(logits.argmax(dim=1).cpu().numpy() == truth)
         for name, mode in modes.items():

@@ -1,4 +1,4 @@
-"""The rows of a stored split, window by window, with what is known of their images.
+"""The rows of a stored split, window by window, with labels and embeddings of their images.
 
 Shapes: B rows of a window, I images of it, D width (d_in), E width of the embedding.
 """
@@ -17,7 +17,7 @@ from sparsight.sae.inputs import SaeInputs
 from sparsight.sae.metrics.monosemanticity import unit_rows
 from sparsight.sae.resae import ReSAE
 
-_ENTRIES = 2**25  # of dense codes at a time
+_ENTRIES = 2**25  # largest number of entries of dense codes at a time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,19 +25,19 @@ class Window:
     """Rows of whole images."""
 
     x: Tensor
-    """What the SAE sees, float32 (B, D), on the device."""
+    """Inputs of the SAE, float32 (B, D), on the device."""
     images: np.ndarray
-    """Its mean over tokens, float64 (I, D)."""
+    """Mean of ``x`` over the tokens of each image, float64 (I, D)."""
     embedding: np.ndarray
-    """Of unit length, float64 (I, E)."""
+    """Embeddings of the images, of unit length, float64 (I, E)."""
     labels: np.ndarray
-    """int (I,)."""
+    """Classes of the images, int (I,)."""
 
 
 class SplitRows:
     """A split's rows at the site, with the labels and the embeddings of its images.
 
-    With a chain, the rows are what its SAE at the site sees: the activations less what the map predicts of them.
+    With a chain, the rows are the inputs of its SAE at the site: the activations minus the map's prediction.
     """
 
     def __init__(
@@ -58,19 +58,19 @@ class SplitRows:
         self._images = max(1, min(8192, _ENTRIES // like.d_sae) // self.tokens)
 
     def head(self, rows: int) -> Tensor:
-        """The first rows, of whole images, (B, D); images are in random order."""
+        """About the first ``rows`` rows, of whole images, (B, D). Images are in random order."""
         return self._seen.images(slice(0, min(len(self.labels), max(1, rows // self.tokens))))
 
     def windows(self) -> Iterator[Window]:
         """All rows in order."""
-        for at in row_slices(len(self.labels), self._images):
-            x = self._seen.images(at)
+        for window in row_slices(len(self.labels), self._images):
+            x = self._seen.images(window)
             images = self._means(x)
             if self.embedding_site == "embedding":
-                embedding = self.embedding.images(at.start, at.stop)
-            else:  # two chains look at the same images, not at their own residuals
-                embedding = self._means(self._seen.clean(at)) if self._seen.residual else images
-            yield Window(x, images, unit_rows(embedding), self.labels[at])
+                embedding = self.embedding.images(window.start, window.stop)
+            else:  # the activations, not the residuals, so that all chains compare images alike
+                embedding = self._means(self._seen.clean(window)) if self._seen.residual else images
+            yield Window(x, images, unit_rows(embedding), self.labels[window])
 
     def _means(self, x_BD: Tensor) -> np.ndarray:
         return np.asarray(x_BD.unflatten(0, (-1, self.tokens)).double().mean(dim=1).cpu().numpy())

@@ -1,1 +1,1 @@
-"""The SAE variants: one file each, named as the variant, with one ``@variant`` class."""
+"""The SAE variants. Each file has the name of its variant and one ``@variant`` class."""

@@ -3,7 +3,7 @@
 h = (x - b_dec) W_enc,  z = 1[h + b_gate > 0] * ReLU(exp(r_mag) * h + b_mag),  x_hat = z W_dec + b_dec
 loss = ||x - x_hat||^2 + sparsity * |ReLU(h + b_gate)|_1 + ||x - ReLU(h + b_gate) W_dec - b_dec||^2
 
-The last term's decoder is detached; it alone, with the penalty, trains the gate.
+The decoder of the last term is detached. Only this term and the penalty train the gate.
 """
 
 from typing import Any
@@ -19,7 +19,7 @@ from sparsight.sae.l1_penalty import L1Penalised
 
 @variant
 class Gated(L1Penalised):
-    """Which latents are active is decided apart from how much, so the penalty shrinks no code."""
+    """A gate decides which latents are active, separately from their magnitude, so the penalty shrinks no code."""
 
     scaled = ("b_gate", "b_mag", "b_dec")
 

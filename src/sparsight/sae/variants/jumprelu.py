@@ -3,8 +3,8 @@
 h = (x - b_dec) W_enc + b_enc,  z = h * 1[h > theta],  x_hat = z W_dec + b_dec
 loss = ||x - x_hat||^2 + (L0 / K - 1)^2
 
-The steps have no useful gradient; theta learns from the straight-through estimate with a rectangle kernel of
-width ``_BANDWIDTH`` around it. The penalty has the target form of the paper's section on a fixed L0.
+The step functions have no useful gradient. Theta learns from a straight-through estimate with a rectangle kernel of
+width ``_BANDWIDTH`` around theta. The penalty has the form that the paper gives for a fixed target L0.
 
 Shapes: B batch, F latents (d_sae), K active latents (k).
 """
@@ -19,12 +19,12 @@ from torch import Tensor, nn
 from sparsight.sae.base import SAE, variant
 from sparsight.sae.codes import DenseCodes
 
-_THETA = 0.05  # initial threshold; this and the next relative to the data's standard deviation
+_THETA = 0.05  # initial threshold; like the bandwidth, relative to the data's standard deviation
 _BANDWIDTH = 0.05
 
 
 class _Step(torch.autograd.Function):
-    """1[h > theta]; backward: theta gets -(1 / width) times the kernel, h gets nothing."""
+    """1[h > theta]. The gradient of theta is -(1 / width) times the kernel; h gets none."""
 
     @staticmethod
     def forward(ctx: Any, h_BF: Tensor, theta_F: Tensor, width: float) -> Tensor:
@@ -60,7 +60,7 @@ class JumpReLU(SAE):
     def _codes(self, x: Tensor) -> tuple[DenseCodes, Tensor]:
         h_BF = (x - self.b_dec) @ self.W_enc + self.b_enc
         active = _Step.apply(h_BF, self.theta, _BANDWIDTH / math.sqrt(self.loss_scale))
-        # At the step h is theta: the paper's gradient of the jump, -(theta / width), is the step's times theta.
+        # At the step h equals theta, so the paper's gradient of the jump, -(theta / width), is theta times the step's.
         return DenseCodes(h_BF * active.detach() + self.theta.detach() * (active - active.detach())), active
 
     @torch.no_grad()

@@ -1,9 +1,10 @@
 """Matryoshka SAE (Bussmann et al. 2025, arXiv 2503.17547, equation 5): BatchTopK with nested prefixes.
 
-The first m latents reconstruct alone, for each prefix m: loss = sum over m of ||x - b_dec - z[:m] W_dec[:m]||^2,
-all of equal weight. Selection is one BatchTopK over all latents.
+For each prefix m, the first m latents reconstruct alone: loss = sum over m of ||x - b_dec - z[:m] W_dec[:m]||^2, with
+equal weights. Selection is one BatchTopK over all latents.
 
-Shapes: B batch, D width (d_in), F latents (d_sae), K active latents (k), P prefixes but the last, M entries per row.
+Shapes: B batch, D width (d_in), F latents (d_sae), K active latents (k), P prefixes without the last, M entries per
+row.
 """
 
 import math
@@ -22,11 +23,11 @@ from sparsight.sae.codes import SparseCodes
 
 @variant
 class Matryoshka(BatchSelection):
-    """General latents first, special ones last.
+    """Orders latents from general to special.
 
     Args:
         sizes: d_in, d_sae, k, seed.
-        prefixes: shares of d_sae, rising to 1; the default is the paper's.
+        prefixes: shares of d_sae, rising to 1; the defaults are the paper's.
         options: see :class:`SAE`.
 
     Raises:
@@ -48,7 +49,7 @@ class Matryoshka(BatchSelection):
         ends = sorted({math.ceil(share * self.d_sae) for share in self.prefixes})[:-1]
         if not ends:
             return codes, x.new_zeros(())
-        # All prefixes are one decode of P * B rows, so the decoder's gradient is formed once.
+        # One decode of P * B rows covers all prefixes, so the decoder's gradient is computed once.
         ends_P11 = torch.tensor(ends, device=x.device)[:, None, None]
         values_PBM = codes.values * (codes.indices < ends_P11)
         indices_PBM = codes.indices.expand(values_PBM.shape)

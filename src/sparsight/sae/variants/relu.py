@@ -15,7 +15,7 @@ from sparsight.sae.l1_penalty import L1Penalised
 
 @variant
 class ReLU(L1Penalised):
-    """Any number of active latents; the L1 penalty holds it near K."""
+    """Any number of active latents; the L1 penalty keeps it near K."""
 
     def encode(self, x: Tensor | np.ndarray) -> DenseCodes:
         return DenseCodes(((self.validate(x) - self.b_dec) @ self.W_enc + self.b_enc).relu())

@@ -3,7 +3,8 @@
 p = softmax((x - b_router) W_router),  e = argmax p,  z = p_e * TopK(ReLU((x - b_dec) W_enc[e])),
 x_hat = z W_dec + b_dec,  loss = ||x - x_hat||^2 + balance * E * sum over e of (share of rows) * (mean p_e)
 
-Expert e owns the latents from e F / E to (e + 1) F / E; only those are computed. The factor p_e trains the router.
+Expert e owns the latents from e F / E to (e + 1) F / E. Only the chosen expert is computed. The factor p_e trains the
+router.
 
 Shapes: B batch, D width (d_in), F latents (d_sae), K active latents (k), E experts.
 """
@@ -23,20 +24,20 @@ from sparsight.sae.codes import SparseCodes
 
 @variant
 class Switch(SAE):
-    """Width at constant compute.
+    """More latents at the same compute per activation.
 
     Args:
         d_in: D.
         d_sae: F.
         k: K.
-        seed: of the initial weights.
+        seed: seed of the initial weights.
         experts: E; None takes the largest divisor of d_sae up to 16 that leaves each expert 4 k latents, or 1.
-        balance: weight of the load-balance loss against the error relative to the data's variance; 0.025 is
-            the paper's alpha = 3 with its data's variance and its factor d_in taken out.
+        balance: weight of the load-balance loss, against a reconstruction error relative to the data's variance.
+            0.025 is the paper's alpha = 3 without its data's variance and its factor d_in.
         options: see :class:`SAE`.
 
     Raises:
-        SparsightError: experts that do not divide d_sae, or leave fewer than k latents each.
+        SparsightError: a number of experts that does not divide d_sae, or leaves fewer than k latents each.
     """
 
     options = (*SAE.options, "experts", "balance")
@@ -81,7 +82,7 @@ class Switch(SAE):
         return SparseCodes(values * p_B.unsqueeze(1), indices, self.d_sae)
 
     def _from_dead(self, x: Tensor, dead: Tensor) -> Tensor:
-        """Dead latents of the routed expert: no other is computed."""
+        """The same from dead latents of the routed expert only; no other expert is computed."""
         p_B, expert_B = self._route(x).max(dim=1)
         only_dead = x.new_full((self.d_sae,), -torch.inf).index_fill_(0, dead, 0.0)
         k = min(self.aux_k, self.d_sae // self.experts)

@@ -13,7 +13,7 @@ from sparsight.sae.codes import SparseCodes
 
 @variant
 class TopK(SAE):
-    """Keeps the K largest pre-activations of each activation, those above zero."""
+    """Keeps those of the K largest pre-activations of each activation that are above zero."""
 
     def encode(self, x: Tensor | np.ndarray) -> SparseCodes:
         values, indices = kernels.topk(self.validate(x) - self.b_dec, self.W_enc, self.b_enc, self.k)
