@@ -240,6 +240,7 @@ def pipelines(page: Path) -> set[str]:
     return {shlex.join(w[w.index("snakemake") :]) for w in lines if "snakemake" in w and "--profile" not in w}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("page", "line"), [pytest.param(p, line, id=f"{p.stem}: {line}") for p in PAGES for line in sorted(pipelines(p))]
 )
