@@ -44,15 +44,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--strict-skips", action="store_true", help="fail if a test is skipped for an unlisted reason")
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What looks at the finished run stays in one process: it makes the run while the others do the rest."""
-    for item in items:
-        names = set(getattr(item, "fixturenames", ()))
-        for group in ("both_runs", "run_folder", "small", "recorded"):
-            if group in names:
-                item.add_marker(pytest.mark.xdist_group(group))
-                break
+    """Tests of a shared run follow each other, so that pytest-xdist gives them to one process, the others to the rest."""
+    runs = ("run_folder", "both_runs", "small", "recorded")
+
+    def order(item: pytest.Item) -> int:
+        names = getattr(item, "fixturenames", ())
+        return next((i for i, run in enumerate(runs) if run in names), len(runs))
+
+    items.sort(key=order)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
@@ -135,11 +135,11 @@ def shared_folder(factory: pytest.TempPathFactory, name: str, make: Callable[[Pa
     """A folder that one process of the session makes and all of them read (pytest-xdist runs several)."""
     base = factory.getbasetemp()
     folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / name
+    finished = folder.with_name(f"{name}.finished")
     with FileLock(f"{folder}.lock"):
-        if not folder.exists():
-            unfinished = folder.with_name(f"{name}.unfinished")
-            make(unfinished)
-            unfinished.rename(folder)
+        if not finished.exists():
+            make(folder)
+            finished.touch()
     return folder
 
 

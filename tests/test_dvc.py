@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import ROOT, write_store
+from conftest import ROOT, shared_folder, write_store
 from snakemake.utils import update_config
 from test_trust import FOLLOWS_SAE, SMALL
 
@@ -95,11 +95,14 @@ def width(folder: Path) -> int:
     return about["d_sae"]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A repository whose last commit is a run of width 48, made by Snakemake and recorded by DVC."""
-    folder = tmp_path_factory.mktemp("dvc") / "repository"
-    folder.mkdir()
+    return shared_folder(tmp_path_factory, "dvc", lambda folder: make_repository(folder / "repository")) / "repository"
+
+
+def make_repository(folder: Path) -> None:
+    folder.mkdir(parents=True)
     for name in ("Snakefile", "uv.lock", ".gitignore", ".dvcignore"):
         shutil.copy(ROOT / name, folder)
     for name in ("workflow", "profiles", "src"):
@@ -120,7 +123,6 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run(folder, "git", "add", ".")
     run(folder, "git", "commit", "-qm", "width 48")
     run(folder, "dvc", "push", "-q")
-    return folder
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import ROOT, snakemake, workspace
+from conftest import ROOT, shared_folder, snakemake, workspace
 from runs import copy_of
 from snakemake.utils import update_config
 
@@ -186,14 +186,16 @@ def write_overlay(folder: Path, **topk: Any) -> None:
     (folder / "tiny.yaml").write_text(yaml.safe_dump(overlay))
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run of SMALL, for reading."""
-    folder = workspace(tmp_path_factory.mktemp("small"))
-    write_overlay(folder)
-    done = snakemake(folder, "--cores", "2")
-    assert done.returncode == 0, done.stderr[-3000:]
-    return folder
+
+    def make(folder: Path) -> None:
+        write_overlay(workspace(folder))
+        done = snakemake(folder, "--cores", "2")
+        assert done.returncode == 0, done.stderr[-3000:]
+
+    return shared_folder(tmp_path_factory, "small", make)
 
 
 @pytest.mark.slow
