@@ -17,6 +17,7 @@ os.environ.setdefault("TRITON_INTERPRET", "1")  # the kernels of the CUDA backen
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from PIL import Image
 
 from sparsight import backbones, config
@@ -30,6 +31,56 @@ from sparsight.sae import SAE, Trainer
 pytest_plugins = ["runs"]
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "tests" / "tiny.yaml"
+
+
+# Tests that may be skipped where everything else must run (--strict-skips), by the beginning of their reason.
+MAY_SKIP = {
+    "no CUDA device": "the machine has no card",
+    "no real data": "the repository has none; docs/data.md says how to get it",
+}
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--strict-skips", action="store_true", help="fail if a test is skipped for an unlisted reason")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests of a shared run follow each other, so that pytest-xdist gives them to one process, the others to the rest."""
+    runs = ("run_folder", "both_runs", "small", "recorded")
+
+    def order(item: pytest.Item) -> int:
+        names = getattr(item, "fixturenames", ())
+        return next((i for i, run in enumerate(runs) if run in names), len(runs))
+
+    items.sort(key=order)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    for reason in _unlisted(terminalreporter) if config.getoption("--strict-skips") else ():
+        terminalreporter.write_line(
+            f"skipped for an unlisted reason (MAY_SKIP in tests/conftest.py): {reason}", red=True
+        )
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    if session.config.getoption("--strict-skips") and reporter and _unlisted(reporter):
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def _unlisted(reporter: pytest.TerminalReporter) -> list[str]:
+    """Reasons of skipped tests that are not among those allowed."""
+    reasons = [str(report.longrepr[2]).removeprefix("Skipped: ") for report in reporter.stats.get("skipped", [])]
+    return sorted({reason for reason in reasons if not reason.startswith(tuple(MAY_SKIP))})
+
+
+def data_folder() -> Path:
+    """The real images and weights of docs/data.md; SPARSIGHT_DATA says where, if not in ``data``."""
+    folder = Path(os.environ.get("SPARSIGHT_DATA") or ROOT / "data")
+    if not folder.is_dir():
+        pytest.skip("no real data; see docs/data.md")
+    return folder
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -78,6 +129,18 @@ def workspace(path: Path, overlay: Path = TINY) -> Path:
         (path / name).symlink_to(ROOT / name)
     shutil.copy(overlay, path / "tiny.yaml")
     return path
+
+
+def shared_folder(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
+    """A folder that one process of the session makes and all of them read (pytest-xdist runs several)."""
+    base = factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / name
+    finished = folder.with_name(f"{name}.finished")
+    with FileLock(f"{folder}.lock"):
+        if not finished.exists():
+            make(folder)
+            finished.touch()
+    return folder
 
 
 def snakemake(folder: Path, *words: str, **options: Any) -> subprocess.CompletedProcess[str]:

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,11 +11,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from conftest import snakemake, workspace
+from conftest import shared_folder, snakemake, workspace
 
 TINY_RUN = Path("results", "tiny")
 # Files with times and hosts, and marks for Snakemake; everything else is byte-equal between equal runs.
 VARYING = ("timings.json", "provenance.json", "logs/", "benchmarks/", ".trust/")
+ODD = "it's a (test) [dir] {x} \u00e4 0"
+"""Name of a folder with what a shell, a format string or a glob could take for its own."""
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -74,16 +77,57 @@ def run_in_peace(folder: Path) -> Path:
     return folder
 
 
+IN_ONE_PROCESS = """
+import runpy, shlex, sys
+
+for command in sys.stdin.read().splitlines():
+    _, *sys.argv = shlex.split(command)
+    runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def run_in_one_process(folder: Path) -> Path:
+    """Run what Snakemake would, one command after the other, in a process that imports timm once."""
+    plan = snakemake(folder, "--dry-run", "--printshellcmds")
+    assert plan.returncode == 0, plan.stderr
+    every = re.findall(r"(python \S*workflow/scripts/.*) > ", plan.stdout + plan.stderr)
+    commands = [command for command in every if "provenance.py" not in command]  # it reads what Snakemake itself writes
+    python = [sys.executable, "-c", IN_ONE_PROCESS]
+    done = subprocess.run(python, cwd=folder, input="\n".join(commands), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-5000:]
+    for part in folder.rglob("*.part-*.json"):  # temporary, as Snakemake knows
+        part.unlink()
+    return folder
+
+
+def copy_of(folder: Path, place: Path) -> Path:
+    """A workspace that a test may change; not of hard links, for Snakemake writes logs and its memory in place."""
+    shutil.copytree(folder, place, symlinks=True)
+    return place
+
+
+@pytest.fixture(scope="session")
+def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The workspace of a finished run without provenance. It is for reading."""
+    return shared_folder(tmp_path_factory, ODD, lambda folder: run_in_one_process(workspace(folder)))
+
+
 @pytest.fixture(scope="session")
 def both_runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """Workspaces of an undisturbed run and of one that was killed again and again, made side by side."""
-    peace, kills = (workspace(tmp_path_factory.mktemp(name)) for name in ("peace", "kills"))
+    """Workspaces of Snakemake's run left alone and of one killed again and again, made side by side, for reading."""
+    peace, kills = (workspace(tmp_path_factory.mktemp(name) / ODD) for name in ("peace", "kills"))
     with ThreadPoolExecutor(2) as pool:
         waiting = pool.submit(run_in_peace, peace), pool.submit(run_with_kills, kills)
         return waiting[0].result(), waiting[1].result()
 
 
 @pytest.fixture(scope="session")
-def run_folder(both_runs: tuple[Path, Path]) -> Path:
-    """The workspace of the undisturbed run."""
+def snakemake_run(both_runs: tuple[Path, Path]) -> Path:
+    """The workspace that Snakemake left, for reading."""
     return both_runs[0]
+
+
+@pytest.fixture
+def own_run(snakemake_run: Path, tmp_path: Path) -> Path:
+    """A copy of it that a test may change."""
+    return copy_of(snakemake_run, tmp_path / "own")

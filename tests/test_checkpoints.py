@@ -8,6 +8,7 @@ import open_clip
 import pytest
 import timm
 import torch
+from conftest import data_folder
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -135,20 +136,12 @@ def test_weights_of_another_architecture_are_refused(tmp_path: Path) -> None:
         backbones.load("timm/vit_tiny_patch16_224", str(tmp_path / "none.pt"), **TIMM)
 
 
-def real_weights() -> Path:
-    folder = os.environ.get("SPARSIGHT_DATA")
-    path = Path(folder or "/nowhere") / "weights" / "vit_small_patch14_dinov2_focus.safetensors"
-    if not path.is_file():
-        pytest.skip("needs the real weights; set SPARSIGHT_DATA to the folder that holds weights/")
-    return path
-
-
 def test_real_dinov2_weights_at_another_image_size() -> None:
     """Against the documented way of loading them into timm."""
     from safetensors.torch import load_file
     from timm.models.vision_transformer import checkpoint_filter_fn
 
-    path = real_weights()
+    path = data_folder() / "weights" / "vit_small_patch14_dinov2_focus.safetensors"
     model: Any = timm.create_model("vit_small_patch14_dinov2.lvd142m", pretrained=False, img_size=98, num_classes=0)
     state: dict[str, Tensor] = {k: v.float() for k, v in load_file(path).items()}
     model.load_state_dict(checkpoint_filter_fn(state, model))

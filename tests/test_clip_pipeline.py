@@ -1,9 +1,6 @@
 """The whole pipeline on an open_clip model, which classifies by prompts."""
 
 import json
-import re
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,36 +8,22 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 import zarr
-from conftest import ROOT, make_folder, snakemake, workspace
+from conftest import ROOT, make_folder, workspace
+from runs import ODD, TINY_RUN, run_in_one_process
 
-IN_ONE_PROCESS = """
-import runpy, shlex, sys
-
-for command in sys.stdin.read().splitlines():
-    _, *sys.argv = shlex.split(command)
-    runpy.run_path(sys.argv[0], run_name="__main__")
-"""
+pytestmark = pytest.mark.slow
 
 
-def run_in_one_process(folder: Path) -> Path:
-    """The results of Snakemake's commands, run one after the other by a process that imports open_clip once."""
-    make_folder(folder / "images", per_class=60)
-    made = snakemake(folder, "--cores", "1", "results/tiny/configuration.json")  # by Snakemake's own process
-    assert made.returncode == 0, made.stderr
-    plan = snakemake(folder, "--dry-run", "--printshellcmds")
-    assert plan.returncode == 0, plan.stderr
-    every = re.findall(r"(python workflow/scripts/.*) > ", plan.stdout + plan.stderr)
-    commands = [command for command in every if "provenance.py" not in command]  # it reads what Snakemake itself writes
-    python = [sys.executable, "-c", IN_ONE_PROCESS]
-    done = subprocess.run(python, cwd=folder, input="\n".join(commands), capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-5000:]
-    return folder / "results" / "tiny"
+def finished(folder: Path, overlay: Path) -> Path:
+    """The results of an overlay in a workspace of its own."""
+    make_folder(workspace(folder, overlay) / "images", per_class=60)
+    return run_in_one_process(folder) / TINY_RUN
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The results of tiny-clip.yaml."""
-    return run_in_one_process(workspace(tmp_path_factory.mktemp("clip"), ROOT / "tests" / "tiny-clip.yaml"))
+    return finished(tmp_path_factory.mktemp("clip") / ODD, ROOT / "tests" / "tiny-clip.yaml")
 
 
 def head_macs(d_in: int, head_dim: int, tokens: int) -> int:
@@ -89,7 +72,7 @@ def test_a_run_without_policies_has_a_report_without_pruning(tmp_path: Path) -> 
     overlay["steering"] = {"vs2": {"strengths": [0.5, 2]}, "neighbours": None}
     overlay |= {"pruning": None, "policies": {"heads": None}}
     (tmp_path / "steering-only.yaml").write_text(yaml.safe_dump(overlay))
-    run = run_in_one_process(workspace(tmp_path / "w", tmp_path / "steering-only.yaml"))
+    run = finished(tmp_path / "w", tmp_path / "steering-only.yaml")
     drawn = {path.stem.partition("-")[0] for path in (run / "report" / "figures").iterdir()}
     assert drawn == {"saes", "steering", "backbone"}
     page = (run / "report" / "index.html").read_text().split('<h2 id="provenance">')[0]  # every setting comes after it

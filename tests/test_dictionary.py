@@ -70,6 +70,7 @@ def test_topk_recovers_the_dictionary(atoms: Tensor) -> None:
     assert ours("topk", atoms) >= 0.9
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["batchtopk", "matryoshka", "switch", "jumprelu", "gated"])
 def test_variants_come_within_5_points_of_a_plain_implementation(kind: str, atoms: Tensor) -> None:
     share, expected = ours(kind, atoms), plainly(kind, atoms)

@@ -8,6 +8,7 @@ import pytest
 from conftest import snakemake, workspace, write_store
 from test_mistakes import one_line, stage
 
+pytestmark = pytest.mark.slow
 MANIFEST = "results/tiny/images/manifest.parquet"
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import ROOT, write_store
+from conftest import ROOT, shared_folder, write_store
 from snakemake.utils import update_config
 from test_trust import FOLLOWS_SAE, SMALL
 
@@ -31,6 +31,7 @@ def run(folder: Path, *words: str) -> str:
     return done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_push_and_pull_move_only_the_shards_that_changed(tmp_path: Path) -> None:
     repository, remote, clone = (tmp_path / name for name in ("repository", "remote", "clone"))
     shapes = {"blocks.0.input": (8,), "embedding": (8,)}
@@ -94,11 +95,14 @@ def width(folder: Path) -> int:
     return about["d_sae"]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A repository whose last commit is a run of width 48, made by Snakemake and recorded by DVC."""
-    folder = tmp_path_factory.mktemp("dvc") / "repository"
-    folder.mkdir()
+    return shared_folder(tmp_path_factory, "dvc", lambda folder: make_repository(folder / "repository")) / "repository"
+
+
+def make_repository(folder: Path) -> None:
+    folder.mkdir(parents=True)
     for name in ("Snakefile", "uv.lock", ".gitignore", ".dvcignore"):
         shutil.copy(ROOT / name, folder)
     for name in ("workflow", "profiles", "src"):
@@ -119,9 +123,9 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run(folder, "git", "add", ".")
     run(folder, "git", "commit", "-qm", "width 48")
     run(folder, "dvc", "push", "-q")
-    return folder
 
 
+@pytest.mark.slow
 def test_a_run_of_snakemake_is_committed_and_a_clone_has_it(recorded: Path, tmp_path: Path) -> None:
     assert clean(recorded)
     clone = tmp_path / "clone"
@@ -132,6 +136,7 @@ def test_a_run_of_snakemake_is_committed_and_a_clone_has_it(recorded: Path, tmp_
     assert "fvu" in run(clone, "dvc", "plots", "show", "--show-vega", "results/default/curves.json")
 
 
+@pytest.mark.slow
 def test_no_artefact_of_one_configuration_is_taken_for_another_s(recorded: Path, tmp_path: Path) -> None:
     folder = tmp_path / "copy"
     shutil.copytree(recorded, folder, symlinks=True)
@@ -160,6 +165,7 @@ def test_no_artefact_of_one_configuration_is_taken_for_another_s(recorded: Path,
     assert again == first and len(first) > 8, "the same bytes as when it was made first"
 
 
+@pytest.mark.slow
 def test_activations_kept_out_of_the_cache_are_made_again_in_a_clone(recorded: Path, tmp_path: Path) -> None:
     folder, clone = tmp_path / "copy", tmp_path / "clone"
     shutil.copytree(recorded, folder, symlinks=True)

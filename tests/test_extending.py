@@ -7,9 +7,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from conftest import ROOT
 
 
+@pytest.mark.slow
 def test_the_variant_of_the_docs_keeps_the_contract(tmp_path: Path) -> None:
     for name in ("src", "tests", "docs", "pyproject.toml"):
         source = ROOT / name
@@ -19,7 +21,7 @@ def test_the_variant_of_the_docs_keeps_the_contract(tmp_path: Path) -> None:
     for path, code in blocks:
         with (tmp_path / path).open("a") as file:
             file.write(code)
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "tests/test_variants.py"]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-n0", "tests/test_variants.py"]
     environment = {**os.environ, "PYTHONPATH": str(tmp_path / "src")}
     done = subprocess.run(
         [*command, "-k", "inhibited"], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False

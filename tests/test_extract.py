@@ -157,6 +157,7 @@ print(kills)
 """
 
 
+@pytest.mark.slow
 def test_extraction_killed_at_twenty_random_moments_gives_the_same_bytes(
     manifest: Path, reference: dict[str, bytes], tmp_path: Path
 ) -> None:

@@ -1,5 +1,6 @@
 """What is measured of SAEs, each number against brute force or another library."""
 
+import importlib
 import itertools
 import json
 from pathlib import Path
@@ -319,11 +320,11 @@ def test_dictionaries_too_large_to_match_are_matched_in_part(monkeypatch: pytest
     assert found["matched"] == 5 and found["cosine"] == pytest.approx(1)
 
 
+@pytest.mark.peers
 def test_matching_and_duplicates_are_those_of_overcomplete(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Only where the package is: uv run --with overcomplete==0.3.0 pytest -W default tests/test_metrics.py."""
     if not hasattr(mpl.cm, "get_cmap"):  # gone since matplotlib 3.9, still imported by overcomplete 0.3
         monkeypatch.setattr(mpl.cm, "get_cmap", mpl.colormaps.__getitem__, raising=False)
-    metrics = pytest.importorskip("overcomplete.metrics", reason="overcomplete is not installed")
+    metrics = importlib.import_module("overcomplete.metrics")
     a, b = (geometry.random_rows(torch.empty(F, D), seed) for seed in (0, 1))
     total = F - float(metrics.cosine_hungarian_loss(a, b))
     assert geometry.matching(a, b)["cosine"] == pytest.approx(total / F, rel=1e-5)

@@ -1,6 +1,5 @@
 """Images in Parquet tables."""
 
-import os
 import pickle
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -9,6 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from conftest import data_folder
 from source_files import RGB, Expected, check, count_reads, manifest, picture, table
 
 from sparsight.common.errors import SparsightError
@@ -96,10 +96,10 @@ def test_tables_of_another_layout_are_refused_and_damaged_ones_named(tmp_path: P
 
 
 def test_the_real_parquet_tables_are_read_by_the_documented_lines(tmp_path: Path) -> None:
-    root = Path(os.environ.get("SPARSIGHT_DATA", "/nowhere"))
-    if not root.is_dir():
-        pytest.skip("needs the real tables; set SPARSIGHT_DATA to the folder that holds groceries/")
-    found = manifest("parquet", root / "groceries", tmp_path / "m.parquet")
-    assert [len(found.split(part)) for part in ("train", "val", "test")] == [675, 57, 1322]
+    found = manifest("parquet", data_folder() / "groceries", tmp_path / "m.parquet")
+    assert [len(found.split(part)) for part in ("train", "val")] == [675, 57]
+    assert len(set(found.table["sha256"].to_pylist())) == 675 + 57 + 661, (
+        "of the recorded test table each row stands twice"
+    )
     assert found.classes[:2] == ["Anjou", "Cantaloupe"] and len(found.classes) == 14
     assert found.split("val").batch(slice(0, 4), RGB).shape == (4, 8, 8, 3)

@@ -86,6 +86,7 @@ def save_backbone(backbone: Backbone, folder: Path) -> Path:
     return folder / "model.safetensors"
 
 
+@pytest.mark.slow
 def test_killed_twice_the_stage_ends_with_the_same_bytes(manifest: Manifest, tmp_path: Path) -> None:
     weights = save_backbone(make_backbone(classes=2), tmp_path / "backbone")
 

@@ -28,7 +28,7 @@ from sparsight.sae.moments import by_group, fit_moments
 from sparsight.sae.resae import ReSAE
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
+needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium, which apt-get install chromium brings")
 
 
 @pytest.fixture(scope="module")

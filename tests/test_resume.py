@@ -14,6 +14,7 @@ import pytest
 from conftest import ROOT, write_store
 from safetensors import safe_open
 
+pytestmark = pytest.mark.slow
 SITE, EPOCHS, PER_EPOCH = "blocks.0.input", 10, 64
 TOTAL = EPOCHS * PER_EPOCH  # a log line every three steps
 STAGE = str(ROOT / "workflow" / "scripts" / "sae.py")

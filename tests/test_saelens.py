@@ -1,10 +1,9 @@
 """SAELens: our folders are read by its package and its folders by us, with the same codes.
 
-The package pins much, so it is not in our lock file; the checks against it run in an environment of their own:
-
-    uv run --with sae-lens==6.54.12 pytest -W default tests/test_saelens.py
+The checks against the package itself are marked ``peers``; CONTRIBUTING.md has the command.
 """
 
+import importlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -42,7 +41,7 @@ def agree(one: SAE, codes: Tensor, x_hat: Tensor, x: Tensor) -> None:
 
 @pytest.fixture
 def package() -> Any:
-    return pytest.importorskip("sae_lens", reason="sae-lens is not installed; see the command in this file")
+    return importlib.import_module("sae_lens")
 
 
 @pytest.mark.parametrize("kind", EXPORTED)
@@ -54,6 +53,7 @@ def test_export_and_import_keep_codes_and_reconstructions(kind: str, tmp_path: P
     agree(back, one.encode(x).dense(), one(x), x)
 
 
+@pytest.mark.peers
 @pytest.mark.parametrize("kind", EXPORTED)
 def test_sae_lens_reads_ours(kind: str, tmp_path: Path, package: Any) -> None:
     one, x = trained(kind), activations()
@@ -62,6 +62,7 @@ def test_sae_lens_reads_ours(kind: str, tmp_path: Path, package: Any) -> None:
     agree(one, theirs.encode(x), theirs.decode(theirs.encode(x)), x)
 
 
+@pytest.mark.peers
 @pytest.mark.parametrize("changed", [{}, {"apply_b_dec_to_input": False}], ids=str)
 @pytest.mark.parametrize(
     ("name", "options"),

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import ROOT, snakemake, workspace
+from conftest import ROOT, shared_folder, snakemake, workspace
+from runs import copy_of
 from snakemake.utils import update_config
 
 from sparsight.common.digests import file_digest
@@ -168,6 +169,7 @@ def planned(folder: Path) -> set[str]:
     return set(re.findall(r"--record \S*/records/(\S+)\.json", done.stdout + done.stderr))
 
 
+@pytest.mark.slow
 def test_every_rule_leaves_the_record_that_is_looked_for(tmp_path: Path) -> None:
     config = copy.deepcopy(PARAMS)
     overlay = yaml.safe_load((ROOT / "tests" / "tiny.yaml").read_text())
@@ -184,15 +186,19 @@ def write_overlay(folder: Path, **topk: Any) -> None:
     (folder / "tiny.yaml").write_text(yaml.safe_dump(overlay))
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = workspace(tmp_path_factory.mktemp("small"))
-    write_overlay(folder)
-    done = snakemake(folder, "--cores", "2")
-    assert done.returncode == 0, done.stderr[-3000:]
-    return folder
+    """A finished run of SMALL, for reading."""
+
+    def make(folder: Path) -> None:
+        write_overlay(workspace(folder))
+        done = snakemake(folder, "--cores", "2")
+        assert done.returncode == 0, done.stderr[-3000:]
+
+    return shared_folder(tmp_path_factory, "small", make)
 
 
+@pytest.mark.slow
 def test_a_section_that_comes_or_goes_is_seen_in_copied_results(small: Path, tmp_path: Path) -> None:
     """As after git clone and dvc pull: no memory of Snakemake's."""
     folder = workspace(tmp_path / "w")
@@ -210,6 +216,7 @@ def test_a_section_that_comes_or_goes_is_seen_in_copied_results(small: Path, tmp
 FOLLOWS_SAE = {"sae-topk", "evaluate-topk", "steering-class-latents-s0", "summary", "report"}
 
 
+@pytest.mark.slow
 def test_touch_does_not_make_results_those_of_another_configuration(small: Path, tmp_path: Path) -> None:
     folder = workspace(tmp_path / "w")
     shutil.copytree(small / "results", folder / "results")
@@ -225,6 +232,7 @@ def test_touch_does_not_make_results_those_of_another_configuration(small: Path,
     assert about["d_sae"] == 64 and planned(folder) == set()
 
 
+@pytest.mark.slow
 def test_results_swapped_under_snakemake_s_memory_are_made_again(small: Path, tmp_path: Path) -> None:
     """Width 48, then 64, then the files of 48 come back while the configuration and the memory still say 64."""
     folder = workspace(tmp_path / "w")
@@ -240,13 +248,16 @@ def test_results_swapped_under_snakemake_s_memory_are_made_again(small: Path, tm
     assert planned(folder) == FOLLOWS_SAE
 
 
-def test_a_touched_input_of_equal_content_reruns_nothing(small: Path) -> None:
-    results = small / "results" / "tiny"
+@pytest.mark.slow
+def test_a_touched_input_of_equal_content_reruns_nothing(small: Path, tmp_path: Path) -> None:
+    folder = copy_of(small, tmp_path / "copy")
+    results = folder / "results" / "tiny"
     for name in ("images/manifest.parquet", "backbones/vit/model.safetensors", "activations/vit/train.json"):
         (results / name).touch()
-    assert planned(small) == set()
+    assert planned(folder) == set()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("file", "follow"),
     [

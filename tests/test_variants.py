@@ -343,7 +343,7 @@ def test_overflowing_sums_of_finite_activations_are_not_refused() -> None:
 
 
 def test_no_variant_file_is_long() -> None:
-    folder = importlib.util.find_spec("sparsight.sae")
+    folder = importlib.util.find_spec("sparsight.sae.variants")
     assert folder is not None and folder.submodule_search_locations is not None
     for path in (Path(folder.submodule_search_locations[0]) / f"{name}.py" for name in sae.names()):
         assert len(path.read_text().splitlines()) <= 120, path

@@ -15,7 +15,7 @@ if workflow.is_main_process:  # not a job on a cluster node, which reads these f
 def flags(section=None):
     """The flags that every stage script takes, and those of the stage's own section.
 
-    A rule calls it in a function of wildcards: in a plain text Snakemake would take braces for wildcards.
+    Called in a function of wildcards, because Snakemake would take braces in a plain text for wildcards.
     """
     common = f"--seed {RUN.seed} {to_flags(RUN.compute)}"
     return f"{common} {to_flags(section)}" if section is not None else common
