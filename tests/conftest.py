@@ -45,7 +45,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests of a shared run follow each other, so that pytest-xdist gives them to one process, the others to the rest."""
+    """Keep the tests of a shared run together: pytest-xdist gives what follows each other to one process."""
     runs = ("run_folder", "both_runs", "small", "recorded")
 
     def order(item: pytest.Item) -> int:

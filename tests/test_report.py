@@ -174,7 +174,8 @@ def test_the_summary_says_what_the_intervals_say() -> None:
     rows = [{"control": name, "delta_lo": lo, "delta_hi": hi, **shared} for name, (lo, hi) in ends.items()]
     found = _verdicts([*rows, {**rows[0], "labels": "oracle", "control": "not deployable"}])
     assert found is not None and found["controls"] == {
-        "better than": ["random-latents"], "worse than": ["logit-bias"], "not told apart from": ["class-static"],
+        "better than": ["random-latents"], "worse than": ["logit-bias"],
+        "not significantly different from": ["class-static"],
     }  # fmt: skip
     assert _verdicts([]) is None
 

@@ -10,11 +10,12 @@ import torch
 from studies import Study, last_inputs, random_policy, random_sae, steered, two_class_images, two_classes
 from torch import Tensor
 
-from sparsight import config
+from sparsight import config, sae
 from sparsight.images.manifest import Manifest
 from sparsight.pruning import controls, head_outputs, last_block, linear_probe
 from sparsight.pruning.head_outputs import HeadOutputs
 from sparsight.pruning.last_block import last_block_inputs
+from sparsight.pruning.latent_effects import scramble
 from sparsight.pruning.masks import pack, unpack
 from sparsight.pruning.policy import FixedMask, HeadPolicy
 from sparsight.pruning.strategies import KINDS, LABELS, NONE, Row
@@ -292,3 +293,14 @@ def test_the_probe_is_the_minimum_of_its_loss() -> None:
     for gradient in torch.autograd.grad(loss, (weight, bias)):
         assert gradient.abs().max() < 1e-4
     assert (found(x) == y.numpy()).mean() > 0.7
+
+
+@pytest.mark.parametrize("kind", sae.names())
+def test_every_variant_can_be_scrambled_for_the_control_random_sae(kind: str) -> None:
+    plain = sae.create(kind, 12, 32, 4).requires_grad_(False)
+    plain.b_dec.copy_(torch.arange(12.0))
+    random = scramble(plain, seed=3)
+    torch.testing.assert_close(random.W_dec.norm(dim=1), torch.ones(32))
+    assert torch.equal(random.W_enc, random.W_dec.T) and torch.equal(random.b_dec, plain.b_dec)
+    assert not torch.allclose(random.W_dec, plain.W_dec, atol=0.1)
+    assert random.encode(torch.randn(5, 12)).dense().shape == (5, 32)

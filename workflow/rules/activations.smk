@@ -3,8 +3,8 @@ wildcard_constraints:
     part="[0-9]+",
 
 
-# Several jobs may share a split: each fills shards of its own, and the last one vouches for all of them.
-# The store itself is a folder, <split>.zarr; its manifest, written last, stands for it here.
+# Several jobs may share a split. Each fills its own shards; a last job verifies all of them and writes the manifest.
+# The store itself is a folder, <split>.zarr. Snakemake knows it by its manifest, which is written last.
 rule extract:
     input:
         images=f"{R}/images/manifest.parquet",
@@ -23,7 +23,7 @@ rule extract:
     threads: THREADS
     resources:
         **needs(),
-        workers=RUN.compute.workers,  # not a parameter: another number makes no store stale
+        workers=RUN.compute.workers,  # not a parameter: it changes no result
     params:
         parts=RUN.activations.parts,
         out=subpath(output[0], parent=True),

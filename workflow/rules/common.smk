@@ -7,7 +7,7 @@ from sparsight.pipeline.code_digest import files as code_files
 from sparsight.pipeline.code_digest import write_digest
 from sparsight.pipeline.staleness import mark
 
-if workflow.is_main_process:  # not a job on a cluster node, which reads these files too
+if workflow.is_main_process:  # a job on a cluster node reads these files, too, and plans nothing
     for stage, reason in mark(RUN).items():
         print(f"{stage} is made again: {reason}", file=sys.stderr)
 
@@ -22,11 +22,11 @@ def flags(section=None):
 
 
 def one_of(names):
-    """The constraint of a wildcard that stands for one of these names, of which there may be none."""
+    """The constraint of a wildcard that takes one of these names; there may be none."""
     return "|".join(map(re.escape, names)) or "(?!)"
 
 
-# Sections of SAEs on which steering and pruning wait: these come first, so that fewer cores stand idle at the end.
+# Sections of SAEs that steering and pruning depend on: they run first, so that fewer cores are idle at the end.
 STEERED = {sae.rpartition("-s")[0] for sae in RUN.steering_names.values()}
 
 
@@ -36,7 +36,7 @@ def steered_sae(wildcards):
 
 
 def sae_section(wildcards):
-    """The section of SAEs that a job is about, or from which its steering result has its SAE."""
+    """The section of SAEs of a job: its own, or that of the SAE which its steering result uses."""
     own = getattr(wildcards, "section", None)
     return RUN.saes[own] if own else RUN.sae_names[steered_sae(wildcards)]
 
@@ -51,13 +51,13 @@ def stores_of(backbone, splits):
 
 
 def stores_of_steering(wildcards):
-    """VS2++ looks up the embeddings of every image, the other kinds only what the train split is like."""
+    """VS2++ reads the embeddings of all splits; the other kinds read only the train split."""
     splits = ["train", "val", "test"] if RUN.steering[wildcards.steering].kind == "vs2++" else ["train"]
     return stores_of(sae_section(wildcards).backbone, splits)
 
 
 def stores_of_finder(wildcards):
-    """Where VS2++ finds neighbours; nothing for other kinds."""
+    """The stores in which VS2++ finds neighbours; none for other kinds."""
     section = RUN.steering[wildcards.steering]
     backbone = section.neighbour_backbone or sae_section(wildcards).backbone
     return stores_of(backbone, ["train", "val", "test"]) if section.kind == "vs2++" else []
@@ -73,9 +73,9 @@ def backbone_of_policy(wildcards):
 
 @cache
 def code(script, *extra):
-    """The file that changes when a line changes of what a stage script can reach.
+    """The file that holds one digest of all the code that a stage script can reach.
 
-    What is loaded by name at run time (an SAE variant, a template) is given as ``extra``.
+    Files that are loaded by name at run time (an SAE variant, a template) are given as ``extra``.
     """
     names = [Path(script).stem, *dict.fromkeys(Path(path).stem for path in extra if path.endswith(".py"))]
     path, repository = Path(R, ".trust", "code", "-".join(names)), Path(workflow.basedir)

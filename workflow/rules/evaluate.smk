@@ -1,16 +1,16 @@
 RANDOM_SAE = (
-    "src/sparsight/sae/variants/topk.py"  # the variant of the random dictionary that every SAE is compared with
+    "src/sparsight/sae/variants/topk.py"  # the random dictionary, a baseline of every SAE
 )
 OF_AN_SAE = ["metrics.json", "latents.parquet", "baselines.parquet", "probing.parquet"]
 
-# Rules are shared as those of training are.
+# Sections of one shape share their rules, as in sae.smk.
 for NUMBER, (ENDINGS, SECTIONS) in enumerate(RUN.shapes.items(), 1):
     SAES = expand("{{section}}{ending}", ending=ENDINGS)
     SHAPE = RUN.saes[SECTIONS[0]]
 
     if not SHAPE.sites:
 
-        # One job evaluates the SAEs of a section, beside baselines that are the same for all.
+        # One job evaluates the SAEs of a section, because their baselines are the same.
         rule:
             name:
                 f"evaluate_{NUMBER}"

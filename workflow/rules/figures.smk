@@ -1,4 +1,4 @@
-# The figures of the report, for `snakemake --report` too.
+# The figures of the report; `snakemake --report` shows them, too.
 from sparsight.report.comparisons import comparisons
 
 CATEGORIES = {

@@ -21,7 +21,7 @@ rule images:
         " {params.flags} > {log} 2>&1"
 
 
-# A data set beside the run's own, which steering is tried on.
+# Another data set, on which steering is evaluated as well.
 rule other_images:
     input:
         trust=f"{R}/.trust/images-{{other}}",

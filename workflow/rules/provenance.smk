@@ -1,5 +1,5 @@
-# The run's whole configuration: defaults, params.yaml and overlays in one file. It waits for the images so that it holds no
-# core at the moment when a backbone wants all of them, and a smaller one would go first.
+# The run's whole configuration: defaults, params.yaml and overlays in one file. It waits for the images. Otherwise it would
+# hold a core when a backbone needs all of them, and Snakemake would start a smaller backbone first.
 rule configuration:
     input:
         images=f"{R}/images/manifest.parquet",
@@ -28,7 +28,7 @@ FINISHED = [
 ]
 
 
-# Last of all, when every other stage has left its benchmark.
+# The last job: by now every other stage has left its benchmark.
 rule provenance:
     input:
         configuration=rules.configuration.output,

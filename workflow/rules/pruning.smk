@@ -80,11 +80,11 @@ rule timings:
         f"{R}/logs/timings.log",
     benchmark:
         f"{R}/benchmarks/timings.jsonl"
-    # More than there are: Snakemake cuts it to --cores, so nothing else runs while this stage measures.
+    # Snakemake cuts this to --cores, so nothing else runs while this stage measures.
     threads: 1024
     resources:
         **needs(),
-        cpus_per_task=THREADS,  # SLURM reads these two instead
+        cpus_per_task=THREADS,  # SLURM uses these two instead
         slurm_extra="--exclusive",
     params:
         out=subpath(output[0], parent=True),
@@ -96,7 +96,7 @@ rule timings:
         " {params.flags} > {log} 2>&1"
 
 
-# Not part of the run: ask for it by name, e.g. results/default/exports/vit/b5-h2-h5/model.safetensors
+# Not part of the run: request it by name, e.g. results/default/exports/vit/b5-h2-h5/model.safetensors
 rule export_pruned:
     input:
         backbone=rules.backbone.output.weights,

@@ -2,14 +2,14 @@ SAE_WEIGHTS = f"{R}/saes/{{sae}}/sae.safetensors"
 SAE_CONFIG = f"{R}/saes/{{sae}}/config.json"
 MAPS = f"{R}/saes/{{chain}}/affine.safetensors"
 
-# Sections with the same seeds and sites share their rules, for Snakemake looks at every rule for every file: with rules
-# for each section, a sweep of hundreds would take a third longer to plan.
+# Sections with the same seeds and sites share their rules. Snakemake checks every rule for every file, so with rules for
+# each section a sweep of hundreds would take a third longer to plan.
 for NUMBER, (ENDINGS, SECTIONS) in enumerate(RUN.shapes.items(), 1):
     SAES = expand("{{section}}{ending}", ending=ENDINGS)
     SHAPE = RUN.saes[SECTIONS[0]]
     CHAINS = expand("{{section}}-s{seed}", seed=SHAPE.seeds if SHAPE.sites else [])
 
-    # One job trains the SAEs of a section, one per seed (and site of a chain), on one reading of the store.
+    # One job trains all SAEs of a section, one per seed (and site of a chain), and reads the store once.
     rule:
         name:
             f"sae_{NUMBER}"

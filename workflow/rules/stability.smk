@@ -1,4 +1,4 @@
-# How much alike the SAEs of a section are over its seeds.
+# How similar the SAEs of a section are over its seeds.
 rule stability:
     input:
         saes=lambda wildcards: expand(SAE_WEIGHTS, sae=RUN.grids[wildcards.section]),

@@ -39,7 +39,7 @@ rule steering:
         " {params.flags} > {log} 2>&1"
 
 
-# The same vectors, strengths and thresholds on images that the SAE has not been trained for.
+# The same vectors, strengths and thresholds on a data set that the SAE was not trained on.
 rule steering_elsewhere:
     input:
         images=rules.other_images.output.manifest,

@@ -1,4 +1,4 @@
-"""Train a backbone or take its weights: images -> model.safetensors, config.json, training.jsonl."""
+"""Train a backbone, or use its weights as they are: images -> model.safetensors, config.json, training.jsonl."""
 
 from sparsight.config import Backbone
 from sparsight.pipeline import stage

@@ -1,4 +1,4 @@
-"""Evaluate a ReSAE chain on the test split: each SAE by itself, and metrics.json of all sites in the backbone."""
+"""Evaluate a ReSAE chain on the test split: each SAE alone, and all of them together in the backbone."""
 
 from sparsight.pipeline import stage
 

@@ -1,4 +1,4 @@
-"""Evaluate the SAEs of a section on the test split, by themselves, beside baselines, and put into the backbone.
+"""Evaluate the SAEs of a section on the test split: alone, beside baselines, and inside the backbone.
 
 Writes metrics.json, latents.parquet, baselines.parquet and probing.parquet into the folder of each.
 """

@@ -1,4 +1,4 @@
-"""Write the backbone with only the heads that --name says (b5-h2-h5), the others gone, for plain timm."""
+"""Write the backbone with only the heads of --name (b5-h2-h5) in the named blocks, for plain timm."""
 
 from sparsight.pipeline import stage
 

@@ -1,4 +1,4 @@
-"""Record where the run comes from and what each job took: provenance.json."""
+"""Record commit, versions, machine, configuration, and time and memory of each job: provenance.json."""
 
 from sparsight.pipeline import stage
 

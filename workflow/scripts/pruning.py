@@ -1,4 +1,4 @@
-"""Steer a head policy with every SAE and compare with the controls: pruning tables and metrics.json."""
+"""Steer a head policy with every SAE and compare with controls: pruning tables and metrics.json."""
 
 from sparsight.config import Pruning
 from sparsight.pipeline import stage

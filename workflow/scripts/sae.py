@@ -1,6 +1,6 @@
 """Train the SAEs of a section (--name), one per seed: <name>-s<seed>/sae.safetensors, config.json, training.jsonl.
 
-A section of several sites makes chains: <name>-s<seed>/affine.safetensors, and the files above in a folder per site.
+A section of several sites makes chains: <name>-s<seed>/affine.safetensors and a folder per site with the same files.
 """
 
 from sparsight.config import Sae
@@ -23,6 +23,6 @@ if __name__ == "__main__":
         main,
         __doc__,
         Sae,
-        images="manifest.parquet of the images stage; read for the labels of a PASS term only",
+        images="manifest.parquet of the images stage; only the PASS term reads it, for labels",
         store="train.json, the manifest of the train split's store",
     )

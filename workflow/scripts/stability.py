@@ -1,4 +1,4 @@
-"""How much alike the SAEs of a section (--name) are over its seeds: <name>-stability.json."""
+"""How similar the SAEs of a section (--name) are over its seeds: <name>-stability.json."""
 
 from sparsight.pipeline import stage
 

@@ -1,4 +1,4 @@
-"""Try VS2 and its gate on another data set (--name), with the strengths and thresholds found at home."""
+"""Evaluate VS2 and its gate on another data set (--name), with the strengths and thresholds of the run's own."""
 
 import json
 

@@ -223,11 +223,6 @@ def _load(model: Any, path: Path) -> None:
         raise SparsightError(f"{path}: does not fit the architecture ({shown})") from None
 
 
-def preprocessing(clip: Any) -> dict[str, Any]:
-    """mean, std, interpolation, resize_mode of the model's own config."""
-    return dict(clip.visual.preprocess_cfg)
-
-
 @torch.no_grad()
 def encode_text(clip: Any, name: str, texts: list[str], batch_size: int = 256) -> Tensor:
     """Text features of unit norm, (n, E).

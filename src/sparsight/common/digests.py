@@ -4,11 +4,7 @@ import dataclasses
 import hashlib
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    pass
-
+from typing import Any
 
 FREE = {"free": True}
 """Metadata of a field that affects only speed, never the result. Digests leave such fields out."""

@@ -113,5 +113,6 @@ def scramble(sae: SAE, seed: int) -> SAE:
     random.W_dec.copy_(rows_FD)
     random.normalize_decoder()
     random.W_enc.copy_(random.W_dec.T)
-    random.b_enc.zero_()
+    if hasattr(random, "b_enc"):  # gated and switch SAEs have none
+        random.b_enc.zero_()
     return random

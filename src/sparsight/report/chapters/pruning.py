@@ -57,11 +57,10 @@ def _verdicts(matched: list[dict[str, Any]]) -> dict[str, Any] | None:
     rows = [row for row in matched if row["labels"] == _DEPLOYABLE]
     if not rows:
         return None
-    controls: dict[str, list[str]] = {"better than": [], "worse than": [], "not told apart from": []}
+    better, worse, neither = "better than", "worse than", "not significantly different from"
+    controls: dict[str, list[str]] = {better: [], worse: [], neither: []}
     for row in rows:
-        verdict = (
-            "better than" if row["delta_lo"] > 0 else "worse than" if row["delta_hi"] < 0 else "not told apart from"
-        )
+        verdict = better if row["delta_lo"] > 0 else worse if row["delta_hi"] < 0 else neither
         controls[verdict].append(row["control"])
     return {"usage": rows[0]["usage"], "accuracy": rows[0]["accuracy"], "controls": controls}
 
