@@ -192,7 +192,9 @@ def understood(words: list[str], page: Path, monkeypatch: pytest.MonkeyPatch) ->
         case ["uv", "run", "--group", group, *rest]:
             assert group in groups
             understood(rest, page, monkeypatch)
-        case ["uv", "run", "--with", _, *rest] | ["uv", "run", *rest]:
+        case ["uv", "run", "--with", _, *rest]:
+            understood(["uv", "run", *rest], page, monkeypatch)
+        case ["uv", "run", *rest]:
             understood(rest, page, monkeypatch)
         case ["bash", script, *rest]:
             text = (ROOT / script).read_text()

@@ -59,7 +59,7 @@ def test_two_stages_get_two_cards_and_a_third_waits_until_one_is_killed(machine:
         taken = [first.card(), second.card()]
         assert sorted(taken) == ["GPU-a", "GPU-b"]
         with Stage(machine) as third:
-            while not third.errors.read_text():
+            while not third.errors.read_text().endswith("\n"):
                 assert third.process.poll() is None
                 time.sleep(0.02)
             message = "every card (GPU-a, GPU-b) is in use by another stage; waiting for one\n"

@@ -1,6 +1,4 @@
-RANDOM_SAE = (
-    "src/sparsight/sae/variants/topk.py"  # the random dictionary, a baseline of every SAE
-)
+RANDOM_SAE = "src/sparsight/sae/variants/topk.py"  # the random dictionary, a baseline of every SAE
 OF_AN_SAE = ["metrics.json", "latents.parquet", "baselines.parquet", "probing.parquet"]
 
 # Sections of one shape share their rules, as in sae.smk.
