@@ -14,8 +14,8 @@ import pytest
 from conftest import shared_folder, snakemake, workspace
 
 TINY_RUN = Path("results", "tiny")
-# Files with times and hosts, and marks for Snakemake; everything else is byte-equal between equal runs.
-VARYING = ("timings.json", "provenance.json", "logs/", "benchmarks/", ".trust/")
+# Files with times and hosts; everything else is byte-equal between equal runs.
+VARYING = ("timings.json", "provenance.json", "logs/", "benchmarks/")
 ODD = "it's a (test) [dir] {x} \u00e4 0"
 """Name of a folder with what a shell, a format string or a glob could take for its own."""
 

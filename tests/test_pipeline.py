@@ -21,9 +21,6 @@ from runs import ODD, contents, holder, start
 from safetensors.numpy import load_file
 from snakemake.utils import update_config
 
-from sparsight.pipeline import staleness
-from sparsight.pipeline.run import load_run
-
 BACKBONES, SPLITS = ("vit", "clip"), ("train", "val", "test")
 SAES = ("topk-s0", "switch-s0", "switch-s1", "final-s0")
 BACKBONE_FILES = ("model.safetensors", "prompts.safetensors", "config.json", "training.jsonl")
@@ -62,6 +59,7 @@ def test_stages_in_one_process_make_the_bytes_of_stages_in_processes_of_their_ow
 
 def test_one_command_makes_every_promised_file_and_leaves_no_working_state(run_folder: Path) -> None:
     made = set(contents(run_folder))
+    marks = run_folder / ".snakemake" / "sparsight" / "tiny"  # one per stage, by the name of its record
     promised = {
         "images/manifest.parquet",
         *(f"backbones/{b}/{f}" for b in BACKBONES for f in BACKBONE_FILES),
@@ -97,7 +95,7 @@ def test_one_command_makes_every_promised_file_and_leaves_no_working_state(run_f
         "metrics.json",
         "curves.json",
         "configuration.json",
-        *(f"records/{stage}.json" for stage, _ in staleness.stages(load_run(tiny())) if stage != "configuration"),
+        *(f"records/{mark.name}.json" for mark in marks.iterdir() if mark.suffix != ".json"),
     }
     stores = {name for name in made if ".zarr/" in name}
     assert made - stores | {name for name in stores if name.count("/") == 3 and "zarr.json" in name} == promised

@@ -1,7 +1,6 @@
 """Files that are not the configuration's are made again, whatever times and Snakemake's memory say."""
 
 import copy
-import dataclasses
 import json
 import os
 import re
@@ -13,12 +12,12 @@ import pytest
 import yaml
 from conftest import ROOT, shared_folder, snakemake, workspace
 from runs import copy_of
-from snakemake.utils import update_config
 
 from sparsight.common.digests import file_digest
 from sparsight.common.files import write_json
 from sparsight.pipeline import records, staleness
 from sparsight.pipeline.run import Run, load_run
+from sparsight.pipeline.staleness import Marks
 
 PARAMS = yaml.safe_load((ROOT / "params.yaml").read_text())
 SMALL = """
@@ -46,12 +45,15 @@ def make_run(**changes: Any) -> Run:
     return load_run({**config, **changes})
 
 
-def write_record(run: Run, stage: str, section: Any, inputs: list[Path], outputs: list[Path]) -> None:
+def settings(run: Run, code: str = "code") -> dict[str, Any]:
+    return records.settings(run.compute, run.saes["topk"], run.seed, code)
+
+
+def write_record(run: Run, stage: str, inputs: list[Path], outputs: list[Path]) -> None:
     path = run.folder / "records" / f"{stage}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    settings = records.settings(run.compute, section, run.seed)
     digests = {path: file_digest(path) for path in inputs}
-    write_json(path, records.content(settings, digests, {path: path for path in outputs}, path))
+    write_json(path, records.content(settings(run), digests, {path: path for path in outputs}, path))
 
 
 @pytest.fixture
@@ -63,15 +65,25 @@ def made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
         (run.folder / name).parent.mkdir(parents=True, exist_ok=True)
         (run.folder / name).write_text(name)
     manifest, weights = run.folder / "images" / "manifest.parquet", run.folder / "saes" / "topk-s0" / "sae.safetensors"
-    write_record(run, "sae-topk", run.saes["topk"], [manifest], [weights])
+    write_record(run, "sae-topk", [manifest], [weights])
     return run
 
 
-def test_files_of_the_configuration_are_trusted_and_marks_are_older_than_they(made: Run) -> None:
-    assert staleness.mark(made) == {} and staleness.mark(made) == {}
-    marks = made.folder / ".trust"
-    assert {path.name for path in marks.iterdir()} == {stage for stage, _ in staleness.stages(made)} | {"digests.json"}
-    assert (marks / "sae-topk").stat().st_mtime == 0 and (marks / "sae-topk").read_text() == ""
+MARK = Path("marks", "sae-topk")
+
+
+def renew(run: Run, code: str = "code", reads: list[Path] | None = None) -> str:
+    """What one plan says of the stage sae-topk."""
+    marks = Marks(run.folder, MARK.parent)
+    reason = marks.renew("sae-topk", settings(run, code), None if reads is None else map(str, reads))
+    marks.save()
+    return reason
+
+
+def test_a_result_of_the_configuration_is_trusted_and_its_mark_is_older(made: Run) -> None:
+    assert renew(made) == "" and renew(made) == ""
+    assert MARK.stat().st_mtime == 0 and MARK.read_text() == ""
+    assert Marks(made.folder, MARK.parent).renew("sae-other", settings(made)) == "", "no result yet: Snakemake makes it"
 
 
 @pytest.mark.parametrize(
@@ -82,18 +94,27 @@ def test_files_of_the_configuration_are_trusted_and_marks_are_older_than_they(ma
         ({"compute": {"threads": 7}}, "compute has changed"),
     ],
 )
-def test_another_configuration_is_seen_every_time(made: Run, change: dict[str, Any], reason: str) -> None:
+def test_another_configuration_is_seen_every_time_and_its_mark_is_taken_back(
+    made: Run, change: dict[str, Any], reason: str
+) -> None:
     run = make_run(**change)
-    assert staleness.mark(run) == {"sae-topk": reason}
-    first = (made.folder / ".trust" / "sae-topk").read_text()
-    assert staleness.mark(run) == {"sae-topk": reason}, "until it is made again"
-    assert (made.folder / ".trust" / "sae-topk").read_text() != first
-    assert staleness.mark(make_run(topk={"seeds": [0, 1, 2]})) == {}, "what was, is trusted again"
+    assert renew(run) == reason
+    first = MARK.read_text()
+    assert renew(run) == reason, "until it is made again"
+    assert MARK.read_text() != first
+    assert renew(made) == "" and MARK.read_text() == "" and MARK.stat().st_mtime == 0
+
+
+def test_other_code_is_seen(made: Run) -> None:
+    assert renew(made, code="other") == "its code has changed"
+    record = made.folder / "records" / "sae-topk.json"
+    write_json(record, {key: value for key, value in json.loads(record.read_text()).items() if key != "code"})
+    assert renew(made) == "its code has changed", "a record that does not know its code"
 
 
 def test_free_fields_change_nothing(made: Run) -> None:
     config = {**PARAMS["compute"], "workers": 3}
-    assert staleness.mark(make_run(compute=config)) == {}
+    assert renew(make_run(compute=config)) == ""
 
 
 @pytest.mark.parametrize("name", ["images/manifest.parquet", "saes/topk-s0/sae.safetensors"])
@@ -104,14 +125,14 @@ def test_swapped_files_are_seen(made: Run, name: str) -> None:
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
     kind = "read" if "images" in name else "made"
     path.rename(path.with_suffix(".moved"))
-    assert staleness.mark(made) == {}, "what is missing Snakemake makes"
+    assert renew(made) == "", "what is missing Snakemake makes"
     shutil.copy2(path.with_suffix(".moved"), path)
-    assert staleness.mark(made) == {"sae-topk": f"{name} is not the file that it has {kind}"}
+    assert renew(made) == f"{name} is not the file that it has {kind}"
 
 
 def test_a_damaged_record_is_not_believed(made: Run) -> None:
     (made.folder / "records" / "sae-topk.json").write_text("{")
-    assert staleness.mark(made) == {"sae-topk": "its record cannot be read"}
+    assert renew(made) == "its record cannot be read"
 
 
 def test_files_are_read_once_until_they_change(made: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -123,61 +144,28 @@ def test_files_are_read_once_until_they_change(made: Run, monkeypatch: pytest.Mo
         return plain(path)
 
     monkeypatch.setattr(staleness, "file_digest", digest)
-    staleness.mark(made)
+    renew(made)
     assert len(read) == 2
-    staleness.mark(made)
+    renew(made)
     assert len(read) == 2
     (made.folder / "images" / "manifest.parquet").touch()
-    staleness.mark(made)
+    renew(made)
     assert len(read) == 3
 
 
 def test_a_stage_that_gathers_results_is_made_again_when_they_are_others(made: Run) -> None:
-    run = make_run(steering={"a.b": {**PARAMS["steering"]["class-latents"], "sae": "topk"}}, pruning=None, policies={})
-    read = [f"backbones/{name}/config.json" for name in run.backbones]
-    read += [f"saes/{name}/metrics.json" for name in (*run.sae_names, *run.chains)]
-    read += [f"steering/{name}.parquet" for name in run.steering_names] + ["saes/topk-stability.json"]
-    for name in read:
-        (made.folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (made.folder / name).touch()
-    write_record(run, "summary", None, [made.folder / name for name in read], [])
-    weights = [made.folder / "saes" / f"topk-s{seed}" / "sae.safetensors" for seed in run.saes["topk"].seeds]
-    for path in weights:
-        path.touch()
-    write_record(run, "stability-topk", None, weights, [])
-    assert staleness.mark(run) == {}
-    seeds = run.saes["topk"].seeds
-    more, fewer = make_run(topk={"seeds": [*seeds, 9]}), make_run(topk={"seeds": seeds[:-1]})
-    missing, section = "it has not read saes/topk-s9", {"sae-topk": "its section has changed"}
-    assert staleness.mark(more) == {"summary": missing, "stability-topk": missing} | section
-    former = f"it has read saes/topk-s{seeds[-1]}, which the configuration does not have"
-    assert staleness.mark(fewer) == {"summary": former, "stability-topk": former} | section
+    manifest, other = made.folder / "images" / "manifest.parquet", made.folder / "saes" / "topk-s9" / "sae.safetensors"
+    assert renew(made, reads=[manifest]) == ""
+    assert renew(made, reads=[manifest, other]) == "it has not read saes/topk-s9/sae.safetensors"
+    former = "it has read images/manifest.parquet, which the configuration does not have"
+    assert renew(made, reads=[]) == former
 
 
-def test_the_configuration_s_own_file_is_compared_with_it(made: Run) -> None:
-    path = made.folder / "configuration.json"
-    write_json(path, dataclasses.asdict(made))
-    assert staleness.mark(made) == {}
-    other = make_run(images={"source": "mnist-5000", "val_fraction": 0.2})
-    assert staleness.mark(other) == {"configuration": "it is another configuration's"}
-
-
-def planned(folder: Path) -> set[str]:
-    """The stages that Snakemake would run, by the names of their records."""
-    done = snakemake(folder, "--dry-run", "--printshellcmds")
+def planned(folder: Path, *words: str) -> set[str]:
+    """The stages that Snakemake would run, by the names of their records; ``configuration`` follows any section."""
+    done = snakemake(folder, "--dry-run", "--printshellcmds", *words)
     assert done.returncode == 0, done.stderr
-    return set(re.findall(r"--record \S*/records/(\S+)\.json", done.stdout + done.stderr))
-
-
-@pytest.mark.slow
-def test_every_rule_leaves_the_record_that_is_looked_for(tmp_path: Path) -> None:
-    config = copy.deepcopy(PARAMS)
-    overlay = yaml.safe_load((ROOT / "tests" / "tiny.yaml").read_text())
-    overlay["other_images"] = {"more": {"source": "folder", "path": str(tmp_path)}}
-    update_config(config, overlay)
-    folder = workspace(tmp_path / "w")
-    (folder / "tiny.yaml").write_text(yaml.safe_dump(overlay))
-    assert planned(folder) == {stage for stage, _ in staleness.stages(load_run(config))} - {"configuration"}
+    return set(re.findall(r"--record \S*/records/(\S+)\.json", done.stdout + done.stderr)) - {"configuration"}
 
 
 def write_overlay(folder: Path, **topk: Any) -> None:
@@ -248,6 +236,26 @@ def test_results_swapped_under_snakemake_s_memory_are_made_again(small: Path, tm
     assert planned(folder) == FOLLOWS_SAE
 
 
+def snapshot(folder: Path) -> dict[str, tuple[str, int]]:
+    """Digest and time of every file in the results, hidden ones too."""
+    files = (path for path in (folder / "results").rglob("*") if path.is_file())
+    return {str(path): (file_digest(path), path.stat().st_mtime_ns) for path in files}
+
+
+@pytest.mark.slow
+def test_what_is_only_planned_changes_nothing(small: Path, tmp_path: Path) -> None:
+    folder = copy_of(small, tmp_path / "copy")
+    before = snapshot(folder)
+    assert planned(folder) == set()
+    everything = planned(folder, "--config", "seed=1")
+    assert {"images", "backbone-vit", "sae-topk", "report"} <= everything
+    for words in (["--summary"], ["--dag"], ["--lint"], ["--report", str(tmp_path / "report.html")]):
+        snakemake(folder, *words, "--config", "seed=1")
+        assert snapshot(folder) == before, words
+    assert planned(folder) == set(), "the marks of another seed are taken back"
+    assert snapshot(folder) == before
+
+
 @pytest.mark.slow
 def test_a_touched_input_of_equal_content_reruns_nothing(small: Path, tmp_path: Path) -> None:
     folder = copy_of(small, tmp_path / "copy")
@@ -274,6 +282,12 @@ def test_a_changed_line_reruns_the_stages_that_use_it(small: Path, tmp_path: Pat
     (folder / "src").unlink()
     shutil.copytree(ROOT / "src", folder / "src")
     assert planned(folder) == set()
-    with (folder / "src" / "sparsight" / file).open("a") as changed:
-        changed.write("# a comment\n")
+    changed = folder / "src" / "sparsight" / file
+    text = changed.read_text()
+    if changed.suffix == ".py":
+        changed.write_text(f"# a comment\n{text}\n# another\n")
+        assert planned(folder) == set()
+    changed.write_text(f"{text}\n_X = 1\n")
     assert planned(folder) == follow
+    changed.write_text(text)
+    assert planned(folder) == set(), "changed back"

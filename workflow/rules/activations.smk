@@ -10,8 +10,7 @@ rule extract:
         images=f"{R}/images/manifest.parquet",
         backbone=rules.backbone.output.weights,
         config=rules.backbone.output.config,
-        trust=f"{R}/.trust/extract-{{backbone}}-{{split}}-{{part}}",
-        code=code("extract.py"),
+        trust=mark("extract-{backbone}-{split}-{part}", code("extract.py"), RUN.activations),
     output:
         part=temp(f"{R}/activations/{{backbone}}/{{split}}.part-{{part}}.json"),
         record=f"{R}/records/extract-{{backbone}}-{{split}}-{{part}}.json",
@@ -28,7 +27,7 @@ rule extract:
         parts=RUN.activations.parts,
         out=subpath(output[0], parent=True),
         work=f"{R}/.work/extract-{{backbone}}-{{split}}-{{part}}",
-        flags=lambda wildcards: flags(RUN.activations),
+        flags=flags(code("extract.py"), RUN.activations),
     shell:
         "python {SCRIPTS}/extract.py --from-images {input.images} --from-backbone {input.backbone}"
         " --name {wildcards.split}.part-{wildcards.part} --out {params.out} --work {params.work} --record {output.record}"
@@ -38,8 +37,7 @@ rule extract:
 rule activations:
     input:
         parts=expand(rules.extract.output.part, part=range(RUN.activations.parts), allow_missing=True),
-        trust=f"{R}/.trust/activations-{{backbone}}-{{split}}",
-        code=code("activations.py"),
+        trust=mark("activations-{backbone}-{split}", code("activations.py")),
     output:
         manifest=f"{R}/activations/{{backbone}}/{{split}}.json",
         record=f"{R}/records/activations-{{backbone}}-{{split}}.json",
@@ -52,7 +50,7 @@ rule activations:
     params:
         out=subpath(output[0], parent=True),
         work=f"{R}/.work/activations-{{backbone}}-{{split}}",
-        flags=flags(),
+        flags=flags(code("activations.py")),
     shell:
         "python {SCRIPTS}/activations.py --from-parts {input.parts} --name {wildcards.split}"
         " --out {params.out} --work {params.work} --record {output.record}"

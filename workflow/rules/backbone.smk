@@ -1,8 +1,7 @@
 rule backbone:
     input:
         images=f"{R}/images/manifest.parquet",
-        trust=f"{R}/.trust/backbone-{{backbone}}",
-        code=code("backbone.py"),
+        trust=mark("backbone-{backbone}", code("backbone.py"), backbone_section),
     output:
         weights=f"{R}/backbones/{{backbone}}/model.safetensors",
         config=f"{R}/backbones/{{backbone}}/config.json",
@@ -19,7 +18,7 @@ rule backbone:
     params:
         out=subpath(output[0], parent=True),
         work=f"{R}/.work/backbone-{{backbone}}",
-        flags=lambda wildcards: flags(RUN.backbones[wildcards.backbone]),
+        flags=flags(code("backbone.py"), backbone_section),
     shell:
         "python {SCRIPTS}/backbone.py --from-images {input.images} --name {wildcards.backbone}"
         " --cores {threads} --out {params.out} --work {params.work} --record {output.record}"

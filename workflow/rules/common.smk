@@ -1,29 +1,81 @@
+import atexit
 import re
-import sys
 from functools import cache
 from pathlib import Path
 
-from sparsight.pipeline.code_digest import files as code_files
-from sparsight.pipeline.code_digest import write_digest
-from sparsight.pipeline.staleness import mark
+from sparsight.pipeline.code_digest import code_digest, files
+from sparsight.pipeline.records import settings
+from sparsight.pipeline.staleness import Marks
 
-if workflow.is_main_process:  # a job on a cluster node reads these files, too, and plans nothing
-    for stage, reason in mark(RUN).items():
-        print(f"{stage} is made again: {reason}", file=sys.stderr)
+MARKS = Marks(RUN.folder, Path(".snakemake", "sparsight", RUN.run))
+atexit.register(MARKS.save)
 
 
-def flags(section=None):
+@cache
+def code(script, *extra):
+    """One digest of all the code that a stage script can reach.
+
+    Files that are loaded by name at run time (an SAE variant, a template) are given as ``extra``.
+    """
+    root = Path(workflow.basedir)
+    return code_digest(root, files(root, f"workflow/scripts/{script}", *extra))
+
+
+def of(value, wildcards):
+    """A value that may be a function of wildcards."""
+    return value(wildcards) if callable(value) else value
+
+
+def mark(stage, code, section=None, reads=None):
+    """The mark of a stage: the input by which its rule runs again if the stage's record no longer holds.
+
+    ``reads`` lists the files that the stage reads, if their number follows from other sections than its own. The digest of
+    the code, the section and the files may be functions of wildcards.
+    """
+
+    def path(wildcards):
+        name = stage.format(**dict(wildcards.items()))
+        if workflow.is_main_process:  # a job on a cluster node evaluates its rule, too, and plans nothing
+            now = settings(RUN.compute, of(section, wildcards), RUN.seed, of(code, wildcards))
+            MARKS.renew(name, now, of(reads, wildcards))
+        return MARKS.path(name).as_posix()
+
+    return path
+
+
+def flags(code, section=None):
     """The flags that every stage script takes, and those of the stage's own section.
 
-    Called in a function of wildcards, because Snakemake would take braces in a plain text for wildcards.
+    A function of wildcards, because Snakemake would take braces in a plain text for wildcards.
     """
-    common = f"--seed {RUN.seed} {to_flags(RUN.compute)}"
-    return f"{common} {to_flags(section)}" if section is not None else common
+
+    def text(wildcards):
+        common = f"--seed {RUN.seed} --code {of(code, wildcards)} {to_flags(RUN.compute)}"
+        own = of(section, wildcards)
+        return f"{common} {to_flags(own)}" if own is not None else common
+
+    return text
 
 
 def one_of(names):
     """The constraint of a wildcard that takes one of these names; there may be none."""
     return "|".join(map(re.escape, names)) or "(?!)"
+
+
+def backbone_section(wildcards):
+    return RUN.backbones[wildcards.backbone]
+
+
+def other_images_section(wildcards):
+    return RUN.other_images[wildcards.other]
+
+
+def steering_section(wildcards):
+    return RUN.steering[wildcards.steering]
+
+
+def policy_section(wildcards):
+    return RUN.policies[wildcards.policy]
 
 
 # Sections of SAEs that steering and pruning depend on: they run first, so that fewer cores are idle at the end.
@@ -69,19 +121,6 @@ def backbone_of_sae(wildcards):
 
 def backbone_of_policy(wildcards):
     return f"{R}/backbones/{RUN.policies[wildcards.policy].backbone}/model.safetensors"
-
-
-@cache
-def code(script, *extra):
-    """The file that holds one digest of all the code that a stage script can reach.
-
-    Files that are loaded by name at run time (an SAE variant, a template) are given as ``extra``.
-    """
-    names = [Path(script).stem, *dict.fromkeys(Path(path).stem for path in extra if path.endswith(".py"))]
-    path, repository = Path(R, ".trust", "code", "-".join(names)), Path(workflow.basedir)
-    if workflow.is_main_process:
-        write_digest(path, repository, code_files(repository, f"workflow/scripts/{script}", *extra))
-    return path.as_posix()
 
 
 def variant(section):

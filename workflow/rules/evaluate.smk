@@ -19,8 +19,7 @@ for NUMBER, (ENDINGS, SECTIONS) in enumerate(RUN.shapes.items(), 1):
                 test=store_of("test"),
                 saes=expand(SAE_WEIGHTS, sae=SAES),
                 configs=expand(SAE_CONFIG, sae=SAES),
-                trust=f"{R}/.trust/evaluate-{{section}}",
-                code=code_of_sae("evaluate_sae.py", RANDOM_SAE),
+                trust=mark("evaluate-{section}", code_of_sae("evaluate_sae.py", RANDOM_SAE)),
             output:
                 expand(f"{R}/saes/{{sae}}/{{of}}", sae=SAES, of=OF_AN_SAE),
                 record=f"{R}/records/evaluate-{{section}}.json",
@@ -36,7 +35,7 @@ for NUMBER, (ENDINGS, SECTIONS) in enumerate(RUN.shapes.items(), 1):
             params:
                 out=subpath(output[0], ancestor=2),
                 work=f"{R}/.work/evaluate-{{section}}",
-                flags=flags(),
+                flags=flags(code_of_sae("evaluate_sae.py", RANDOM_SAE)),
             shell:
                 "python {SCRIPTS}/evaluate_sae.py --from-images {input.images} --from-backbone {input.backbone}"
                 " --from-train {input.train} --from-test {input.test} --from-saes {input.saes}"
@@ -58,8 +57,7 @@ for NUMBER, (ENDINGS, SECTIONS) in enumerate(RUN.shapes.items(), 1):
                 maps=expand(MAPS, chain="{section}-s{seed}"),
                 saes=expand(SAE_WEIGHTS, sae=SITES),
                 configs=expand(SAE_CONFIG, sae=SITES),
-                trust=f"{R}/.trust/evaluate-{{section}}-s{{seed}}",
-                code=code_of_sae("evaluate_chain.py", RANDOM_SAE),
+                trust=mark("evaluate-{section}-s{seed}", code_of_sae("evaluate_chain.py", RANDOM_SAE)),
             output:
                 chain=f"{R}/saes/{{section}}-s{{seed}}/metrics.json",
                 sites=expand(f"{R}/saes/{{site}}/{{of}}", site=SITES, of=OF_AN_SAE),
@@ -77,7 +75,7 @@ for NUMBER, (ENDINGS, SECTIONS) in enumerate(RUN.shapes.items(), 1):
             params:
                 out=subpath(output[0], parent=True),
                 work=f"{R}/.work/evaluate-{{section}}-s{{seed}}",
-                flags=flags(),
+                flags=flags(code_of_sae("evaluate_chain.py", RANDOM_SAE)),
             shell:
                 "python {SCRIPTS}/evaluate_chain.py --from-images {input.images}"
                 " --from-backbone {input.backbone} --from-train {input.train} --from-test {input.test}"

@@ -1,7 +1,6 @@
 rule images:
     input:
-        trust=f"{R}/.trust/images",
-        code=code("images.py"),
+        trust=mark("images", code("images.py"), RUN.images),
     output:
         manifest=f"{R}/images/manifest.parquet",
         record=f"{R}/records/images.json",
@@ -15,7 +14,7 @@ rule images:
     params:
         out=subpath(output[0], parent=True),
         work=f"{R}/.work/images",
-        flags=lambda wildcards: flags(RUN.images),
+        flags=flags(code("images.py"), RUN.images),
     shell:
         "python {SCRIPTS}/images.py --out {params.out} --work {params.work} --record {output.record}"
         " {params.flags} > {log} 2>&1"
@@ -24,8 +23,7 @@ rule images:
 # Another data set, on which steering is evaluated as well.
 rule other_images:
     input:
-        trust=f"{R}/.trust/images-{{other}}",
-        code=code("images.py"),
+        trust=mark("images-{other}", code("images.py"), other_images_section),
     output:
         manifest=f"{R}/images/{{other}}/manifest.parquet",
         record=f"{R}/records/images-{{other}}.json",
@@ -39,7 +37,7 @@ rule other_images:
     params:
         out=subpath(output[0], parent=True),
         work=f"{R}/.work/images-{{other}}",
-        flags=lambda wildcards: flags(RUN.other_images[wildcards.other]),
+        flags=flags(code("images.py"), other_images_section),
     shell:
         "python {SCRIPTS}/images.py --out {params.out} --work {params.work} --record {output.record}"
         " {params.flags} > {log} 2>&1"

@@ -1,22 +1,35 @@
+import dataclasses
+
+from sparsight.common.digests import digest
+from sparsight.common.files import json_text, write_shared
+
+# Named after its content, so the plan of another configuration cannot replace it.
+MERGED = MARKS.folder / f"configuration-{digest(dataclasses.asdict(RUN))[:16]}.json"
+if workflow.is_main_process and not MERGED.exists():
+    write_shared(MERGED, json_text(dataclasses.asdict(RUN)))
+    os.utime(MERGED, (0, 0))  # older than any result
+
+
 # The run's whole configuration: defaults, params.yaml and overlays in one file. It waits for the images. Otherwise it would
 # hold a core when a backbone needs all of them, and Snakemake would start a smaller backbone first.
 rule configuration:
     input:
         images=f"{R}/images/manifest.parquet",
-        trust=f"{R}/.trust/configuration",
-        code=code("configuration.py"),
+        merged=MERGED,
+        trust=mark("configuration", code("configuration.py"), reads=[MERGED]),
     output:
-        f"{R}/configuration.json",
+        configuration=f"{R}/configuration.json",
+        record=f"{R}/records/configuration.json",
     log:
         f"{R}/logs/configuration.log",
     localrule: True
     params:
         out=subpath(output[0], parent=True),
         work=f"{R}/.work/configuration",
-        flags=flags(),
+        flags=flags(code("configuration.py")),
     shell:
-        "python {SCRIPTS}/configuration.py --from-configuration {input.trust}"
-        " --out {params.out} --work {params.work}"
+        "python {SCRIPTS}/configuration.py --from-configuration {input.merged}"
+        " --out {params.out} --work {params.work} --record {output.record}"
         " {params.flags} > {log} 2>&1"
 
 
@@ -31,9 +44,8 @@ FINISHED = [
 # The last job: by now every other stage has left its benchmark.
 rule provenance:
     input:
-        configuration=rules.configuration.output,
+        configuration=rules.configuration.output.configuration,
         finished=FINISHED,
-        code=code("provenance.py"),
     output:
         f"{R}/provenance.json",
     log:
@@ -44,7 +56,7 @@ rule provenance:
     params:
         out=subpath(output[0], parent=True),
         work=f"{R}/.work/provenance",
-        flags=flags(),
+        flags=flags(code("provenance.py")),
     shell:
         "python {SCRIPTS}/provenance.py --from-configuration {input.configuration}"
         " --out {params.out} --work {params.work}"

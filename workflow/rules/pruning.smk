@@ -2,8 +2,7 @@ rule policy:
     input:
         images=f"{R}/images/manifest.parquet",
         backbone=backbone_of_policy,
-        trust=f"{R}/.trust/policy-{{policy}}",
-        code=code("policy.py"),
+        trust=mark("policy-{policy}", code("policy.py"), policy_section),
     output:
         weights=f"{R}/pruning/{{policy}}/policy.safetensors",
         config=f"{R}/pruning/{{policy}}/config.json",
@@ -20,11 +19,25 @@ rule policy:
     params:
         out=subpath(output[0], parent=True),
         work=f"{R}/.work/policy-{{policy}}",
-        flags=lambda wildcards: flags(RUN.policies[wildcards.policy]),
+        flags=flags(code("policy.py"), policy_section),
     shell:
         "python {SCRIPTS}/policy.py --from-images {input.images} --from-backbone {input.backbone}"
         " --name {wildcards.policy} --cores {threads} --out {params.out} --work {params.work} --record {output.record}"
         " {params.flags} > {log} 2>&1"
+
+
+CODE_OF_PRUNING = code("pruning.py", *(variant(RUN.sae_names[sae]) for sae in RUN.steered.values()))
+
+
+def read_by_pruning(wildcards):
+    """Every file that the stage reads; the SAEs and their seeds follow from the steering section that it names."""
+    return [
+        f"{R}/images/manifest.parquet",
+        backbone_of_policy(wildcards),
+        f"{R}/pruning/{wildcards.policy}/policy.safetensors",
+        *expand(SAE_WEIGHTS, sae=RUN.steered.values()),
+        *expand(f"{R}/steering/{{name}}.safetensors", name=RUN.steered),
+    ]
 
 
 rule pruning:
@@ -34,8 +47,7 @@ rule pruning:
         policy=rules.policy.output.weights,
         saes=expand(SAE_WEIGHTS, sae=RUN.steered.values()),
         vectors=expand(f"{R}/steering/{{name}}.safetensors", name=RUN.steered),
-        trust=f"{R}/.trust/pruning-{{policy}}",
-        code=code("pruning.py", *(variant(RUN.sae_names[sae]) for sae in RUN.steered.values())),
+        trust=mark("pruning-{policy}", CODE_OF_PRUNING, RUN.pruning, read_by_pruning),
     output:
         overall=f"{R}/pruning/{{policy}}/overall.parquet",
         per_class=f"{R}/pruning/{{policy}}/per_class.parquet",
@@ -59,7 +71,7 @@ rule pruning:
     params:
         out=subpath(output[0], parent=True),
         work=f"{R}/.work/pruning-{{policy}}",
-        flags=lambda wildcards: flags(RUN.pruning),
+        flags=flags(CODE_OF_PRUNING, RUN.pruning),
     shell:
         "python {SCRIPTS}/pruning.py --from-images {input.images} --from-backbone {input.backbone}"
         " --from-policy {input.policy} --from-saes {input.saes} --from-vectors {input.vectors} --name {wildcards.policy}"
@@ -68,11 +80,13 @@ rule pruning:
         " {params.flags} > {log} 2>&1"
 
 
+PRUNED = expand(rules.backbone.output.weights, backbone=sorted({p.backbone for p in RUN.policies.values()}))
+
+
 rule timings:
     input:
-        backbones=expand(rules.backbone.output.weights, backbone=sorted({p.backbone for p in RUN.policies.values()})),
-        trust=f"{R}/.trust/timings",
-        code=code("timings.py"),
+        backbones=PRUNED,
+        trust=mark("timings", code("timings.py"), reads=PRUNED),
     output:
         times=f"{R}/timings.json",
         record=f"{R}/records/timings.json",
@@ -89,7 +103,7 @@ rule timings:
     params:
         out=subpath(output[0], parent=True),
         work=f"{R}/.work/timings",
-        flags=flags(),
+        flags=flags(code("timings.py")),
     shell:
         "python {SCRIPTS}/timings.py --from-backbones {input.backbones}"
         " --out {params.out} --work {params.work} --record {output.record}"
@@ -101,7 +115,6 @@ rule export_pruned:
     input:
         backbone=rules.backbone.output.weights,
         config=rules.backbone.output.config,
-        code=code("export_pruned.py"),
     output:
         weights=f"{R}/exports/{{backbone}}/{{heads}}/model.safetensors",
         config=f"{R}/exports/{{backbone}}/{{heads}}/config.json",
@@ -111,7 +124,7 @@ rule export_pruned:
     params:
         out=subpath(output[0], parent=True),
         work=f"{R}/.work/export-{{backbone}}-{{heads}}",
-        flags=flags(),
+        flags=flags(code("export_pruned.py")),
     shell:
         "python {SCRIPTS}/export_pruned.py --from-backbone {input.backbone} --name {wildcards.heads}"
         " --out {params.out} --work {params.work}"

@@ -1,3 +1,5 @@
+from itertools import chain
+
 RESULTS = {
     "backbones": expand(rules.backbone.output.config, backbone=RUN.backbones),
     "saes": expand(f"{R}/saes/{{sae}}/metrics.json", sae=RUN.sae_names),
@@ -12,8 +14,7 @@ RESULTS = {
 rule summary:
     input:
         **RESULTS,
-        trust=f"{R}/.trust/summary",
-        code=code("summary.py"),
+        trust=mark("summary", code("summary.py"), reads=[*chain(*RESULTS.values())]),
     output:
         metrics=f"{R}/metrics.json",
         curves=f"{R}/curves.json",
@@ -26,7 +27,7 @@ rule summary:
     params:
         out=subpath(output[0], parent=True),
         work=f"{R}/.work/summary",
-        flags=flags(),
+        flags=flags(code("summary.py")),
     shell:
         "python {SCRIPTS}/summary.py --from-backbones {input.backbones} --from-saes {input.saes}"
         " --from-chains {input.chains} --from-stabilities {input.stabilities}"
@@ -35,22 +36,30 @@ rule summary:
         " {params.flags} > {log} 2>&1"
 
 
+# What the report reads besides them.
+OTHERS = {
+    "images": f"{R}/images/manifest.parquet",
+    "configuration": f"{R}/configuration.json",
+    "stores": expand(f"{R}/activations/{{backbone}}/test.json", backbone=RUN.backbones),
+}
+READ_BY_REPORT = [*chain(*RESULTS.values(), *OTHERS.values())]
+CODE_OF_REPORT = code(
+    "report.py",
+    "src/sparsight/report/page.html.j2",
+    "src/sparsight/report/browser.js",
+    *expand("src/sparsight/report/captions/{kind}.rst", kind=CATEGORIES),
+    *dict.fromkeys(map(variant, RUN.saes.values())),
+)
+
+
 rule report:
     input:
         **RESULTS,
+        **OTHERS,
         latents=expand(
             f"{R}/saes/{{sae}}/latents.parquet", sae=[name for names in RUN.grids.values() for name in names]
         ),
-        images=f"{R}/images/manifest.parquet",
-        configuration=f"{R}/configuration.json",
-        stores=expand(f"{R}/activations/{{backbone}}/test.json", backbone=RUN.backbones),
-        trust=f"{R}/.trust/report",
-        code=code(
-            "report.py",
-            "src/sparsight/report/page.html.j2",
-            *expand("src/sparsight/report/captions/{kind}.rst", kind=CATEGORIES),
-            *dict.fromkeys(map(variant, RUN.saes.values())),
-        ),
+        trust=mark("report", CODE_OF_REPORT, RUN.report, READ_BY_REPORT),
     output:
         page=f"{R}/report/index.html",
         figures=[figure(kind, *name) for kind, *name in FIGURES],
@@ -66,7 +75,7 @@ rule report:
         out=subpath(output[0], parent=True),
         work=f"{R}/.work/report",
         name=RUN.run,
-        flags=lambda wildcards: flags(RUN.report),
+        flags=flags(CODE_OF_REPORT, RUN.report),
     shell:
         "python {SCRIPTS}/report.py --from-backbones {input.backbones} --from-saes {input.saes}"
         " --from-chains {input.chains} --from-stabilities {input.stabilities}"

@@ -16,8 +16,7 @@ for NUMBER, (ENDINGS, SECTIONS) in enumerate(RUN.shapes.items(), 1):
         input:
             images=f"{R}/images/manifest.parquet",
             store=store_of("train"),
-            trust=f"{R}/.trust/sae-{{section}}",
-            code=code_of_sae("sae.py"),
+            trust=mark("sae-{section}", code_of_sae("sae.py"), sae_section),
         output:
             weights=expand(SAE_WEIGHTS, sae=SAES),
             config=expand(SAE_CONFIG, sae=SAES),
@@ -37,7 +36,7 @@ for NUMBER, (ENDINGS, SECTIONS) in enumerate(RUN.shapes.items(), 1):
         params:
             out=subpath(output[0], ancestor=2 + bool(CHAINS)),
             work=f"{R}/.work/sae-{{section}}",
-            flags=lambda wildcards: flags(RUN.saes[wildcards.section]),
+            flags=flags(code_of_sae("sae.py"), sae_section),
         shell:
             "python {SCRIPTS}/sae.py --from-images {input.images} --from-store {input.store}"
             " --name {wildcards.section}"

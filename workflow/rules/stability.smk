@@ -1,10 +1,13 @@
+def saes_of_section(wildcards):
+    return expand(SAE_WEIGHTS, sae=RUN.grids[wildcards.section])
+
+
 # How similar the SAEs of a section are over its seeds.
 rule stability:
     input:
-        saes=lambda wildcards: expand(SAE_WEIGHTS, sae=RUN.grids[wildcards.section]),
+        saes=saes_of_section,
         configs=lambda wildcards: expand(SAE_CONFIG, sae=RUN.grids[wildcards.section]),
-        trust=f"{R}/.trust/stability-{{section}}",
-        code=code_of_sae("stability.py"),
+        trust=mark("stability-{section}", code_of_sae("stability.py"), reads=saes_of_section),
     output:
         stability=f"{R}/saes/{{section}}-stability.json",
         record=f"{R}/records/stability-{{section}}.json",
@@ -20,7 +23,7 @@ rule stability:
     params:
         out=subpath(output[0], parent=True),
         work=f"{R}/.work/stability-{{section}}",
-        flags=flags(),
+        flags=flags(code_of_sae("stability.py")),
     shell:
         "python {SCRIPTS}/stability.py --from-saes {input.saes} --name {wildcards.section}"
         " --out {params.out} --work {params.work} --record {output.record}"

@@ -11,8 +11,7 @@ rule steering:
         stores=stores_of_steering,
         finder=stores_of_finder,
         sae=lambda wildcards: f"{R}/saes/{steered_sae(wildcards)}/sae.safetensors",
-        trust=f"{R}/.trust/steering-{{steering}}-s{{seed}}",
-        code=code_of_sae("steering.py"),
+        trust=mark("steering-{steering}-s{seed}", code_of_sae("steering.py"), steering_section),
     output:
         vectors=f"{R}/steering/{{steering}}-s{{seed}}.safetensors",
         table=f"{R}/steering/{{steering}}-s{{seed}}.parquet",
@@ -30,7 +29,7 @@ rule steering:
     params:
         out=subpath(output[0], parent=True),
         work=f"{R}/.work/steering-{{steering}}-s{{seed}}",
-        flags=lambda wildcards: flags(RUN.steering[wildcards.steering]),
+        flags=flags(code_of_sae("steering.py"), steering_section),
     shell:
         "python {SCRIPTS}/steering.py --from-images {input.images} --from-backbone {input.backbone}"
         " --from-stores {input.stores} --from-finder {input.finder} --from-sae {input.sae}"
@@ -47,8 +46,7 @@ rule steering_elsewhere:
         sae=lambda wildcards: f"{R}/saes/{steered_sae(wildcards)}/sae.safetensors",
         vectors=rules.steering.output.vectors,
         home=rules.steering.output.summary,
-        trust=f"{R}/.trust/steering-{{steering}}-s{{seed}}-{{other}}",
-        code=code_of_sae("steering_elsewhere.py"),
+        trust=mark("steering-{steering}-s{seed}-{other}", code_of_sae("steering_elsewhere.py")),
     output:
         table=f"{R}/steering/{{steering}}-s{{seed}}/{{other}}.parquet",
         summary=f"{R}/steering/{{steering}}-s{{seed}}/{{other}}.json",
@@ -63,7 +61,7 @@ rule steering_elsewhere:
     params:
         out=subpath(output[0], parent=True),
         work=f"{R}/.work/steering-{{steering}}-s{{seed}}-{{other}}",
-        flags=flags(),
+        flags=flags(code_of_sae("steering_elsewhere.py")),
     shell:
         "python {SCRIPTS}/steering_elsewhere.py --from-images {input.images} --from-backbone {input.backbone}"
         " --from-sae {input.sae} --from-vectors {input.vectors} --from-home {input.home} --name {wildcards.other}"

@@ -1,18 +1,24 @@
-"""One digest file per stage script, so Snakemake checks one input instead of a hundred source files.
+"""One digest of all code that a stage can run, without comments and docstrings.
 
-A changed line reruns the stages that can reach it and no others: imports are followed from the script.
+A changed line makes the stages stale that can reach it and no others: imports are followed from the stage's script.
+The digest depends neither on times nor on Python's version, so results of another machine can be compared by it.
 """
 
 import ast
-import os
+import hashlib
+import re
 from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 
-from sparsight.common.digests import digest, file_digest
-from sparsight.common.files import write_shared
+from sparsight.common.digests import digest
 
 _BACKENDS = "src/sparsight/kernels/__init__.py"  # chooses at run time which kernels to load
+
+
+def code_digest(root: Path, names: Iterable[str]) -> str:
+    """The digest of files, given by their paths from ``root``; comments and docstrings of Python files don't count."""
+    return digest([[name, _digest(root / name)] for name in names])
 
 
 def files(root: Path, script: str, *extra: str) -> list[str]:
@@ -40,7 +46,7 @@ def _imports(root: Path, path: str) -> list[str]:
     if not path.endswith(".py"):
         return []
     names: list[str] = []
-    nodes: list[ast.AST] = [ast.parse((root / path).read_text())]
+    nodes: list[ast.AST] = [_tree(root / path)]
     while nodes:
         node = nodes.pop()
         if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
@@ -57,22 +63,34 @@ def _imports(root: Path, path: str) -> list[str]:
     return [p.as_posix() for p in candidates if (root / p).exists()]
 
 
-def write_digest(path: Path, root: Path, names: Iterable[str]) -> None:
-    """Write the digest of files, given by their paths from ``root``, to ``path``.
-
-    The first digest gets the time of the newest of the files. Otherwise the code would look newer than results that
-    were made with it on another machine. A digest that replaces another one gets the present time.
-    """
-    sources = {name: root / name for name in names}
-    text = digest([[name, _digest(source)] for name, source in sources.items()]) + "\n"
-    previous = path.read_text() if path.exists() else None
-    if previous == text:
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_shared(path, text)
-    if previous is None:
-        newest = max(source.stat().st_mtime_ns for source in sources.values())
-        os.utime(path, ns=(newest, newest))
+@cache
+def _tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_bytes())
 
 
-_digest = cache(file_digest)
+@cache
+def _digest(path: Path) -> str:
+    text = path.read_bytes()
+    return hashlib.sha256(_bare(text, _tree(path)) if path.suffix == ".py" else text).hexdigest()
+
+
+_STRING_OR_BLANK = re.compile(
+    rb"""
+    ( \"{3}(?:\\.|[^\\])*?\"{3} | '{3}(?:\\.|[^\\])*?'{3} | "(?:\\.|[^"\\\n])*" | '(?:\\.|[^'\\\n])*' )
+    | (?: [ \t]* (?:\#[^\n]*)? \n )+
+    """,
+    re.DOTALL | re.VERBOSE,
+)
+"""A string, or the rest of a line that holds no code, with the lines after it that hold none."""
+
+
+def _bare(text: bytes, tree: ast.Module) -> bytes:
+    """The lines of a Python file without docstrings, comments and blank lines."""
+    lines = text.split(b"\n")
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+            end = node.end_lineno or node.lineno
+            if not lines[node.lineno - 1][: node.col_offset].strip():  # else code stands before it
+                lines[node.lineno - 1 : end - 1] = [b""] * (end - node.lineno)
+                lines[end - 1] = lines[end - 1][node.end_col_offset :]
+    return _STRING_OR_BLANK.sub(lambda match: match[1] or b"\n", b"\n".join(lines)).strip()

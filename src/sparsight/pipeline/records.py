@@ -1,6 +1,7 @@
 """Records: what a stage read and what it wrote, in ``records/<stage>.json`` of the run's folder.
 
 compute, config, seed   the settings that decide the result: two digests and the seed
+code                    digest of the code that decides it, without comments and docstrings
 inputs, outputs         sha256 of every file read or written, by its path from the run's folder
 """
 
@@ -15,10 +16,10 @@ VOLATILE = {"timings.json", "provenance.json"}
 """Files with times and host names, which differ between equal runs."""
 
 
-def settings(compute: Any, section: Any, seed: int) -> dict[str, Any]:
-    """The settings that decide a stage's result, as its record holds them."""
+def settings(compute: Any, section: Any, seed: int, code: str) -> dict[str, Any]:
+    """The settings and the code that decide a stage's result, as its record holds them."""
     config = digest(section) if section is not None else None
-    return {"compute": digest(compute), "config": config, "seed": seed}
+    return {"compute": digest(compute), "config": config, "seed": seed, "code": code}
 
 
 def content(

@@ -1,7 +1,7 @@
 """A run: every section of the configuration, checked by itself and against other sections."""
 
 import dataclasses
-import tempfile
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -251,12 +251,7 @@ def _check_links(run: Run) -> None:
 
 
 def check_writable(folder: Path) -> None:
-    """Raise SparsightError if results cannot be written, before any work starts."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise SparsightError(
-            f"results: cannot write to {str(folder)!r} ({error.strerror}); free the name or mend its permissions"
-        ) from None
+    """Raise SparsightError if results could not be written, before any work starts. Nothing is written."""
+    there = next(path for path in (folder, *folder.parents) if path.exists())  # the last of them is "."
+    if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
+        raise SparsightError(f"results: cannot write to {str(there)!r}; free the name or mend its permissions")

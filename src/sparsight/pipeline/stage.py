@@ -18,7 +18,7 @@ from sparsight.common.files import write_json
 from sparsight.common.progress import log
 from sparsight.common.work import Work
 from sparsight.config import Compute, schema
-from sparsight.pipeline import records
+from sparsight.pipeline import code_digest, records
 from sparsight.pipeline.gpu_slots import take_card
 
 if TYPE_CHECKING:
@@ -88,6 +88,7 @@ def run(main: Callable[[Stage], None], description: str, config: type | None = N
     parser.add_argument("--record", type=Path, help="JSON file, in a folder of the run's, that receives all digests")
     parser.add_argument("--name", default="", help="what the result is called")
     parser.add_argument("--seed", type=int, default=0, help="seed of the run")
+    parser.add_argument("--code", default="", help="digest of the code that decides the result (all of it)")
     n_cpus = os.cpu_count() or 1
     parser.add_argument("--cores", type=int, default=n_cpus, help="to use at most; they change no result (all)")
     for section in filter(None, (Compute, config)):
@@ -118,14 +119,14 @@ def _run(
         if not path.exists():
             raise SparsightError(f"there is no {path}; run the stage that makes it first")
     digests = {name: _input_digests(value) for name, value in inputs.items()}
-    key = digest([digest(compute), digest(section), arguments.name, arguments.seed, digests, _code_digest()])
+    settings = records.settings(compute, section, arguments.seed, arguments.code or _all_code())
+    key = digest([settings, arguments.name, digests])  # state of other code is not resumed
     with Work(arguments.work, key) as work:
         if not work.complete:
             main(Stage(section, inputs, arguments.name, arguments.seed, work, arguments.out, compute, arguments.cores))
             if arguments.record is not None:
                 files = (path for path in work.out.rglob("*") if path.is_file())
                 made = {arguments.out / path.relative_to(work.out): path for path in files}
-                settings = records.settings(compute, section, arguments.seed)
                 write_json(
                     work.record,
                     records.content(settings, {p: _digest(p) for p in _paths(inputs)}, made, arguments.record),
@@ -175,7 +176,8 @@ def _digest(path: Path) -> str:
     return file_digest(path)
 
 
-def _code_digest() -> str:
-    """Digest of the code. State of other code is not resumed: a resumed result must equal an undisturbed one."""
-    files = [*sorted(Path(sparsight.__file__).parent.rglob("*.py")), Path(sys.argv[0])]
-    return digest([file_digest(path) for path in files])
+def _all_code() -> str:
+    """Digest of the whole package and the script, for a stage that is run by hand."""
+    package = Path(sparsight.__file__).parent
+    names = [path.relative_to(package).as_posix() for path in sorted(package.rglob("*.py"))]
+    return code_digest.code_digest(package, [*names, str(Path(sys.argv[0]).resolve())])
