@@ -13,7 +13,7 @@ import pytest
 import yaml
 from conftest import ROOT, shared_folder, write_store
 from snakemake.utils import update_config
-from test_trust import FOLLOWS_SAE, SMALL
+from test_staleness import FOLLOWS_SAE, SMALL
 
 from sparsight.activations.store import ActivationStore, verify
 from sparsight.pipeline.records import VOLATILE

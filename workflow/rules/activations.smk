@@ -10,7 +10,7 @@ rule extract:
         images=f"{R}/images/manifest.parquet",
         backbone=rules.backbone.output.weights,
         config=rules.backbone.output.config,
-        trust=mark("extract-{backbone}-{split}-{part}", code("extract.py"), RUN.activations),
+        mark=mark("extract-{backbone}-{split}-{part}", code("extract.py"), RUN.activations),
     output:
         part=temp(f"{R}/activations/{{backbone}}/{{split}}.part-{{part}}.json"),
         record=f"{R}/records/extract-{{backbone}}-{{split}}-{{part}}.json",
@@ -37,7 +37,7 @@ rule extract:
 rule activations:
     input:
         parts=expand(rules.extract.output.part, part=range(RUN.activations.parts), allow_missing=True),
-        trust=mark("activations-{backbone}-{split}", code("activations.py")),
+        mark=mark("activations-{backbone}-{split}", code("activations.py")),
     output:
         manifest=f"{R}/activations/{{backbone}}/{{split}}.json",
         record=f"{R}/records/activations-{{backbone}}-{{split}}.json",

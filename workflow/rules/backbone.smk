@@ -1,7 +1,7 @@
 rule backbone:
     input:
         images=f"{R}/images/manifest.parquet",
-        trust=mark("backbone-{backbone}", code("backbone.py"), backbone_section),
+        mark=mark("backbone-{backbone}", code("backbone.py"), backbone_section),
     output:
         weights=f"{R}/backbones/{{backbone}}/model.safetensors",
         config=f"{R}/backbones/{{backbone}}/config.json",

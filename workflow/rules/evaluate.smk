@@ -19,7 +19,7 @@ for NUMBER, (ENDINGS, SECTIONS) in enumerate(RUN.shapes.items(), 1):
                 test=store_of("test"),
                 saes=expand(SAE_WEIGHTS, sae=SAES),
                 configs=expand(SAE_CONFIG, sae=SAES),
-                trust=mark("evaluate-{section}", code_of_sae("evaluate_sae.py", RANDOM_SAE)),
+                mark=mark("evaluate-{section}", code_of_sae("evaluate_sae.py", RANDOM_SAE)),
             output:
                 expand(f"{R}/saes/{{sae}}/{{of}}", sae=SAES, of=OF_AN_SAE),
                 record=f"{R}/records/evaluate-{{section}}.json",
@@ -57,7 +57,7 @@ for NUMBER, (ENDINGS, SECTIONS) in enumerate(RUN.shapes.items(), 1):
                 maps=expand(MAPS, chain="{section}-s{seed}"),
                 saes=expand(SAE_WEIGHTS, sae=SITES),
                 configs=expand(SAE_CONFIG, sae=SITES),
-                trust=mark("evaluate-{section}-s{seed}", code_of_sae("evaluate_chain.py", RANDOM_SAE)),
+                mark=mark("evaluate-{section}-s{seed}", code_of_sae("evaluate_chain.py", RANDOM_SAE)),
             output:
                 chain=f"{R}/saes/{{section}}-s{{seed}}/metrics.json",
                 sites=expand(f"{R}/saes/{{site}}/{{of}}", site=SITES, of=OF_AN_SAE),

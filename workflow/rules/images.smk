@@ -1,6 +1,6 @@
 rule images:
     input:
-        trust=mark("images", code("images.py"), RUN.images),
+        mark=mark("images", code("images.py"), RUN.images),
     output:
         manifest=f"{R}/images/manifest.parquet",
         record=f"{R}/records/images.json",
@@ -23,7 +23,7 @@ rule images:
 # Another data set, on which steering is evaluated as well.
 rule other_images:
     input:
-        trust=mark("images-{other}", code("images.py"), other_images_section),
+        mark=mark("images-{other}", code("images.py"), other_images_section),
     output:
         manifest=f"{R}/images/{{other}}/manifest.parquet",
         record=f"{R}/records/images-{{other}}.json",

@@ -2,7 +2,7 @@ rule policy:
     input:
         images=f"{R}/images/manifest.parquet",
         backbone=backbone_of_policy,
-        trust=mark("policy-{policy}", code("policy.py"), policy_section),
+        mark=mark("policy-{policy}", code("policy.py"), policy_section),
     output:
         weights=f"{R}/pruning/{{policy}}/policy.safetensors",
         config=f"{R}/pruning/{{policy}}/config.json",
@@ -47,7 +47,7 @@ rule pruning:
         policy=rules.policy.output.weights,
         saes=expand(SAE_WEIGHTS, sae=RUN.steered.values()),
         vectors=expand(f"{R}/steering/{{name}}.safetensors", name=RUN.steered),
-        trust=mark("pruning-{policy}", CODE_OF_PRUNING, RUN.pruning, read_by_pruning),
+        mark=mark("pruning-{policy}", CODE_OF_PRUNING, RUN.pruning, read_by_pruning),
     output:
         overall=f"{R}/pruning/{{policy}}/overall.parquet",
         per_class=f"{R}/pruning/{{policy}}/per_class.parquet",
@@ -86,7 +86,7 @@ PRUNED = expand(rules.backbone.output.weights, backbone=sorted({p.backbone for p
 rule timings:
     input:
         backbones=PRUNED,
-        trust=mark("timings", code("timings.py"), reads=PRUNED),
+        mark=mark("timings", code("timings.py"), reads=PRUNED),
     output:
         times=f"{R}/timings.json",
         record=f"{R}/records/timings.json",

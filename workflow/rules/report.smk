@@ -14,7 +14,7 @@ RESULTS = {
 rule summary:
     input:
         **RESULTS,
-        trust=mark("summary", code("summary.py"), reads=[*chain(*RESULTS.values())]),
+        mark=mark("summary", code("summary.py"), reads=[*chain(*RESULTS.values())]),
     output:
         metrics=f"{R}/metrics.json",
         curves=f"{R}/curves.json",
@@ -38,8 +38,8 @@ rule summary:
 
 # What the report reads besides them.
 OTHERS = {
-    "images": f"{R}/images/manifest.parquet",
-    "configuration": f"{R}/configuration.json",
+    "images": [f"{R}/images/manifest.parquet"],
+    "configuration": [f"{R}/configuration.json"],
     "stores": expand(f"{R}/activations/{{backbone}}/test.json", backbone=RUN.backbones),
 }
 READ_BY_REPORT = [*chain(*RESULTS.values(), *OTHERS.values())]
@@ -59,7 +59,7 @@ rule report:
         latents=expand(
             f"{R}/saes/{{sae}}/latents.parquet", sae=[name for names in RUN.grids.values() for name in names]
         ),
-        trust=mark("report", CODE_OF_REPORT, RUN.report, READ_BY_REPORT),
+        mark=mark("report", CODE_OF_REPORT, RUN.report, READ_BY_REPORT),
     output:
         page=f"{R}/report/index.html",
         figures=[figure(kind, *name) for kind, *name in FIGURES],

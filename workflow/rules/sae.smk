@@ -16,7 +16,7 @@ for NUMBER, (ENDINGS, SECTIONS) in enumerate(RUN.shapes.items(), 1):
         input:
             images=f"{R}/images/manifest.parquet",
             store=store_of("train"),
-            trust=mark("sae-{section}", code_of_sae("sae.py"), sae_section),
+            mark=mark("sae-{section}", code_of_sae("sae.py"), sae_section),
         output:
             weights=expand(SAE_WEIGHTS, sae=SAES),
             config=expand(SAE_CONFIG, sae=SAES),

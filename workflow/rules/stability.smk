@@ -7,7 +7,7 @@ rule stability:
     input:
         saes=saes_of_section,
         configs=lambda wildcards: expand(SAE_CONFIG, sae=RUN.grids[wildcards.section]),
-        trust=mark("stability-{section}", code_of_sae("stability.py"), reads=saes_of_section),
+        mark=mark("stability-{section}", code_of_sae("stability.py"), reads=saes_of_section),
     output:
         stability=f"{R}/saes/{{section}}-stability.json",
         record=f"{R}/records/stability-{{section}}.json",

@@ -11,7 +11,7 @@ rule steering:
         stores=stores_of_steering,
         finder=stores_of_finder,
         sae=lambda wildcards: f"{R}/saes/{steered_sae(wildcards)}/sae.safetensors",
-        trust=mark("steering-{steering}-s{seed}", code_of_sae("steering.py"), steering_section),
+        mark=mark("steering-{steering}-s{seed}", code_of_sae("steering.py"), steering_section),
     output:
         vectors=f"{R}/steering/{{steering}}-s{{seed}}.safetensors",
         table=f"{R}/steering/{{steering}}-s{{seed}}.parquet",
@@ -46,7 +46,7 @@ rule steering_elsewhere:
         sae=lambda wildcards: f"{R}/saes/{steered_sae(wildcards)}/sae.safetensors",
         vectors=rules.steering.output.vectors,
         home=rules.steering.output.summary,
-        trust=mark("steering-{steering}-s{seed}-{other}", code_of_sae("steering_elsewhere.py")),
+        mark=mark("steering-{steering}-s{seed}-{other}", code_of_sae("steering_elsewhere.py")),
     output:
         table=f"{R}/steering/{{steering}}-s{{seed}}/{{other}}.parquet",
         summary=f"{R}/steering/{{steering}}-s{{seed}}/{{other}}.json",
