@@ -32,10 +32,9 @@ rule pruning:
         images=f"{R}/images/manifest.parquet",
         backbone=backbone_of_policy,
         policy=rules.policy.output.weights,
-        saes=expand(SAE_WEIGHTS, sae=RUN.steered.values()),
-        vectors=expand(f"{R}/steering/{{name}}.safetensors", name=RUN.steered),
+        saes=expand(SAE_WEIGHTS, sae=RUN.steered),
         trust=f"{R}/.trust/pruning-{{policy}}",
-        code=code("pruning.py", *(variant(RUN.sae_names[sae]) for sae in RUN.steered.values())),
+        code=code("pruning.py", *(variant(RUN.sae_names[sae]) for sae in RUN.steered)),
     output:
         overall=f"{R}/pruning/{{policy}}/overall.parquet",
         per_class=f"{R}/pruning/{{policy}}/per_class.parquet",
@@ -62,8 +61,7 @@ rule pruning:
         flags=lambda wildcards: flags(RUN.pruning),
     shell:
         "python {SCRIPTS}/pruning.py --from-images {input.images} --from-backbone {input.backbone}"
-        " --from-policy {input.policy} --from-saes {input.saes} --from-vectors {input.vectors} --name {wildcards.policy}"
-        " --cores {threads}"
+        " --from-policy {input.policy} --from-saes {input.saes} --name {wildcards.policy} --cores {threads}"
         " --out {params.out} --work {params.work} --record {output.record}"
         " {params.flags} > {log} 2>&1"
 

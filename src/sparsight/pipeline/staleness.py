@@ -84,7 +84,7 @@ def gathered(run: Run, stage: str) -> dict[str, set[str]]:
     if kind == "stability":
         return {"saes": {f"{name}-s{seed}" for seed in run.saes[name].seeds}}
     if kind == "pruning":
-        return {"saes": set(run.steered.values()), "steering": set(run.steered)}
+        return {"saes": set(run.steered)}
     if kind == "timings":
         return {"backbones": {policy.backbone for policy in run.policies.values()}}
     if kind in ("summary", "report"):

@@ -30,7 +30,9 @@ class ClassLatents:
     random_latents: Tensor
     """(C, M) int64: random latents outside the class's own, among those that fire on train if there are enough."""
     mean_activation: Tensor
-    """(C, F) mean code of the class's images."""
+    """(C, F) mean code of the class's images; zero for a class without images."""
+    mean_code: Tensor
+    """(F,) mean code of all images."""
     class_mean: Tensor
     """(C, D) mean activation of the class's images."""
     mean: Tensor
@@ -72,8 +74,10 @@ def find(
         total_CF += onehot_CB @ sae.encode(x_BD).dense().double()
         sum_CD += onehot_CB @ x_BD.double()
     count_C1 = torch.from_numpy(np.bincount(labels, minlength=n_classes)).to(device)[:, None]
+    others_C1 = (len(labels) - count_C1).clamp(min=1)
+    count_C1 = count_C1.clamp(min=1)  # an official split need not have every class
     mean_CF = total_CF / count_C1
-    other_mean_CF = (total_CF.sum(dim=0) - total_CF) / (len(labels) - count_C1)
+    other_mean_CF = (total_CF.sum(dim=0) - total_CF) / others_C1
     if isinstance(ranking, Tensor):
         score_CF = ranking
     else:
@@ -92,6 +96,7 @@ def find(
         latents=latents,
         random_latents=torch.from_numpy(np.stack(random)).to(device),
         mean_activation=mean_CF.float(),
+        mean_code=(total_CF.sum(dim=0) / len(labels)).float(),
         class_mean=(sum_CD / count_C1).float(),
         mean=(sum_CD.sum(dim=0) / len(labels)).float(),
         vectors=push_CMD.cpu().cumsum(dim=1),  # CUDA has no deterministic cumsum
