@@ -44,7 +44,7 @@ def split(tmp_path_factory: pytest.TempPathFactory) -> Split:
 
 @pytest.fixture(scope="module")
 def stores(tmp_path_factory: pytest.TempPathFactory) -> Stores:
-    """Train, val and test: 17 tokens (class, register, patches) at both sites, the second one partly a map of the first."""
+    """By split: 17 tokens (class, register, patches) at both sites, the second one partly a map of the first."""
     made = {}
     for seed, name in enumerate(SPLITS):
         path = write_store(

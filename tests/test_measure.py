@@ -105,9 +105,7 @@ def labels() -> dict[str, np.ndarray]:
 
 
 @pytest.fixture(scope="module")
-def stores(
-    tmp_path_factory: pytest.TempPathFactory, labels: dict[str, np.ndarray]
-) -> dict[str, ActivationStore]:
+def stores(tmp_path_factory: pytest.TempPathFactory, labels: dict[str, np.ndarray]) -> dict[str, ActivationStore]:
     """Three tokens, two of which differ by class; embeddings of another width."""
     made = {}
     for seed, (name, n) in enumerate(N.items()):
@@ -295,9 +293,7 @@ def test_a_dead_sae_is_measured_too(
     assert tables.read(tmp_path / "latents.parquet")[3]["histogram"] == row["histogram"]
 
 
-def test_a_latent_that_always_fires_is_dense(
-    stores: dict[str, ActivationStore], labels: dict[str, np.ndarray]
-) -> None:
+def test_a_latent_that_always_fires_is_dense(stores: dict[str, ActivationStore], labels: dict[str, np.ndarray]) -> None:
     one = make("relu")
     one.b_enc.fill_(-1e6)
     one.b_enc[5] = 100

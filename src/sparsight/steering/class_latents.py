@@ -30,7 +30,7 @@ class ClassLatents:
     random_latents: Tensor
     """(C, M) int64: random latents outside the class's own, among those that fire on train if there are enough."""
     mean_activation: Tensor
-    """(C, F) mean code of the class's images; zero for a class without images."""
+    """(C, F) mean code of the class's images."""
     mean_code: Tensor
     """(F,) mean code of all images."""
     class_mean: Tensor
@@ -74,10 +74,8 @@ def find(
         total_CF += onehot_CB @ sae.encode(x_BD).dense().double()
         sum_CD += onehot_CB @ x_BD.double()
     count_C1 = torch.from_numpy(np.bincount(labels, minlength=n_classes)).to(device)[:, None]
-    others_C1 = (len(labels) - count_C1).clamp(min=1)
-    count_C1 = count_C1.clamp(min=1)  # an official split need not have every class
     mean_CF = total_CF / count_C1
-    other_mean_CF = (total_CF.sum(dim=0) - total_CF) / others_C1
+    other_mean_CF = (total_CF.sum(dim=0) - total_CF) / (len(labels) - count_C1).clamp(min=1)  # 0 for a single class
     if isinstance(ranking, Tensor):
         score_CF = ranking
     else:

@@ -2,7 +2,8 @@
 
 The first pass over train collects moments, and sums of codes by class, which choose the features of the probes. The
 second pass over train collects the chosen features, on which the probes are fitted. Quantisation steps are chosen on
-rows of val: on train, SAEs reconstruct better than elsewhere. The pass over test computes all that is reported. SAEs of one shape share the passes and the baselines.
+rows of val, because an SAE reconstructs those of train better than others. The pass over test computes all that is
+reported. SAEs of one shape share the passes and the baselines.
 
 Shapes: D width (d_in), F latents (d_sae).
 """
@@ -29,7 +30,7 @@ from sparsight.sae.metrics.split_rows import SplitRows
 from sparsight.sae.moments import Moments
 from sparsight.sae.resae import ReSAE
 
-_SAMPLE = 4096  # rows on which quantisation steps and the random dictionary's factor are fitted
+_SAMPLE = 4096  # rows of val for quantisation steps, rows of train for the random dictionary's factor
 _CLUSTER_SAMPLE = 16384  # rows on which k-means is fitted
 
 
