@@ -15,7 +15,7 @@ for NUMBER, (ENDINGS, SECTIONS) in enumerate(RUN.shapes.items(), 1):
             input:
                 images=f"{R}/images/manifest.parquet",
                 backbone=backbone_of_sae,
-                stores=lambda wildcards: stores_of(sae_section(wildcards).backbone, ["train", "val", "test"]),
+                stores=evaluation_stores,
                 saes=expand(SAE_WEIGHTS, sae=SAES),
                 configs=expand(SAE_CONFIG, sae=SAES),
                 trust=f"{R}/.trust/evaluate-{{section}}",
@@ -51,7 +51,7 @@ for NUMBER, (ENDINGS, SECTIONS) in enumerate(RUN.shapes.items(), 1):
             input:
                 images=f"{R}/images/manifest.parquet",
                 backbone=backbone_of_sae,
-                stores=lambda wildcards: stores_of(sae_section(wildcards).backbone, ["train", "val", "test"]),
+                stores=evaluation_stores,
                 maps=expand(MAPS, chain="{section}-s{seed}"),
                 saes=expand(SAE_WEIGHTS, sae=SITES),
                 configs=expand(SAE_CONFIG, sae=SITES),
