@@ -35,6 +35,7 @@ def main() -> None:
     """Print seconds, processor seconds and memory."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--train", type=int, default=60_000)
+    parser.add_argument("--val", type=int, default=10_000)
     parser.add_argument("--test", type=int, default=60_000)
     parser.add_argument("--width", type=int, default=384)
     parser.add_argument("--d-sae", type=int, default=8192)
@@ -48,12 +49,12 @@ def main() -> None:
         centres = np.random.default_rng(0).standard_normal((CLASSES, arguments.width))
         labels = {
             name: _write(Path(folder, name), getattr(arguments, name), centres, seed)
-            for seed, name in enumerate(("train", "test"))
+            for seed, name in enumerate(("train", "val", "test"))
         }
         stores = {name: ActivationStore.open(Path(folder, name, "store.zarr")) for name in labels}
         one = sae.create("topk", arguments.width, arguments.d_sae, arguments.k).requires_grad_(False)
         before, start, cpu = machine.peak_memory(), time.perf_counter(), time.process_time()
-        (found,) = measure([one], SITE, stores["train"], stores["test"], labels, CLASSES, 0)
+        (found,) = measure([one], SITE, stores, labels, CLASSES, 0)
         print(f"{time.perf_counter() - start:.1f} s, {time.process_time() - cpu:.1f} CPU s")
     print(f"peak memory {machine.peak_memory():.0f} MB, {before:.0f} before")
     print(f"{len(found.latents)} latents, {len(found.baselines)} methods, {len(found.probing)} probes")

@@ -30,6 +30,8 @@ from sparsight.sae.resae import ReSAE, fit_maps
 D, F, K = 48, 96, 4
 SITES = ["blocks.1.input", "blocks.2.input"]
 CPU = torch.device("cpu")
+SPLITS = ("train", "val", "test")
+Stores = dict[str, ActivationStore]
 
 
 @pytest.fixture(scope="module")
@@ -41,18 +43,18 @@ def split(tmp_path_factory: pytest.TempPathFactory) -> Split:
 
 
 @pytest.fixture(scope="module")
-def stores(tmp_path_factory: pytest.TempPathFactory) -> tuple[ActivationStore, ActivationStore]:
-    """Train and test: 17 tokens (class, register, patches) at both sites, the second one partly a map of the first."""
-    both = []
-    for seed in range(2):
+def stores(tmp_path_factory: pytest.TempPathFactory) -> Stores:
+    """By split: 17 tokens (class, register, patches) at both sites, the second one partly a map of the first."""
+    made = {}
+    for seed, name in enumerate(SPLITS):
         path = write_store(
             tmp_path_factory.mktemp("store"), 64, dict.fromkeys(SITES, (17, D)), "all", seed, dtype="float32"
         )
         group = zarr.open_group(path, mode="r+")
         maps = np.random.default_rng(5).standard_normal((D, D)).astype(np.float32) / 7
         group[SITES[1]][:] = group[SITES[0]][:] @ maps + 0.5 * group[SITES[1]][:] + 3
-        both.append(ActivationStore.open(path))
-    return both[0], both[1]
+        made[name] = ActivationStore.open(path)
+    return made
 
 
 def random_sae(seed: int) -> SAE:
@@ -69,12 +71,14 @@ def fvu(x: np.ndarray, x_hat: np.ndarray) -> float:
     return float(np.square(x - x_hat).sum() / np.square(x - x.mean(axis=0)).sum())
 
 
-def test_reconstruction_metrics_are_those_of_all_rows_at_once(stores: tuple[ActivationStore, ActivationStore]) -> None:
+def test_reconstruction_metrics_are_those_of_all_rows_at_once(stores: Stores) -> None:
     one = random_sae(0)
-    labels = dict.fromkeys(("train", "test"), np.arange(64) % 2)
-    (measured,) = measure([one], SITES[1], *stores, labels, 2, 0)
+    labels = dict.fromkeys(SPLITS, np.arange(64) % 2)
+    (measured,) = measure([one], SITES[1], stores, labels, 2, 0)
     found = measured.metrics
-    train, test = (np.asarray(zarr.open_group(s.path)[SITES[1]][:]).reshape(-1, D).astype(np.float64) for s in stores)
+    train, test = (
+        np.asarray(stores[name].rows(SITES[1])[:]).reshape(-1, D).astype(np.float64) for name in ("train", "test")
+    )
     codes = one.encode(test.astype(np.float32))
     assert found["n"] == len(test) == 64 * 17
     assert found["fvu"] == pytest.approx(fvu(test, one.decode(codes).numpy()), rel=1e-6)
@@ -85,21 +89,21 @@ def test_reconstruction_metrics_are_those_of_all_rows_at_once(stores: tuple[Acti
     assert found["dead_test"] == int((~(codes.dense() > 0).any(dim=0)).sum())
 
 
-def test_saes_measured_together_are_measured_as_alone(stores: tuple[ActivationStore, ActivationStore]) -> None:
-    labels = dict.fromkeys(("train", "test"), np.arange(64) % 2)
+def test_saes_measured_together_are_measured_as_alone(stores: Stores) -> None:
+    labels = dict.fromkeys(SPLITS, np.arange(64) % 2)
     saes = [random_sae(seed) for seed in range(3)]
-    together = measure(saes, SITES[1], *stores, labels, 2, 0)
-    alone = [measure([one], SITES[1], *stores, labels, 2, 0)[0] for one in saes]
+    together = measure(saes, SITES[1], stores, labels, 2, 0)
+    alone = [measure([one], SITES[1], stores, labels, 2, 0)[0] for one in saes]
     assert repr(together) == repr(alone), "not a number included"
     assert len({found.metrics["fvu"] for found in together}) == 3
 
 
-def test_chain_metrics_are_those_of_all_rows_at_once(stores: tuple[ActivationStore, ActivationStore]) -> None:
-    chain = random_chain(stores[0])
-    labels = dict.fromkeys(("train", "test"), np.arange(64) % 2)
-    found = chain_errors(chain, stores[1])
-    seen_by = {site: measure([chain.saes[site]], site, *stores, labels, 2, 0, chain)[0] for site in SITES}
-    x = {site: torch.from_numpy(np.asarray(zarr.open_group(stores[1].path)[site][:])) for site in SITES}
+def test_chain_metrics_are_those_of_all_rows_at_once(stores: Stores) -> None:
+    chain = random_chain(stores["train"])
+    labels = dict.fromkeys(SPLITS, np.arange(64) % 2)
+    found = chain_errors(chain, stores["test"])
+    seen_by = {site: measure([chain.saes[site]], site, stores, labels, 2, 0, chain)[0] for site in SITES}
+    x = {site: torch.from_numpy(np.asarray(zarr.open_group(stores["test"].path)[site][:])) for site in SITES}
     hat: dict[str, list[np.ndarray]] = {"fvu": [], "fvu_unchained": [], "fvu_affine": []}
     residuals = []
     for group, at in {"cls": slice(0, 1), "registers": slice(1, 2), "patches": slice(2, 17)}.items():
@@ -117,11 +121,11 @@ def test_chain_metrics_are_those_of_all_rows_at_once(stores: tuple[ActivationSto
     seen, rebuilt = (np.concatenate(parts) for parts in zip(*residuals, strict=True))
     assert seen_by[SITES[1]].metrics["fvu"] == pytest.approx(fvu(seen, rebuilt), rel=1e-4)
     assert seen_by[SITES[0]].metrics["fvu"] == pytest.approx(found[SITES[0]]["fvu"], rel=1e-5)
-    alone = measure([chain.saes[SITES[1]]], SITES[1], *stores, labels, 2, 0)[0].metrics
+    alone = measure([chain.saes[SITES[1]]], SITES[1], stores, labels, 2, 0)[0].metrics
     images = "monosemanticity_of_all_images"
     assert seen_by[SITES[1]].metrics[images] == pytest.approx(alone[images]), "images are told apart as without a chain"
     assert "fvu_affine" not in found[SITES[0]]
-    found[SITES[1]] |= redundancies(chain, 1)
+    found[SITES[1]] |= redundancies(chain, 1, 0)
     earlier, later = (chain.saes[site].W_dec.numpy() for site in SITES)
     assert found[SITES[1]]["redundancy"] == pytest.approx(
         cosine_similarity(later, earlier).max(axis=1).mean(), rel=1e-5
@@ -135,14 +139,24 @@ def test_chain_metrics_are_those_of_all_rows_at_once(stores: tuple[ActivationSto
 
 
 def test_a_chain_without_maps_transports_nothing_and_equal_decoders_are_redundant(
-    stores: tuple[ActivationStore, ActivationStore],
+    stores: Stores,
 ) -> None:
-    moments = fit_moments(by_group(stores[0], SITES, CPU), SITES)
+    moments = fit_moments(by_group(stores["train"], SITES, CPU), SITES)
     chain = ReSAE(SITES, dict.fromkeys(SITES, random_sae(0)), fit_maps(SITES, moments, "zero"))
-    found = redundancies(chain, 1)
+    found = redundancies(chain, 1, 0)
     assert "redundancy_transported" not in found and found["redundancy_over_0.9"] == 1
     chain.maps = fit_maps(SITES, moments, "identity")
-    assert redundancies(chain, 1)["redundancy_transported"] == pytest.approx(found["redundancy"]) == pytest.approx(1)
+    assert redundancies(chain, 1, 0)["redundancy_transported"] == pytest.approx(found["redundancy"]) == pytest.approx(1)
+
+
+def test_random_decoders_of_the_redundancy_follow_the_seed_of_the_run(
+    stores: Stores,
+) -> None:
+    chain = random_chain(stores["train"])
+    found = [redundancies(chain, 1, seed) for seed in (0, 0, 1)]
+    assert found[0] == found[1]
+    assert found[2]["redundancy_random"] != found[0]["redundancy_random"]
+    assert found[2]["redundancy"] == found[0]["redundancy"]
 
 
 def hooked(backbone: Backbone, images: Tensor, inserted: Mapping[int, Tensor], positions: list[int]) -> Tensor:
@@ -233,7 +247,7 @@ def test_saes_evaluated_together_get_the_files_that_each_gets_alone(split: Split
 
     def evaluated(saes: Mapping[str, SAE], name: str) -> Path:
         with Work(tmp_path / f"work-{name}", "key") as work:
-            evaluate(saes, backbone, store, store, split.labels, split, 0, work, {})
+            evaluate(saes, backbone, dict.fromkeys(SPLITS, store), dict.fromkeys(SPLITS, split), 0, work, {})
             work.finish(tmp_path / name)
         return tmp_path / name
 
@@ -259,7 +273,7 @@ def test_a_chain_of_perfect_saes_changes_nothing_whatever_the_way_back(split: Sp
         one.W_enc.copy_(one.W_dec.T)
         chain.saes[site] = one
     with Work(tmp_path / "work", "key") as work:
-        evaluate_chain(chain, backbone, store, store, split.labels, split, 0, work, {})
+        evaluate_chain(chain, backbone, dict.fromkeys(SPLITS, store), dict.fromkeys(SPLITS, split), 0, work, {})
         work.finish(tmp_path / "out")
     whole = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert whole["fvu"] < 1e-9 and whole["redundancy"] == pytest.approx(1)

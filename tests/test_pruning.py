@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import make_backbone
 from safetensors.torch import load_file
-from studies import SECTION, Study, last_inputs, random_policy, random_sae, steered, two_class_images, two_classes
+from studies import SECTION, Study, last_inputs, random_policy, random_sae, two_class_images, two_classes
 from torch import Tensor
 
 from sparsight import config
@@ -86,9 +86,9 @@ def test_class_configurations_follow_val_and_are_counted_on_all_test_images(mani
 
 def test_tables_of_the_evaluation_follow_the_contract(manifest: Manifest, tmp_path: Path) -> None:
     backbone = two_classes()
-    both = [steered(backbone, manifest, s) for s in (0, 1)]
+    saes = {f"sae-s{seed}": random_sae(seed) for seed in (0, 1)}
     with Work(tmp_path / "w", "key") as work:
-        evaluate.evaluate(SECTION, backbone, random_policy(), both, manifest, 0, work, 2, {})
+        evaluate.evaluate(SECTION, backbone, random_policy(), saes, manifest, 0, work, 2, {})
         work.finish(tmp_path / "out")
     read = {path.stem: tables.read(path) for path in (tmp_path / "out").glob("*.parquet")}
     overall, per_class, per_head = read["overall"], read["per_class"], read["per_head"]
@@ -132,7 +132,7 @@ def test_tables_of_the_evaluation_follow_the_contract(manifest: Manifest, tmp_pa
             assert row["accuracy"] == pytest.approx(np.mean([r["accuracy"] for r in mean]))
             assert row["usage"] == pytest.approx(np.mean([r["usage_last"] for r in mean]))
     pushes = load_file(tmp_path / "out" / "head_latents.safetensors")
-    torch.testing.assert_close(pushes["sae-s1"], random_policy().weight[1] @ both[1].sae.W_dec.T)
+    torch.testing.assert_close(pushes["sae-s1"], random_policy().weight[1] @ saes["sae-s1"].W_dec.T)
     metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert metrics["gathered_against_masked"]["max_abs_logit_difference"] < 1e-5
     assert metrics["static_policy"] is False and metrics["tabulated_masks"] == 64
@@ -152,14 +152,14 @@ def test_none_comes_first_wherever_the_configuration_names_it(manifest: Manifest
 
 def test_a_policy_or_an_sae_of_another_model_is_refused(manifest: Manifest, tmp_path: Path) -> None:
     backbone = two_classes()
-    one = steered(backbone, manifest, 0)
+    one = random_sae(0)
     narrow = make_backbone(classes=2, embed_dim=36, num_heads=6)
     with Work(tmp_path / "w", "key") as work:
         with pytest.raises(SparsightError, match=r"another model \(width 48, 6 heads, 3 blocks\) than this .*width 36"):
-            evaluate.evaluate(SECTION, narrow, random_policy(), [one], manifest, 0, work, 2, {})
-        one.sae.about["site"] = "blocks.1.input"
+            evaluate.evaluate(SECTION, narrow, random_policy(), {"sae-s0": one}, manifest, 0, work, 2, {})
+        one.about["site"] = "blocks.1.input"
         with pytest.raises(SparsightError, match=r"the SAE reads blocks\.1\.input.* steered at blocks\.2\.input"):
-            evaluate.evaluate(SECTION, backbone, random_policy(), [one], manifest, 0, work, 2, {})
+            evaluate.evaluate(SECTION, backbone, random_policy(), {"sae-s0": one}, manifest, 0, work, 2, {})
     with pytest.raises(SparsightError, match="the head policy is for a model of width 48, not 36"):
         narrow(torch.zeros(1, 1, 16, 16), policy=random_policy())
 

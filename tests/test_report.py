@@ -16,11 +16,16 @@ import torch
 import yaml
 from conftest import write_store
 from runs import TINY_RUN
+from studies import SECTION, random_policy, random_sae, two_class_images, two_classes
 
 from sparsight import sae
 from sparsight.activations.store import ActivationStore
 from sparsight.common import tables
+from sparsight.common.intervals import mean_of_seeds
+from sparsight.common.work import Work
 from sparsight.pipeline.run import load_run
+from sparsight.pruning import evaluate
+from sparsight.report.chapters import pruning
 from sparsight.report.chapters.latents import top_images
 from sparsight.report.chapters.pruning import _verdicts
 from sparsight.sae.inputs import SaeInputs
@@ -178,6 +183,51 @@ def test_the_summary_says_what_the_intervals_say() -> None:
         "not significantly different from": ["class-static"],
     }  # fmt: skip
     assert _verdicts([]) is None
+
+
+def test_a_mean_over_seeds_has_its_own_interval_not_the_mean_of_the_seeds_ends(tmp_path: Path) -> None:
+    folder, saes = tmp_path / "heads", {f"sae-s{seed}": random_sae(seed) for seed in (0, 1)}
+    with Work(tmp_path / "work", "key") as work:
+        evaluate.evaluate(SECTION, two_classes(), random_policy(), saes, two_class_images(tmp_path), 0, work, 2, {})
+        work.finish(folder)
+    shown = {(row["strategy"], row["labels"]): row for row in pruning.chapter(folder)["rows"]}
+    overall, frontier = (tables.read(folder / f"{name}.parquet") for name in ("overall", "frontier"))
+    metrics = json.loads((folder / "metrics.json").read_text())
+    of_points = {(row["strategy"], row["labels"]): row for row in metrics["against_none"]}
+    chosen = {(row["strategy"], row["labels"]): row for row in frontier if row["split"] == "test" and row["chosen"]}
+    assert {len(row["sae"]) > 0 for row in overall} == {True, False}
+    for key, row in shown.items():
+        own = [r for r in overall if (r["strategy"], r["labels"]) == key]
+        if len(own) == 1:
+            assert {name: row[name] for name in ("lo", "hi", "delta_lo", "delta_hi")}.items() <= own[0].items()
+            continue
+        assert (row["lo"], row["hi"]) == (chosen[key]["lo"], chosen[key]["hi"])
+        assert (row["delta_lo"], row["delta_hi"]) == (of_points[key]["delta_lo"], of_points[key]["delta_hi"])
+        assert row["accuracy"] == pytest.approx(chosen[key]["accuracy"])
+        assert row["delta"] == pytest.approx(of_points[key]["delta"])
+
+
+def test_spliced_accuracy_of_several_seeds_has_the_interval_over_seeds(run_folder: Path) -> None:
+    run = run_folder / TINY_RUN
+    cells = {}
+    for table in (run / "report" / "index.html").read_text().split("<table>"):
+        if "accuracy spliced" in table:
+            head = re.findall(r"<th class=\"\w+\" scope=\"col\">(.*?)</th>|<th scope=\"col\">(.*?)</th>", table)
+            column = ["".join(pair) for pair in head].index("accuracy spliced %")
+            for name, body in re.findall(r"scope=\"row\">(.*?)</th>(.*?)</tr>", table, re.DOTALL):
+                cells[name] = re.findall(r"<td.*?>(.*?)</td>", body)[column - 1]
+    seeds = [
+        json.loads((run / "saes" / f"switch-s{seed}" / "metrics.json").read_text())["accuracy_spliced"]
+        for seed in (0, 1)
+    ]
+    found = mean_of_seeds(seeds)
+    expected = f"{100 * found['mean']:.1f}"
+    if found["half"] > 1e-9:
+        expected += f" &plusmn; {100 * found['half']:.1f}"
+    assert cells["switch"] == expected
+    single = json.loads((run / "saes" / "topk-s0" / "metrics.json").read_text())
+    ends = [f"{100 * single[f'accuracy_spliced_{end}']:.1f}" for end in ("lo", "hi")]
+    assert cells["topk"] == f"{100 * single['accuracy_spliced']:.1f} ({ends[0]} to {ends[1]})"
 
 
 @pytest.mark.parametrize("tokens", ["cls", "all"])

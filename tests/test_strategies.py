@@ -7,19 +7,21 @@ from typing import Any, get_args
 import numpy as np
 import pytest
 import torch
-from studies import Study, last_inputs, random_policy, random_sae, steered, two_class_images, two_classes
+from studies import Study, last_inputs, random_policy, random_sae, two_class_images, two_classes
 from torch import Tensor
 
 from sparsight import config, sae
 from sparsight.images.manifest import Manifest
-from sparsight.pruning import controls, head_outputs, last_block, linear_probe
+from sparsight.pruning import controls, evaluate, head_outputs, last_block, linear_probe
 from sparsight.pruning.head_outputs import HeadOutputs
 from sparsight.pruning.last_block import last_block_inputs
-from sparsight.pruning.latent_effects import scramble
+from sparsight.pruning.latent_effects import LatentEffects, scramble
 from sparsight.pruning.masks import pack, unpack
 from sparsight.pruning.policy import FixedMask, HeadPolicy
 from sparsight.pruning.strategies import KINDS, LABELS, NONE, Row
+from sparsight.sae import SAE
 from sparsight.steering import class_latents
+from sparsight.steering.class_latents import ClassLatents
 from sparsight.steering.controls import mean_difference_edit, random_edit
 
 
@@ -93,13 +95,11 @@ def test_edited_class_tokens_are_seen_by_the_last_block(
 
 
 def test_class_latents_are_those_of_the_largest_mean_difference(manifest: Manifest) -> None:
-    backbone = two_classes()
-    train = manifest.split("train")
-    x = last_inputs(backbone, manifest, "train")[:, 0]
-    one = random_sae(0)
+    study = Study(manifest)
+    train, x, one = manifest.split("train"), study.train.cls_ND, random_sae(0)
     z = one.encode(x).dense().numpy()
     found = class_latents.find(one, x.numpy(), train.labels, 2, 5, 0)
-    ranked = Study(manifest).strategies.effects_by_sae["sae-s0"].ranked_CM
+    ranked = study.strategies.effects_by_sae["sae-s0"].found.latents
     for c in (0, 1):
         difference = z[train.labels == c].mean(axis=0) - z[train.labels != c].mean(axis=0)
         assert found.latents[c].tolist() == np.argsort(-difference, kind="stable")[:5].tolist()
@@ -111,31 +111,37 @@ def test_class_latents_are_those_of_the_largest_mean_difference(manifest: Manife
         assert len(set(found.random_latents[c].tolist())) == 5
 
 
+def found_on_train(one: SAE, manifest: Manifest) -> ClassLatents:
+    x = last_inputs(two_classes(), manifest, "train")[:, 0].numpy()
+    return class_latents.find(one, x, manifest.split("train").labels, 2, 5, 0)
+
+
 def test_class_edit_is_the_difference_of_two_decodings(manifest: Manifest) -> None:
-    backbone = two_classes()
-    one = steered(backbone, manifest, 0)
-    x = last_inputs(backbone, manifest, "val")[:, 0]
+    one = random_sae(0)
+    found = found_on_train(one, manifest)
+    x = last_inputs(two_classes(), manifest, "val")[:, 0]
     classes = torch.tensor(manifest.split("val").labels).long()
-    z = one.sae.encode(x).dense()
+    z = one.encode(x).dense()
     gain = torch.ones_like(z)
     for row, c in enumerate(classes):
-        gain[row, one.found.latents[c]] = 7.0
-    expected = (gain * z) @ one.sae.W_dec - z @ one.sae.W_dec
-    got = (7.0 - 1) * class_latents.class_edit(one.sae, z, classes, one.found)
+        gain[row, found.latents[c]] = 7.0
+    expected = (gain * z) @ one.W_dec - z @ one.W_dec
+    got = (7.0 - 1) * class_latents.class_edit(one, z, classes, found)
     assert expected.norm() > 0
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_controls_have_the_size_they_are_given(manifest: Manifest) -> None:
-    one = steered(two_classes(), manifest, 0)
+    one = random_sae(0)
+    found = found_on_train(one, manifest)
     size, classes = torch.tensor([0.0, 2.5, 40.0]), torch.tensor([0, 1, 1])
     for edit in (
-        random_edit(one.sae, classes, one.found, size),
-        mean_difference_edit(classes, one.found, size),
+        random_edit(one, classes, found, size),
+        mean_difference_edit(classes, found, size),
     ):
         torch.testing.assert_close(edit.norm(dim=1), size)
-    towards = mean_difference_edit(classes, one.found, size)[1]
-    assert torch.cosine_similarity(towards, one.found.class_mean[1] - one.found.mean, dim=0) > 0.9999
+    towards = mean_difference_edit(classes, found, size)[1]
+    assert torch.cosine_similarity(towards, found.class_mean[1] - found.mean, dim=0) > 0.9999
 
 
 def by_definition(study: Study, row: Row, cls: Tensor, c: int) -> tuple[Tensor, Tensor]:
@@ -145,8 +151,7 @@ def by_definition(study: Study, row: Row, cls: Tensor, c: int) -> tuple[Tensor, 
     if row.strategy == "reconstruct":
         return study.policy.logits(2, own.sae(cls))[0], torch.zeros(48)
     m, A = row.latents, study.policy.weight[1] @ own.sae.W_dec.T
-    # class means of the SAE itself are those of the unpruned model
-    train_z = own.sae.encode(study.train.cls_ND if row.strategy == "random-sae" else study.unpruned_train).dense()
+    train_z = own.sae.encode(study.train.cls_ND).dense()
     inside = torch.from_numpy(study.train.labels == c)
     ranked = (train_z[inside].mean(dim=0) - train_z[~inside].mean(dim=0)).argsort(descending=True)
     chosen = ranked[:m].tolist()
@@ -162,7 +167,7 @@ def by_definition(study: Study, row: Row, cls: Tensor, c: int) -> tuple[Tensor, 
     gain[chosen] = row.strength
     edit = (gain * z) @ own.sae.W_dec - z @ own.sae.W_dec
     if row.strategy == "random-latents":
-        latents_of_c = own.random_CM[c, :m]
+        latents_of_c = own.found.random_latents[c, :m]
         assert not set(latents_of_c.tolist()) & set(ranked[:m].tolist())
         direction = train_z.mean(dim=0)[latents_of_c] @ own.sae.W_dec[latents_of_c]
         edit = direction / direction.norm() * edit.norm() if direction.norm() > 0 else torch.zeros(48)
@@ -227,13 +232,45 @@ def test_every_row_equals_its_definition_run_image_by_image(manifest: Manifest) 
     assert compared > 0.8 * len(rows) * len(range(0, len(test), 3))
 
 
+def test_a_random_sae_that_is_the_sae_itself_gets_the_same_rows(
+    manifest: Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evaluate, "scramble", lambda one, seed: one)
+    study = Study(manifest)
+    rows = [row for row in study.rows if row.strategy == "class-latents"]
+    own, control = study.run(rows), study.run([row._replace(strategy="random-sae") for row in rows])
+    assert len({outcome.codes.tobytes() for outcome in own.values()}) > 4
+    for row, outcome in own.items():
+        expected = control[row._replace(strategy="random-sae")]
+        assert np.array_equal(outcome.codes, expected.codes) and np.array_equal(outcome.predicted, expected.predicted)
+
+
+def test_the_control_of_random_latents_weighs_images_alike_with_and_without_pruning(manifest: Manifest) -> None:
+    """Classes of unequal size: the random latents' mean activation is over images, not over class means."""
+    study = Study(manifest, saes=1)
+    one, keep = study.saes["sae-s0"], np.flatnonzero((study.train.labels == 0) | (np.arange(len(study.train)) % 3 == 0))
+    labels, x = study.train.labels[keep], study.train.cls_ND[torch.from_numpy(keep)]
+    assert (labels == 0).sum() > 2 * (labels == 1).sum()
+    found = class_latents.find(one, x.numpy(), labels, 2, 4, 0)
+    z, classes = one.encode(study.test.cls_ND).dense(), torch.from_numpy(study.routes["oracle"])
+    size_N = class_latents.class_edit(one, z, classes, found).norm(dim=1)
+    mean_F = one.encode(x).dense().mean(dim=0)
+    direction = torch.stack([mean_F[latents] @ one.W_dec[latents] for latents in found.random_latents])
+    direction = direction / direction.norm(dim=1, keepdim=True)
+    expected = direction[classes] * size_N[:, None]
+    torch.testing.assert_close(random_edit(one, classes, found, size_N), expected, rtol=1e-4, atol=1e-4)
+    weight_HD = study.policy.weight[-1]
+    change_NH = LatentEffects(one, weight_HD, found).random_change(z, classes, 4)
+    torch.testing.assert_close(change_NH, expected @ weight_HD.T, rtol=1e-3, atol=1e-3)
+
+
 def test_the_closed_form_is_the_measured_change_of_the_head_logits(manifest: Manifest) -> None:
     study = Study(manifest, saes=1)
     one, x = study.strategies.effects_by_sae["sae-s0"], study.test.cls_ND
     z, classes = one.encode(x), torch.from_numpy(study.routes["oracle"])
     gain = torch.ones_like(z)
     for n, c in enumerate(classes):
-        gain[n, one.ranked_CM[c, :4]] = 3.0
+        gain[n, one.found.latents[c, :4]] = 3.0
     edited = x + (gain * z) @ one.sae.W_dec - z @ one.sae.W_dec
     measured = study.policy.logits(2, edited) - study.policy.logits(2, x)
     closed = (3.0 - 1) * one.class_change(z, classes, 4)

@@ -93,9 +93,14 @@ def sae_section(wildcards):
     return RUN.saes[own] if own else RUN.sae_names[steered_sae(wildcards)]
 
 
-def store_of(split):
-    """The manifest of the store that SAEs read."""
-    return lambda wildcards: f"{R}/activations/{sae_section(wildcards).backbone}/{split}.json"
+def train_store(wildcards):
+    """The manifest of the store on which SAEs are trained."""
+    return f"{R}/activations/{sae_section(wildcards).backbone}/train.json"
+
+
+def evaluation_stores(wildcards):
+    """Evaluation fits on train, chooses on val and measures on test."""
+    return stores_of(sae_section(wildcards).backbone, ["train", "val", "test"])
 
 
 def stores_of(backbone, splits):

@@ -15,8 +15,7 @@ for NUMBER, (ENDINGS, SECTIONS) in enumerate(RUN.shapes.items(), 1):
             input:
                 images=f"{R}/images/manifest.parquet",
                 backbone=backbone_of_sae,
-                train=store_of("train"),
-                test=store_of("test"),
+                stores=evaluation_stores,
                 saes=expand(SAE_WEIGHTS, sae=SAES),
                 configs=expand(SAE_CONFIG, sae=SAES),
                 mark=mark("evaluate-{section}", code_of_sae("evaluate_sae.py", RANDOM_SAE)),
@@ -38,8 +37,7 @@ for NUMBER, (ENDINGS, SECTIONS) in enumerate(RUN.shapes.items(), 1):
                 flags=flags(code_of_sae("evaluate_sae.py", RANDOM_SAE)),
             shell:
                 "python {SCRIPTS}/evaluate_sae.py --from-images {input.images} --from-backbone {input.backbone}"
-                " --from-train {input.train} --from-test {input.test} --from-saes {input.saes}"
-                " --name {wildcards.section}"
+                " --from-stores {input.stores} --from-saes {input.saes} --name {wildcards.section}"
                 " --out {params.out} --work {params.work} --record {output.record}"
                 " {params.flags} > {log} 2>&1"
 
@@ -52,8 +50,7 @@ for NUMBER, (ENDINGS, SECTIONS) in enumerate(RUN.shapes.items(), 1):
             input:
                 images=f"{R}/images/manifest.parquet",
                 backbone=backbone_of_sae,
-                train=store_of("train"),
-                test=store_of("test"),
+                stores=evaluation_stores,
                 maps=expand(MAPS, chain="{section}-s{seed}"),
                 saes=expand(SAE_WEIGHTS, sae=SITES),
                 configs=expand(SAE_CONFIG, sae=SITES),
@@ -78,7 +75,7 @@ for NUMBER, (ENDINGS, SECTIONS) in enumerate(RUN.shapes.items(), 1):
                 flags=flags(code_of_sae("evaluate_chain.py", RANDOM_SAE)),
             shell:
                 "python {SCRIPTS}/evaluate_chain.py --from-images {input.images}"
-                " --from-backbone {input.backbone} --from-train {input.train} --from-test {input.test}"
+                " --from-backbone {input.backbone} --from-stores {input.stores}"
                 " --from-maps {input.maps} --from-saes {input.saes} --name {wildcards.section}-s{wildcards.seed}"
                 " --out {params.out} --work {params.work} --record {output.record}"
                 " {params.flags} > {log} 2>&1"

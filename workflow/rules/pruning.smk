@@ -26,7 +26,7 @@ rule policy:
         " {params.flags} > {log} 2>&1"
 
 
-CODE_OF_PRUNING = code("pruning.py", *(variant(RUN.sae_names[sae]) for sae in RUN.steered.values()))
+CODE_OF_PRUNING = code("pruning.py", *(variant(RUN.sae_names[sae]) for sae in RUN.steered))
 
 
 def read_by_pruning(wildcards):
@@ -35,8 +35,7 @@ def read_by_pruning(wildcards):
         f"{R}/images/manifest.parquet",
         backbone_of_policy(wildcards),
         f"{R}/pruning/{wildcards.policy}/policy.safetensors",
-        *expand(SAE_WEIGHTS, sae=RUN.steered.values()),
-        *expand(f"{R}/steering/{{name}}.safetensors", name=RUN.steered),
+        *expand(SAE_WEIGHTS, sae=RUN.steered),
     ]
 
 
@@ -45,8 +44,7 @@ rule pruning:
         images=f"{R}/images/manifest.parquet",
         backbone=backbone_of_policy,
         policy=rules.policy.output.weights,
-        saes=expand(SAE_WEIGHTS, sae=RUN.steered.values()),
-        vectors=expand(f"{R}/steering/{{name}}.safetensors", name=RUN.steered),
+        saes=expand(SAE_WEIGHTS, sae=RUN.steered),
         mark=mark("pruning-{policy}", CODE_OF_PRUNING, RUN.pruning, read_by_pruning),
     output:
         overall=f"{R}/pruning/{{policy}}/overall.parquet",
@@ -74,8 +72,7 @@ rule pruning:
         flags=flags(CODE_OF_PRUNING, RUN.pruning),
     shell:
         "python {SCRIPTS}/pruning.py --from-images {input.images} --from-backbone {input.backbone}"
-        " --from-policy {input.policy} --from-saes {input.saes} --from-vectors {input.vectors} --name {wildcards.policy}"
-        " --cores {threads}"
+        " --from-policy {input.policy} --from-saes {input.saes} --name {wildcards.policy} --cores {threads}"
         " --out {params.out} --work {params.work} --record {output.record}"
         " {params.flags} > {log} 2>&1"
 

@@ -15,7 +15,7 @@ for NUMBER, (ENDINGS, SECTIONS) in enumerate(RUN.shapes.items(), 1):
             f"sae_{NUMBER}"
         input:
             images=f"{R}/images/manifest.parquet",
-            store=store_of("train"),
+            store=train_store,
             mark=mark("sae-{section}", code_of_sae("sae.py"), sae_section),
         output:
             weights=expand(SAE_WEIGHTS, sae=SAES),

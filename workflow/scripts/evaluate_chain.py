@@ -13,10 +13,10 @@ def main(job: stage.Stage) -> None:
     device = job.device
     chain = load_chain(job.inputs["maps"].parent).to(device)
     backbone, _ = open_folder(job.inputs["backbone"].parent)
-    train, test = (ActivationStore.open(job.inputs[name]) for name in ("train", "test"))
-    images = Manifest(job.inputs["images"])
-    train_labels, split = images.split("train").labels, images.split("test")
-    evaluate_chain(chain, backbone.to(device), train, test, train_labels, split, job.seed, job.work, job.record())
+    stores = {path.stem: ActivationStore.open(path) for path in job.inputs["stores"]}
+    manifest = Manifest(job.inputs["images"])
+    images = {split: manifest.split(split) for split in stores}
+    evaluate_chain(chain, backbone.to(device), stores, images, job.seed, job.work, job.record())
 
 
 if __name__ == "__main__":
@@ -25,8 +25,7 @@ if __name__ == "__main__":
         __doc__,
         images="manifest.parquet of the images stage",
         backbone="model.safetensors of the backbone stage",
-        train="train.json, the manifest of the train split's store",
-        test="test.json, the manifest of the test split's store",
+        stores=["train.json, val.json and test.json, the manifests of the stores"],
         maps="affine.safetensors of the sae stage",
         saes=["sae.safetensors of every site"],
     )

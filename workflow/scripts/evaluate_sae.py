@@ -16,10 +16,10 @@ def main(job: stage.Stage) -> None:
     device = job.device
     saes = {path.parent.name: load(path.parent).to(device) for path in job.inputs["saes"]}
     backbone, _ = open_folder(job.inputs["backbone"].parent)
-    train, test = (ActivationStore.open(job.inputs[name]) for name in ("train", "test"))
+    stores = {path.stem: ActivationStore.open(path) for path in job.inputs["stores"]}
     manifest = Manifest(job.inputs["images"])
-    labels, images = manifest.split("train").labels, manifest.split("test")
-    evaluate(saes, backbone.to(device), train, test, labels, images, job.seed, job.work, job.record())
+    images = {split: manifest.split(split) for split in stores}
+    evaluate(saes, backbone.to(device), stores, images, job.seed, job.work, job.record())
 
 
 if __name__ == "__main__":
@@ -28,7 +28,6 @@ if __name__ == "__main__":
         __doc__,
         images="manifest.parquet of the images stage",
         backbone="model.safetensors of the backbone stage",
-        train="train.json, the manifest of the train split's store",
-        test="test.json, the manifest of the test split's store",
+        stores=["train.json, val.json and test.json, the manifests of the stores"],
         saes=["sae.safetensors of every SAE"],
     )

@@ -76,7 +76,8 @@ class Pruning:
     """Evaluation of steered head policies; null if there are none."""
 
     steering: str
-    """Name of the steering section (of kind class-latents) whose SAEs steer the head policies."""
+    """Name of the steering section (of kind class-latents) whose SAEs steer the head policies. Their latents are ranked
+    again, in the pruned model."""
     strategies: tuple[Strategy, ...] = get_args(Strategy)
     """Rows of the tables (docs/pruning.md); must include ``none``."""
     strengths: tuple[float, ...] = (1.5, 2.0, 3.0, 5.0, 10.0, 30.0, 100.0)

@@ -91,10 +91,10 @@ class Run:
         }
 
     @cached_property
-    def steered(self) -> dict[str, str]:
-        """Every steering result that pruning uses, and the SAE folder it uses."""
+    def steered(self) -> list[str]:
+        """Folders in ``saes`` of the SAEs that pruning steers with."""
         section = self.pruning.steering if self.pruning else None
-        return {name: sae for name, sae in self.steering_names.items() if name.rpartition("-s")[0] == section}
+        return [sae for name, sae in self.steering_names.items() if name.rpartition("-s")[0] == section]
 
 
 def load_run(config: Mapping[str, Any]) -> Run:

@@ -10,8 +10,7 @@ Shapes: N images, D width (d_in), L blocks, H heads, C classes.
 """
 
 import itertools
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -41,40 +40,25 @@ from sparsight.pruning.rows import Costs, by_class, describe
 from sparsight.pruning.selection import Point, choose, frontier, pick_targets, points
 from sparsight.pruning.strategies import LABELS, NONE, Row, Strategies, every_row
 from sparsight.sae.base import SAE
-from sparsight.sae.base import load as load_sae
 from sparsight.steering import class_latents
-from sparsight.steering.class_latents import ClassLatents
-
-
-@dataclass(frozen=True)
-class Steered:
-    """An SAE with its class latents, which the steering stage found on train."""
-
-    name: str
-    sae: SAE
-    found: ClassLatents
-
-    @classmethod
-    def load(cls, sae_folder: Path, vectors: Path, device: torch.device) -> "Steered":
-        """Load from the folder of the SAE and the safetensors file of its steering result."""
-        return cls(sae_folder.name, load_sae(sae_folder).to(device), ClassLatents.load(vectors, device))
 
 
 def evaluate(
-    section: config.Pruning, backbone: Backbone, policy: HeadPolicy, steered: list[Steered], manifest: Manifest,
+    section: config.Pruning, backbone: Backbone, policy: HeadPolicy, saes: Mapping[str, SAE], manifest: Manifest,
     seed: int, work: Work, n_parallel: int, record: dict[str, Any],
 ) -> None:  # fmt: skip
     """Write the tables of docs/pruning.md, ``head_latents.safetensors`` and ``metrics.json`` to ``work.out``.
 
     Args:
+        saes: SAEs of the class token at the last block's input, by name.
         n_parallel: passes of the last block that run at the same time; no result depends on it.
 
     Raises:
         SparsightError: a policy or an SAE for another model.
     """
     policy.check(backbone)
-    for entry in steered:
-        _check_site(entry.sae, backbone)
+    for sae in saes.values():
+        _check_site(sae, backbone)
     whole, backbone = backbone, policy.own(backbone)
     names = manifest.classes
     train, val, test = (
@@ -82,7 +66,7 @@ def evaluate(
         for part in ("train", "val", "test")
     )
     probe = linear_probe.fit(train.cls_ND, train.labels, len(names))
-    strategies = _strategies(section, policy, steered, train, _routes(probe, train), len(names), seed)
+    strategies = _strategies(section, policy, saes, train, _routes(probe, train), len(names), seed)
     on_val, targets, groups, chosen, frontiers = _choices(section, strategies, val, _routes(probe, val))
     routes = _routes(probe, test)
     used_points = itertools.chain(chosen.values(), *frontiers.values())
@@ -146,24 +130,21 @@ def _routes(linear: linear_probe.LinearProbe, inputs: LastBlockInputs) -> dict[s
 
 
 def _strategies(
-    section: config.Pruning, policy: HeadPolicy, steered: list[Steered], train: LastBlockInputs,
+    section: config.Pruning, policy: HeadPolicy, saes: Mapping[str, SAE], train: LastBlockInputs,
     routes: dict[str, np.ndarray], n_classes: int, seed: int,
 ) -> Strategies:  # fmt: skip
-    """Fit everything that decides masks."""
-    device = train.cls_ND.device
-    weight_HD = policy.weight[-1]
-    count_C = torch.from_numpy(np.bincount(train.labels, minlength=n_classes)).to(device)
+    """Fit everything that decides masks, on the class tokens of train in the pruned model."""
+    x_ND, n_latents = train.cls_ND.cpu().numpy(), section.latents[-1]
 
-    def effects(sae: SAE, mean_CF: torch.Tensor, *about: str) -> LatentEffects:
+    def effects(sae: SAE, *about: str) -> LatentEffects:
         drawn = derive_seed(seed, "random-latents", *about)
-        return LatentEffects(sae, weight_HD, mean_CF, count_C, section.latents[-1], drawn)
+        found = class_latents.find(sae, x_ND, train.labels, n_classes, n_latents, drawn)
+        return LatentEffects(sae, policy.weight[-1], found)
 
     effects_by_sae, scrambled = {}, {}
-    for entry in steered:
-        effects_by_sae[entry.name] = effects(entry.sae, entry.found.mean_activation, entry.name)
-        random_sae = scramble(entry.sae, derive_seed(seed, "random-sae", entry.name))
-        random_latents = class_latents.find(random_sae, train.cls_ND.cpu().numpy(), train.labels, n_classes, 1, seed)
-        scrambled[entry.name] = effects(random_sae, random_latents.mean_activation, entry.name, "random-sae")
+    for name, sae in saes.items():
+        effects_by_sae[name] = effects(sae, name)
+        scrambled[name] = effects(scramble(sae, derive_seed(seed, "random-sae", name)), name, "random-sae")
     return Strategies(policy, effects_by_sae, scrambled, controls.fit(train, routes, n_classes))
 
 

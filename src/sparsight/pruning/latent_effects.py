@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sparsight.common.slices import row_slices
 from sparsight.sae.base import SAE
+from sparsight.steering.class_latents import ClassLatents
 from sparsight.steering.edits import of_size
 
 _ROWS = 4096
@@ -22,37 +23,16 @@ class LatentEffects:
     Args:
         sae: an SAE of the class token at the last block's input.
         weight_HD: the policy's weights for the last block, W_head.
-        mean_CF: mean code of each class's train images.
-        count_C: number of train images of each class.
-        n_latents: largest number of latents that will be amplified.
-        seed: seed of the random latents.
+        found: the class latents on train, in the stream that the policy sees.
     """
 
-    def __init__(
-        self, sae: SAE, weight_HD: Tensor, mean_CF: Tensor, count_C: Tensor, n_latents: int, seed: int
-    ) -> None:
-        self.sae, self.mean_CF, self._weight_HD = sae, mean_CF, weight_HD
+    def __init__(self, sae: SAE, weight_HD: Tensor, found: ClassLatents) -> None:
+        self.sae, self.found, self._weight_HD = sae, found, weight_HD
         self._encoded: tuple[Tensor, Tensor] | None = None
         self.push_HF = weight_HD @ sae.W_dec.T
         """W_head W_dec: what each latent adds to each head's logit, per unit of its code."""
-        total_CF, count_C1 = mean_CF.double() * count_C[:, None], count_C[:, None]
-        other_mean_CF = (total_CF.sum(dim=0) - total_CF) / (count_C.sum() - count_C1).clamp(min=1)
-        difference_CF = mean_CF.double() - other_mean_CF
-        self.ranked_CM = difference_CF.argsort(dim=1, descending=True, stable=True)[:, :n_latents]
-        """Latents of each class, by mean activation in the class minus mean activation in the other classes."""
-        self.alive = np.flatnonzero((mean_CF > 0).any(dim=0).cpu().numpy())
+        self.alive = np.flatnonzero((found.mean_code > 0).cpu().numpy())
         """Latents that fire on train."""
-        self.mean_F = (total_CF.sum(dim=0) / count_C.sum()).float()
-        self.random_CM = torch.from_numpy(self._draw(n_latents, seed)).to(mean_CF.device)
-
-    def _draw(self, n_latents: int, seed: int) -> np.ndarray:
-        """(C, M) random latents outside the class's own, among those that fire on train if there are enough."""
-        generator, drawn = np.random.default_rng(seed), []
-        for ranked in self.ranked_CM.cpu().numpy():
-            outside = np.setdiff1d(self.alive, ranked)
-            pool = outside if len(outside) >= n_latents else np.setdiff1d(np.arange(self.sae.d_sae), ranked)
-            drawn.append(generator.choice(pool, n_latents, replace=False))
-        return np.stack(drawn)
 
     def encode(self, cls_ND: Tensor) -> Tensor:
         """Codes (N, F). The latest result is cached, because many rows use the same activations."""
@@ -63,12 +43,12 @@ class LatentEffects:
 
     def class_change(self, z_NF: Tensor, classes_N: Tensor, m: int) -> Tensor:
         """Change (N, H) of the head logits when the first m latents of each image's class are doubled."""
-        latents_NM = self.ranked_CM[classes_N, :m]
+        latents_NM = self.found.latents[classes_N, :m]
         return (z_NF.gather(1, latents_NM)[:, :, None] * self.push_HF.T[latents_NM]).sum(dim=1)
 
     def class_edit(self, z_NF: Tensor, classes_N: Tensor, m: int) -> Tensor:
         """The edit (N, D) of the class token that causes :meth:`class_change`, sum z_i d_i."""
-        latents_NM = self.ranked_CM[classes_N, :m]
+        latents_NM = self.found.latents[classes_N, :m]
         picked_NF = torch.zeros_like(z_NF).scatter(1, latents_NM, z_NF.gather(1, latents_NM))
         return picked_NF @ self.sae.W_dec
 
@@ -78,27 +58,27 @@ class LatentEffects:
         A random latent is seldom active on a given image, so amplifying its code would change almost nothing. The edit
         is therefore the latents' mean activation on train, scaled to the length of :meth:`class_edit`.
         """
-        random_CM = self.random_CM[:, :m]
-        direction_CD = (self.mean_F[random_CM][:, :, None] * self.sae.W_dec[random_CM]).sum(dim=1)
+        random_CM = self.found.random_latents[:, :m]
+        direction_CD = (self.found.mean_code[random_CM][:, :, None] * self.sae.W_dec[random_CM]).sum(dim=1)
         unit_CD = of_size(direction_CD, torch.ones_like(direction_CD[:, 0]))
         return (unit_CD @ self._weight_HD.T)[classes_N] * self.edit_size(z_NF, classes_N, m)[:, None]
 
     def edit_size(self, z_NF: Tensor, classes_N: Tensor, m: int) -> Tensor:
         """Length (N,) of the edit of :meth:`class_change`, || sum z_i d_i ||, by the Gram matrix of the d_i."""
-        rows_CMD = self.sae.W_dec[self.ranked_CM[:, :m]]
+        rows_CMD = self.sae.W_dec[self.found.latents[:, :m]]
         gram_CMM = rows_CMD @ rows_CMD.transpose(1, 2)
-        z_NM = z_NF.gather(1, self.ranked_CM[classes_N, :m])
+        z_NM = z_NF.gather(1, self.found.latents[classes_N, :m])
         square_N = (z_NM[:, None] @ gram_CMM[classes_N] @ z_NM[:, :, None]).flatten()
         return square_N.clamp(min=0).sqrt()
 
     def mean_change(self, m: int) -> Tensor:
         """Mean of :meth:`class_change` over each class's train images, (C, H)."""
-        latents_CM = self.ranked_CM[:, :m]
-        return (self.mean_CF.gather(1, latents_CM)[:, :, None] * self.push_HF.T[latents_CM]).sum(dim=1)
+        latents_CM = self.found.latents[:, :m]
+        return (self.found.mean_activation.gather(1, latents_CM)[:, :, None] * self.push_HF.T[latents_CM]).sum(dim=1)
 
     def against_head(self, head: int) -> Tensor:
         """Latents by push times mean activation, beginning with the one that lowers this head's logit most."""
-        return (self.push_HF[head] * self.mean_F).argsort(stable=True)
+        return (self.push_HF[head] * self.found.mean_code).argsort(stable=True)
 
 
 @torch.no_grad()

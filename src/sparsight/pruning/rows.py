@@ -34,9 +34,7 @@ class Costs:
     @classmethod
     def of(cls, backbone: Backbone, strategies: Strategies, n_classes: int) -> "Costs":
         """Count on a forward pass, or compute from the sizes."""
-        encoder = {
-            name: float(effects.sae.d_in * effects.sae.d_sae) for name, effects in strategies.effects_by_sae.items()
-        }
+        encoder = {name: float(effects.sae.macs_encode) for name, effects in strategies.effects_by_sae.items()}
         mlp, probe = macs.of_mlp(backbone, backbone.n_blocks - 1), backbone.d_in * n_classes
         return cls(macs.of_head(backbone), macs.outside_heads(backbone), mlp, encoder, probe)
 

@@ -16,6 +16,7 @@ from sparsight.backbones.backbone import Backbone
 from sparsight.common import tables
 from sparsight.common.files import write_json
 from sparsight.common.progress import log
+from sparsight.common.seeds import derive_seed
 from sparsight.common.work import Work
 from sparsight.images.split import Split
 from sparsight.sae.base import SAE
@@ -32,8 +33,8 @@ _AVERAGED = (
 
 
 def evaluate(
-    saes: Mapping[str, SAE], backbone: Backbone, train: ActivationStore, test: ActivationStore,
-    train_labels: np.ndarray, split: Split, seed: int, work: Work, record: dict[str, Any],
+    saes: Mapping[str, SAE], backbone: Backbone, stores: Mapping[str, ActivationStore], images: Mapping[str, Split],
+    seed: int, work: Work, record: dict[str, Any],
 ) -> None:  # fmt: skip
     """Write ``metrics.json``, ``latents.parquet``, ``baselines.parquet`` and ``probing.parquet`` (docs/evaluation.md).
 
@@ -42,18 +43,16 @@ def evaluate(
 
     Args:
         saes: SAEs of one site and one shape, by the name of the folder that receives their files.
-        train: store of the train split, on which baselines and probes are fitted.
-        test: store of the test split.
-        train_labels: int (N,), the classes of the train images.
-        split: the test images.
-        seed: seed of the baselines.
+        stores: stores of the splits ``train``, ``val`` and ``test``.
+        images: the same splits' images.
+        seed: the run's seed, from which those of the baselines are derived.
     """
     (site,) = {sae.about["site"] for sae in saes.values()}
-    labels = {"train": train_labels, "test": split.labels}
-    results = measure(list(saes.values()), site, train, test, labels, len(split.classes), seed)
+    labels, test = {name: split.labels for name, split in images.items()}, images["test"]
+    results = measure(list(saes.values()), site, stores, labels, len(test.classes), seed)
     modes = {name: partial(_decoded, sae) for name, sae in saes.items()}
-    floor = {"mean_instead": lambda _: _means(train, [site])}
-    in_model = spliced(backbone, split, [site], _positions(test, site, backbone), {**modes, **floor})
+    floor = {"mean_instead": lambda _: _means(stores["train"], [site])}
+    in_model = spliced(backbone, test, [site], _positions(stores["test"], site, backbone), {**modes, **floor})
     for name, result in zip(saes, results, strict=True):
         metrics = {**result.metrics, **in_model.metrics({name: "spliced", "mean_instead": "mean_instead"})}
         (work.out / name).mkdir(exist_ok=True)
@@ -63,10 +62,12 @@ def evaluate(
 
 
 def evaluate_chain(
-    chain: ReSAE, backbone: Backbone, train: ActivationStore, test: ActivationStore, train_labels: np.ndarray,
-    split: Split, seed: int, work: Work, record: dict[str, Any],
+    chain: ReSAE, backbone: Backbone, stores: Mapping[str, ActivationStore], images: Mapping[str, Split], seed: int,
+    work: Work, record: dict[str, Any],
 ) -> None:  # fmt: skip
     """Write the files of :func:`evaluate` to ``<site>/`` for every SAE, and ``metrics.json`` for the whole chain.
+
+    ``stores`` and ``images`` are those of :func:`evaluate`.
 
     A site's metrics are about the inputs of its SAE, the residuals; their FVU is called ``fvu_residual``. The results
     of :func:`chain_errors` and :func:`redundancies` are added. The chain's metrics are means over the sites, and the
@@ -77,12 +78,12 @@ def evaluate_chain(
     * ``online``: one forward pass, in which every SAE encodes what arrives at its site;
     * ``mean_instead``: the train mean replaces every activation.
     """
-    by_site, errors = {}, chain_errors(chain, test)
-    labels = {"train": train_labels, "test": split.labels}
+    by_site, errors = {}, chain_errors(chain, stores["test"])
+    labels, test = {name: split.labels for name, split in images.items()}, images["test"]
     for m, (site, sae) in enumerate(chain.saes.items()):
-        (result,) = measure([sae], site, train, test, labels, len(split.classes), seed, chain)
+        (result,) = measure([sae], site, stores, labels, len(test.classes), seed, chain)
         site_metrics = {("fvu_residual" if key == "fvu" else key): value for key, value in result.metrics.items()}
-        by_site[site] = {**site_metrics, **errors[site], **(redundancies(chain, m) if m else {})}
+        by_site[site] = {**site_metrics, **errors[site], **(redundancies(chain, m, seed) if m else {})}
         (work.out / site).mkdir(exist_ok=True)
         write_json(work.out / site / "metrics.json", {**by_site[site], "record": record})
         _write_tables(result, work.out / site)
@@ -99,13 +100,13 @@ def evaluate_chain(
         "forced": lambda clean: forced(clean, True),
         "unchained": lambda clean: forced(clean, False),
         "online": lambda _: lambda m, group, h, before: chain.replace(m, h, before, group),
-        "mean_instead": lambda _: _means(train, chain.sites),
+        "mean_instead": lambda _: _means(stores["train"], chain.sites),
     }
-    metrics: dict[str, float] = {"n": len(split)}
+    metrics: dict[str, float] = {"n": len(test)}
     for key in _AVERAGED:
         if values := [row[key] for row in by_site.values() if key in row]:
             metrics[key] = float(np.mean(values))
-    in_model = spliced(backbone, split, chain.sites, _positions(test, chain.sites[0], backbone), modes)
+    in_model = spliced(backbone, test, chain.sites, _positions(stores["test"], chain.sites[0], backbone), modes)
     metrics |= in_model.metrics({mode: mode for mode in modes})
     write_json(work.out / "metrics.json", {**metrics, "record": record})
     log(_line(metrics))
@@ -140,17 +141,20 @@ def chain_errors(chain: ReSAE, store: ActivationStore) -> dict[str, dict[str, fl
     return by_site
 
 
-def redundancies(chain: ReSAE, m: int) -> dict[str, float]:
+def redundancies(chain: ReSAE, m: int, seed: int) -> dict[str, float]:
     """Decoder redundancy of sites m - 1 and m (:func:`redundancy`), of random rows of the same shape, and transported.
 
     Transported means that the affine map is applied to the earlier rows; it is a mean over the maps of the token
     groups. It is left out if all maps are zero (``affine: zero``).
     """
-    later, earlier = (chain.saes[chain.sites[place]].W_dec for place in (m, m - 1))
-    by_kind = {"redundancy": redundancy(later, earlier)}
-    by_kind["redundancy_random"] = redundancy(
-        *(random_rows(rows, place) for place, rows in enumerate((later, earlier)))
+    later, earlier = (chain.saes[site].W_dec for site in (chain.sites[m], chain.sites[m - 1]))
+    random_later, random_earlier = (
+        random_rows(rows, derive_seed(seed, "redundancy", place)) for place, rows in ((m, later), (m - 1, earlier))
     )
+    by_kind = {
+        "redundancy": redundancy(later, earlier),
+        "redundancy_random": redundancy(random_later, random_earlier),
+    }
     maps = [pairs[m - 1][0] for pairs in chain.maps.values()]
     if any(A.any() for A in maps):
         by_map = [redundancy(later, earlier, A) for A in maps]

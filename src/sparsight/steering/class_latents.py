@@ -31,6 +31,8 @@ class ClassLatents:
     """(C, M) int64: random latents outside the class's own, among those that fire on train if there are enough."""
     mean_activation: Tensor
     """(C, F) mean code of the class's images."""
+    mean_code: Tensor
+    """(F,) mean code of all images."""
     class_mean: Tensor
     """(C, D) mean activation of the class's images."""
     mean: Tensor
@@ -73,7 +75,7 @@ def find(
         sum_CD += onehot_CB @ x_BD.double()
     count_C1 = torch.from_numpy(np.bincount(labels, minlength=n_classes)).to(device)[:, None]
     mean_CF = total_CF / count_C1
-    other_mean_CF = (total_CF.sum(dim=0) - total_CF) / (len(labels) - count_C1)
+    other_mean_CF = (total_CF.sum(dim=0) - total_CF) / (len(labels) - count_C1).clamp(min=1)  # 0 for a single class
     if isinstance(ranking, Tensor):
         score_CF = ranking
     else:
@@ -92,6 +94,7 @@ def find(
         latents=latents,
         random_latents=torch.from_numpy(np.stack(random)).to(device),
         mean_activation=mean_CF.float(),
+        mean_code=(total_CF.sum(dim=0) / len(labels)).float(),
         class_mean=(sum_CD / count_C1).float(),
         mean=(sum_CD.sum(dim=0) / len(labels)).float(),
         vectors=push_CMD.cpu().cumsum(dim=1),  # CUDA has no deterministic cumsum

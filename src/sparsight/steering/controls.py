@@ -14,12 +14,12 @@ from sparsight.steering.edits import Batch, Edit, of_size
 
 
 def random_edit(sae: SAE, classes_B: Tensor, found: ClassLatents, size_B: Tensor) -> Tensor:
-    """Each class's random latents at their mean activation, scaled to the norm ``size_B``; (B, D).
+    """Each class's random latents at their mean activation on all images, scaled to the norm ``size_B``; (B, D).
 
     A random latent is seldom active on a given image, so amplifying its code would change almost nothing. Its mean
     activation, scaled to the size of the real edit, is the harder control.
     """
-    mean_CM = found.mean_activation.mean(dim=0)[found.random_latents]
+    mean_CM = found.mean_code[found.random_latents]
     push_CD = torch.einsum("cm,cmd->cd", mean_CM, sae.W_dec[found.random_latents])
     return of_size(push_CD[classes_B], size_B)
 

@@ -123,8 +123,8 @@ def steer(
 
 
 def cost(sae: SAE, backbone: Backbone) -> dict[str, float]:
-    """Multiply-accumulates of steering one image (encode, and decode its active latents) and of the whole encoder."""
-    edit = sae.d_in * sae.d_sae + sae.k * sae.d_in
+    """Multiply-accumulates of steering one image (encode, and decode its active latents), and of the whole model."""
+    edit = sae.macs_encode + sae.k * sae.d_in
     whole = backbone.n_blocks * backbone.n_heads * macs.of_head(backbone) + macs.outside_heads(backbone)
     return {"edit_macs": edit, "encoder_macs": whole, "share": edit / whole}
 

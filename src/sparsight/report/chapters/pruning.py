@@ -25,7 +25,7 @@ def chapter(folder: Path) -> dict[str, Any]:
     return {
         "name": folder.name,
         "metrics": metrics,
-        "rows": [_over_seeds(key, rows) for key, rows in by_key.items()],
+        "rows": [_row(key, rows, read["frontier"], metrics["against_none"]) for key, rows in by_key.items()],
         "matched": metrics["matched_usage"],
         "verdicts": _verdicts(metrics["matched_usage"]),
         "selected": metrics["selected_classes"],
@@ -38,15 +38,28 @@ def chapter(folder: Path) -> dict[str, Any]:
     }
 
 
-def _over_seeds(key: tuple[str, str], rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """One row of the headline table: mean and range over SAE seeds."""
+def _row(
+    key: tuple[str, str], rows: list[dict[str, Any]], frontier: list[dict[str, Any]], against_none: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """One row of the headline table: means over SAE seeds, with their intervals over images, and ranges over seeds.
+
+    The interval of a mean is that of the chosen point in ``frontier.parquet`` and ``metrics.json``, not a mean of the
+    seeds' intervals.
+    """
     line: dict[str, Any] = {"strategy": key[0], "labels": key[1], "strength": rows[0]["strength"], "n": rows[0]["n"]}
     line |= {"saes": len(rows) if rows[0]["sae"] else 0, "latents": rows[0]["latents"]}
-    for name in ("accuracy", "lo", "hi", "delta", "delta_lo", "delta_hi", "usage_last", "usage_all", "macs"):
+    for name in ("accuracy", "delta", "usage_last", "usage_all", "macs"):
         values = [row[name] for row in rows]
         line[name] = float(np.mean(values))
         line[f"{name}_range"] = (min(values), max(values))
-    return line
+    (of_accuracy,) = rows if len(rows) == 1 else (row for row in frontier if _is_chosen(row, key))
+    (of_delta,) = rows if len(rows) == 1 else (row for row in against_none if (row["strategy"], row["labels"]) == key)
+    line |= {name: of_accuracy[name] for name in ("lo", "hi")}
+    return line | {name: of_delta[name] for name in ("delta_lo", "delta_hi")}
+
+
+def _is_chosen(row: dict[str, Any], key: tuple[str, str]) -> bool:
+    return bool(row["chosen"] and row["split"] == "test" and (row["strategy"], row["labels"]) == key)
 
 
 def _verdicts(matched: list[dict[str, Any]]) -> dict[str, Any] | None:

@@ -1,8 +1,9 @@
 """All metrics of SAEs on stored activations, beside baselines, in three passes over windows of rows.
 
 The first pass over train collects moments, and sums of codes by class, which choose the features of the probes. The
-second pass over train collects the chosen features, on which the probes are fitted. The pass over test computes all
-that is reported. SAEs of one shape share the passes and the baselines.
+second pass over train collects the chosen features, on which the probes are fitted. Quantisation steps are chosen on
+rows of val, because an SAE reconstructs those of train better than others. The pass over test computes all that is
+reported. SAEs of one shape share the passes and the baselines.
 
 Shapes: D width (d_in), F latents (d_sae).
 """
@@ -29,7 +30,7 @@ from sparsight.sae.metrics.split_rows import SplitRows
 from sparsight.sae.moments import Moments
 from sparsight.sae.resae import ReSAE
 
-_SAMPLE = 4096  # rows on which quantisation steps and the random dictionary's factor are fitted
+_SAMPLE = 4096  # rows of val for quantisation steps, rows of train for the random dictionary's factor
 _CLUSTER_SAMPLE = 16384  # rows on which k-means is fitted
 
 
@@ -45,17 +46,16 @@ class Measured:
 
 @torch.no_grad()
 def measure(
-    saes: Sequence[SAE], site: str, train: ActivationStore, test: ActivationStore, labels: Mapping[str, np.ndarray],
+    saes: Sequence[SAE], site: str, stores: Mapping[str, ActivationStore], labels: Mapping[str, np.ndarray],
     n_classes: int, seed: int, chain: ReSAE | None = None,
 ) -> list[Measured]:  # fmt: skip
-    """Measure SAEs on the test split. Baselines and probes are fitted on train.
+    """Measure SAEs on the test split. Baselines and probes are fitted on train, quantisation steps on val.
 
     Args:
         saes: SAEs of one shape (d_in, d_sae, k), such as those of a section.
         site: the SAEs' site.
-        train: store of the train split.
-        test: store of the test split.
-        labels: classes of the images, int (images,), of the splits ``train`` and ``test``.
+        stores: stores of the splits ``train``, ``val`` and ``test``.
+        labels: classes of the images, int (images,), of the same splits.
         n_classes: number of classes.
         seed: seed of the random dictionary and of k-means.
         chain: the chain that the SAE belongs to, if any; the inputs are then residuals at the site.
@@ -67,11 +67,11 @@ def measure(
         SparsightError: constant activations, or stores and labels of different length.
     """
     assert len({(sae.d_in, sae.d_sae, sae.k) for sae in saes}) == 1, "baselines have the shape of the SAEs"
-    on_train, on_test = (
-        SplitRows(store, site, labels[name], saes[0], chain) for name, store in (("train", train), ("test", test))
+    on_train, on_val, on_test = (
+        SplitRows(stores[split], site, labels[split], saes[0], chain) for split in ("train", "val", "test")
     )
     fitted = _fit(saes, on_train, n_classes, seed)
-    head, tokens = on_test.head(_SAMPLE), on_test.tokens
+    head, tokens = on_val.head(_SAMPLE), on_test.tokens
     moments = Moments(["x"])
     references = [at_own_error(method, head, on_test.d_embedding) for method in fitted.baselines]
     trials = []
