@@ -18,6 +18,8 @@ from sparsight.pruning.policy import HeadPolicy
 from sparsight.pruning.strategies import Row
 from sparsight.sae import SAE
 from sparsight.steering import class_latents
+from sparsight.steering.class_latents import Ranking
+from sparsight.steering.intervention import Intervention, attribution
 
 SECTION = config.Pruning(
     steering="s", strengths=(1.0, 2.0, 30.0), latents=(1, 4), bias_strengths=(1.0, 5.0), batch_size=7
@@ -61,23 +63,31 @@ def last_inputs(backbone: Backbone, manifest: Manifest, split: str, policy: Head
     return backbone.run_blocks(backbone.tokens(backbone.normalize(images)), 0, 2, policy)[0]
 
 
-def steered(backbone: Backbone, manifest: Manifest, seed: int) -> Steered:
+def attributed(one: SAE, backbone: Backbone, manifest: Manifest) -> Tensor:
+    return attribution(Intervention(one, backbone), one, manifest.split("train"), 2)
+
+
+def steered(backbone: Backbone, manifest: Manifest, seed: int, ranking: Ranking = "mean-difference") -> Steered:
     one, train = random_sae(seed), manifest.split("train")
     x = last_inputs(backbone, manifest, "train")[:, 0].numpy()
-    return Steered(f"sae-s{seed}", one, class_latents.find(one, x, train.labels, 2, 5, seed))
+    scores = attributed(one, backbone, manifest) if ranking == "attribution" else None
+    return Steered(f"sae-s{seed}", one, class_latents.find(one, x, train.labels, 2, 5, seed, ranking, scores))
 
 
 class Study:
     """Everything that an evaluation fits, and the test split as it reaches the last block."""
 
-    def __init__(self, manifest: Manifest, saes: int = 2, **options: Any) -> None:
+    def __init__(self, manifest: Manifest, saes: int = 2, ranking: Ranking = "mean-difference", **options: Any) -> None:
         self.backbone, self.policy, self.manifest = two_classes(**options), random_policy(), manifest
-        both = [steered(self.backbone, manifest, s) for s in range(saes)]
+        both = [steered(self.backbone, manifest, s, ranking) for s in range(saes)]
         train = last_block_inputs(self.backbone, self.policy, manifest.split("train"), 7)
         self.train, self.probe = train, linear_probe.fit(train.cls_ND, train.labels, 2)
         self.unpruned_train = last_inputs(self.backbone, manifest, "train")[:, 0]
         self.routes_train = evaluate._routes(self.probe, train)
-        self.strategies = evaluate._strategies(SECTION, self.policy, both, train, self.routes_train, 2, 0)
+        self.strategies = evaluate._strategies(
+            SECTION, self.policy, both, train, self.routes_train, 2, 0,
+            lambda one: attributed(one, self.backbone, manifest),
+        )  # fmt: skip
         self.test = last_block_inputs(self.backbone, self.policy, manifest.split("test"), 7)
         self.routes = evaluate._routes(self.probe, self.test)
         self.rows = strategies.every_row(SECTION, 6, self.strategies.effects_by_sae)

@@ -186,7 +186,7 @@ def test_open_clip_weights_as_they_are_classify_by_prompts(manifest: Manifest, t
         ("timm/x", {"epochs": 1, "training": "contrastive"}, "'contrastive' does not suit timm/x"),
         ("timm/x", {"epochs": 1, "templates": ("a {}",)}, "only an open_clip model reads texts"),
         ("open_clip/x", {"weights": "pretrained", "templates": ("a photo",)}, "'a photo' needs one {} for"),
-        ("timm/x", {"epochs": 1, "ema": 1.0}, "ema: must be at least 0 and less than 1"),
+        ("timm/x", {"epochs": 1, "ema": 1.0}, "ema: must be 0 or more and less than 1, got 1.0"),
         ("timm/x", {}, "random weights need training"),
         ("timm/x", {"weights": "no/such.pt"}, "there is no file 'no/such.pt'"),
     ],
@@ -198,7 +198,9 @@ def test_mistakes_in_the_section_are_explained(model: str, options: dict[str, An
 
 def test_a_classifier_for_other_classes_is_refused(manifest: Manifest, tmp_path: Path) -> None:
     out = run(RECIPES["supervised"], manifest, tmp_path / "a")
-    section = replace(RECIPES["supervised"], weights=str(out / "model.safetensors"), epochs=0)
+    section = config.Backbone(
+        "timm/vit_tiny_patch16_224", weights=str(out / "model.safetensors"), architecture=VIT, batch_size=16
+    )
     with pytest.raises(SparsightError, match="its classifier has 1000 outputs, the images 2 classes; set epochs"):
         run(section, manifest, tmp_path / "b")
 

@@ -70,6 +70,8 @@ def test_attribution_is_the_slope_of_the_class_logit_along_each_latent(backbone:
 
 def find(backbone: Backbone, manifest: Manifest, ranking: Any = "mean-difference") -> class_latents.ClassLatents:
     x, labels = stream(backbone, manifest)[:, 0].numpy(), manifest.split("train").labels
+    if isinstance(ranking, Tensor):
+        return class_latents.find(make_sae(), x, labels, 2, M, 0, "attribution", ranking)
     return class_latents.find(make_sae(), x, labels, 2, M, 0, ranking)
 
 
@@ -80,6 +82,7 @@ def test_latents_are_ranked_by_what_was_asked_for(backbone: Backbone, manifest: 
     scores = torch.rand(2, F, generator=torch.Generator().manual_seed(0))
     for ranking, expected in (("mean", mean), ("mean-difference", mean - mean[::-1]), (scores, scores.numpy())):
         found = find(backbone, manifest, ranking)
+        np.testing.assert_allclose(found.score, expected, rtol=1e-4, atol=1e-5)
         assert found.latents.tolist() == np.argsort(-expected, axis=1, kind="stable")[:, :M].tolist()
 
 

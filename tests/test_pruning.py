@@ -211,6 +211,29 @@ def test_in_stream_steering_equals_editing_the_input_of_the_last_block(manifest:
             assert row(method=method, labels=labels, split="test")["strength"] == best["strength"]
 
 
+@pytest.mark.parametrize("ranking", ["mean", "attribution"])
+def test_heads_are_steered_by_the_latents_that_the_steering_section_ranks_first(
+    ranking: Any, manifest: Manifest, tmp_path: Path
+) -> None:
+    backbone, policy, one, val = two_classes(), random_policy(), random_sae(0), manifest.split("val")
+    one.save(tmp_path / "sae-s0", **one.about)
+    found = steered(backbone, manifest, 0, ranking).found
+    found.save(tmp_path / "s.safetensors")
+    first_C = found.latents[:, 0]
+    assert not torch.equal(first_C, steered(backbone, manifest, 0).found.latents[:, 0])
+    entry = evaluate.Steered.load(tmp_path / "sae-s0", tmp_path / "s.safetensors", torch.device("cpu"))
+    with Work(tmp_path / "w", "key") as work:
+        evaluate.evaluate(SECTION, backbone, policy, [entry], manifest, 0, work, 2, {})
+        work.finish(tmp_path / "out")
+    x_ND = last_inputs(backbone, manifest, "val", policy)[:, 0]
+    latent_N = first_C[torch.from_numpy(val.labels).long()]
+    z_N = one.encode(x_ND).dense().gather(1, latent_N[:, None])
+    logits_NH = policy.logits(2, x_ND + 29 * z_N * one.W_dec[latent_N])
+    wanted = {"strategy": "class-latents", "strength": 30.0, "labels": "oracle", "latents": 1}
+    (row,) = [r for r in tables.read(tmp_path / "out" / "validation.parquet") if wanted.items() <= r.items()]
+    assert row["usage_last"] == pytest.approx(float((logits_NH > 0).float().mean()))
+
+
 def test_the_unpruned_model_is_the_one_before_fine_tuning(manifest: Manifest) -> None:
     whole, policy, test = two_classes(), random_policy(), manifest.split("test")
     policy.finetuned = {name: -value for name, value in whole.model.state_dict().items()}

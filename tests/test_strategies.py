@@ -7,7 +7,7 @@ from typing import Any, get_args
 import numpy as np
 import pytest
 import torch
-from studies import Study, last_inputs, random_policy, random_sae, steered, two_class_images, two_classes
+from studies import Study, attributed, last_inputs, random_policy, random_sae, steered, two_class_images, two_classes
 from torch import Tensor
 
 from sparsight import config, sae
@@ -20,6 +20,7 @@ from sparsight.pruning.masks import pack, unpack
 from sparsight.pruning.policy import FixedMask, HeadPolicy
 from sparsight.pruning.strategies import KINDS, LABELS, NONE, Row
 from sparsight.steering import class_latents
+from sparsight.steering.class_latents import Ranking
 from sparsight.steering.controls import mean_difference_edit, random_edit
 
 
@@ -109,6 +110,17 @@ def test_class_latents_are_those_of_the_largest_mean_difference(manifest: Manife
         np.testing.assert_allclose(found.vectors[c, 4], mean @ one.W_dec[found.latents[c]].numpy(), atol=1e-4)
         assert not set(found.latents[c].tolist()) & set(found.random_latents[c].tolist())
         assert len(set(found.random_latents[c].tolist())) == 5
+
+
+@pytest.mark.parametrize("ranking", get_args(Ranking))
+def test_sae_with_random_weights_is_ranked_like_the_trained_one(ranking: Ranking, manifest: Manifest) -> None:
+    study = Study(manifest, saes=1, ranking=ranking)
+    effects = study.strategies.scrambled["sae-s0"]
+    codes = effects.sae.encode(study.train.cls_ND).dense().numpy()
+    mean = np.stack([codes[study.train.labels == c].mean(axis=0) for c in (0, 1)])
+    attribution = attributed(effects.sae, study.backbone, manifest).numpy()
+    score = {"mean": mean, "mean-difference": mean - mean[::-1], "attribution": attribution}[ranking]
+    assert effects.ranked_CM.tolist() == np.argsort(-score, axis=1, kind="stable")[:, :4].tolist()
 
 
 def test_class_edit_is_the_difference_of_two_decodings(manifest: Manifest) -> None:

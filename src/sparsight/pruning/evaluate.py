@@ -10,6 +10,7 @@ Shapes: N images, D width (d_in), L blocks, H heads, C classes.
 """
 
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -42,7 +43,7 @@ from sparsight.pruning.selection import Point, choose, frontier, pick_targets, p
 from sparsight.pruning.strategies import LABELS, NONE, Row, Strategies, every_row
 from sparsight.sae.base import SAE
 from sparsight.sae.base import load as load_sae
-from sparsight.steering import class_latents
+from sparsight.steering import class_latents, intervention
 from sparsight.steering.class_latents import ClassLatents
 
 
@@ -82,7 +83,12 @@ def evaluate(
         for part in ("train", "val", "test")
     )
     probe = linear_probe.fit(train.cls_ND, train.labels, len(names))
-    strategies = _strategies(section, policy, steered, train, _routes(probe, train), len(names), seed)
+
+    def attribution(sae: SAE) -> Tensor:  # of the unpruned model's logits, as in the steering stage
+        place = intervention.Intervention(sae, whole)
+        return intervention.attribution(place, sae, manifest.split("train"), len(names))
+
+    strategies = _strategies(section, policy, steered, train, _routes(probe, train), len(names), seed, attribution)
     on_val, targets, groups, chosen, frontiers = _choices(section, strategies, val, _routes(probe, val))
     routes = _routes(probe, test)
     used_points = itertools.chain(chosen.values(), *frontiers.values())
@@ -147,23 +153,33 @@ def _routes(linear: linear_probe.LinearProbe, inputs: LastBlockInputs) -> dict[s
 
 def _strategies(
     section: config.Pruning, policy: HeadPolicy, steered: list[Steered], train: LastBlockInputs,
-    routes: dict[str, np.ndarray], n_classes: int, seed: int,
+    routes: dict[str, np.ndarray], n_classes: int, seed: int, attribution: Callable[[SAE], Tensor],
 ) -> Strategies:  # fmt: skip
-    """Fit everything that decides masks."""
+    """Fit everything that decides masks.
+
+    Args:
+        attribution: attribution of each class's logit to each latent of an SAE, (C, F). SAEs with random weights are
+            ranked by it if the steering stage did so.
+    """
     device = train.cls_ND.device
     weight_HD = policy.weight[-1]
     count_C = torch.from_numpy(np.bincount(train.labels, minlength=n_classes)).to(device)
 
-    def effects(sae: SAE, mean_CF: torch.Tensor, *about: str) -> LatentEffects:
+    def effects(sae: SAE, found: ClassLatents, *about: str) -> LatentEffects:
         drawn = derive_seed(seed, "random-latents", *about)
-        return LatentEffects(sae, weight_HD, mean_CF, count_C, section.latents[-1], drawn)
+        mean_CF, score_CF = found.mean_activation, found.score
+        return LatentEffects(sae, weight_HD, mean_CF, score_CF, count_C, section.latents[-1], drawn)
 
     effects_by_sae, scrambled = {}, {}
     for entry in steered:
-        effects_by_sae[entry.name] = effects(entry.sae, entry.found.mean_activation, entry.name)
+        effects_by_sae[entry.name] = effects(entry.sae, entry.found, entry.name)
         random_sae = scramble(entry.sae, derive_seed(seed, "random-sae", entry.name))
-        random_latents = class_latents.find(random_sae, train.cls_ND.cpu().numpy(), train.labels, n_classes, 1, seed)
-        scrambled[entry.name] = effects(random_sae, random_latents.mean_activation, entry.name, "random-sae")
+        ranking = entry.found.ranking
+        random_latents = class_latents.find(
+            random_sae, train.cls_ND.cpu().numpy(), train.labels, n_classes, 1, seed, ranking,
+            attribution(random_sae) if ranking == "attribution" else None,
+        )  # fmt: skip
+        scrambled[entry.name] = effects(random_sae, random_latents, entry.name, "random-sae")
     return Strategies(policy, effects_by_sae, scrambled, controls.fit(train, routes, n_classes))
 
 

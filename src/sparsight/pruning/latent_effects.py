@@ -23,26 +23,24 @@ class LatentEffects:
         sae: an SAE of the class token at the last block's input.
         weight_HD: the policy's weights for the last block, W_head.
         mean_CF: mean code of each class's train images.
+        score_CF: what the latents of each class are ranked by.
         count_C: number of train images of each class.
         n_latents: largest number of latents that will be amplified.
         seed: seed of the random latents.
     """
 
     def __init__(
-        self, sae: SAE, weight_HD: Tensor, mean_CF: Tensor, count_C: Tensor, n_latents: int, seed: int
+        self, sae: SAE, weight_HD: Tensor, mean_CF: Tensor, score_CF: Tensor, count_C: Tensor, n_latents: int, seed: int
     ) -> None:
         self.sae, self.mean_CF, self._weight_HD = sae, mean_CF, weight_HD
         self._encoded: tuple[Tensor, Tensor] | None = None
         self.push_HF = weight_HD @ sae.W_dec.T
         """W_head W_dec: what each latent adds to each head's logit, per unit of its code."""
-        total_CF, count_C1 = mean_CF.double() * count_C[:, None], count_C[:, None]
-        other_mean_CF = (total_CF.sum(dim=0) - total_CF) / (count_C.sum() - count_C1).clamp(min=1)
-        difference_CF = mean_CF.double() - other_mean_CF
-        self.ranked_CM = difference_CF.argsort(dim=1, descending=True, stable=True)[:, :n_latents]
-        """Latents of each class, by mean activation in the class minus mean activation in the other classes."""
+        self.ranked_CM = score_CF.argsort(dim=1, descending=True, stable=True)[:, :n_latents]
+        """Latents of each class, the highest score first."""
         self.alive = np.flatnonzero((mean_CF > 0).any(dim=0).cpu().numpy())
         """Latents that fire on train."""
-        self.mean_F = (total_CF.sum(dim=0) / count_C.sum()).float()
+        self.mean_F = ((mean_CF.double() * count_C[:, None]).sum(dim=0) / count_C.sum()).float()
         self.random_CM = torch.from_numpy(self._draw(n_latents, seed)).to(mean_CF.device)
 
     def _draw(self, n_latents: int, seed: int) -> np.ndarray:

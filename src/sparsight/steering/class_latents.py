@@ -11,6 +11,7 @@ from typing import Literal
 
 import numpy as np
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -19,12 +20,17 @@ from sparsight.common.slices import row_slices
 from sparsight.sae.base import SAE
 
 _ROWS = 4096
+Ranking = Literal["mean-difference", "mean", "attribution"]
 
 
 @dataclass(frozen=True)
 class ClassLatents:
     """What steering needs from the train split, by class."""
 
+    ranking: Ranking
+    """What ``score`` is."""
+    score: Tensor
+    """(C, F) what the latents are ranked by, float32."""
     latents: Tensor
     """(C, M) int64: the class's latents, the highest ranked first."""
     random_latents: Tensor
@@ -39,19 +45,22 @@ class ClassLatents:
     """(C, M, D) steering vectors: the m-th is the sum of mean z_i times W_dec_i over the class's first m latents."""
 
     def save(self, path: Path) -> None:
-        """Write a safetensors file with these fields."""
-        save_file({name: value.contiguous() for name, value in vars(self).items()}, path)
+        """Write a safetensors file with these fields; ``ranking`` is in its metadata."""
+        tensors = {name: value.contiguous() for name, value in vars(self).items() if isinstance(value, Tensor)}
+        save_file(tensors, path, {"ranking": self.ranking})
 
     @classmethod
     def load(cls, path: Path, device: torch.device) -> "ClassLatents":
         """Read what :meth:`save` wrote."""
-        return cls(**load_file(path, device=str(device)))
+        with safe_open(path, "pt") as file:
+            ranking = file.metadata()["ranking"]
+        return cls(ranking, **load_file(path, device=str(device)))
 
 
 @torch.no_grad()
 def find(
     sae: SAE, rows: Rows | np.ndarray, labels: np.ndarray, n_classes: int, n_latents: int, seed: int,
-    ranking: Literal["mean-difference", "mean"] | Tensor = "mean-difference",
+    ranking: Ranking = "mean-difference", attribution_CF: Tensor | None = None,
 ) -> ClassLatents:  # fmt: skip
     """Rank the latents of every class on training activations.
 
@@ -61,7 +70,9 @@ def find(
         n_latents: M, at most half of F.
         seed: seed of the random latents.
         ranking: ``mean-difference``: mean activation in the class minus mean activation in the other classes;
-            ``mean``: mean activation in the class; or the scores themselves, (C, F).
+            ``mean``: mean activation in the class; ``attribution``: ``attribution_CF``.
+        attribution_CF: attribution of each class's logit to each latent (:func:`.intervention.attribution`), needed
+            for this ranking only.
     """
     device = sae.W_dec.device
     total_CF = torch.zeros(n_classes, sae.d_sae, dtype=torch.float64, device=device)
@@ -74,10 +85,11 @@ def find(
     count_C1 = torch.from_numpy(np.bincount(labels, minlength=n_classes)).to(device)[:, None]
     mean_CF = total_CF / count_C1
     other_mean_CF = (total_CF.sum(dim=0) - total_CF) / (len(labels) - count_C1)
-    if isinstance(ranking, Tensor):
-        score_CF = ranking
+    if ranking == "attribution":
+        assert attribution_CF is not None
+        score_CF = attribution_CF
     else:
-        score_CF = mean_CF - other_mean_CF if ranking == "mean-difference" else mean_CF
+        score_CF = (mean_CF - other_mean_CF if ranking == "mean-difference" else mean_CF).float()
     latents = score_CF.argsort(dim=1, descending=True, stable=True)[:, :n_latents]
     generator = np.random.default_rng(seed)
     alive = np.flatnonzero(total_CF.sum(dim=0).cpu().numpy() > 0)
@@ -89,6 +101,8 @@ def find(
         random.append(generator.choice(pool, n_latents, replace=False))
     push_CMD = mean_CF.gather(1, latents).float()[:, :, None] * sae.W_dec[latents]
     return ClassLatents(
+        ranking=ranking,
+        score=score_CF,
         latents=latents,
         random_latents=torch.from_numpy(np.stack(random)).to(device),
         mean_activation=mean_CF.float(),

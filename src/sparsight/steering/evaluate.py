@@ -52,12 +52,12 @@ def steer(
     gate = None
     edits: Callable[[str], dict[str, Edit]]
     if section.kind == "class-latents":
-        ranking = section.ranking
+        n_classes = len(manifest.classes)
+        by_attribution = section.ranking == "attribution"
         ranked = class_latents.find(
-            sae, stores["train"].rows(sae.about["site"]), splits["train"].labels, len(manifest.classes),
-            section.latents, derive_seed(seed, "random"),
-            intervention.attribution(runner.place, sae, splits["train"], len(manifest.classes))
-            if ranking == "attribution" else ranking,
+            sae, stores["train"].rows(sae.about["site"]), splits["train"].labels, n_classes,
+            section.latents, derive_seed(seed, "random"), section.ranking,
+            intervention.attribution(runner.place, sae, splits["train"], n_classes) if by_attribution else None,
         )  # fmt: skip
         by_name = controls.edits(sae, ranked, section.edit)
         edits, save = lambda split: by_name, ranked.save
