@@ -59,7 +59,8 @@ NUMBERS = [
 
 def values(bounds: Bounds, whole: bool) -> tuple[list[float], list[float]]:
     """Numbers just within the bounds, and numbers that are not: just outside, and what is no number."""
-    inside, outside = [], [math.nan, math.inf, -math.inf]
+    inside: list[float] = []
+    outside = [math.nan, math.inf, -math.inf]
     for end, included, away in ((bounds.low, bounds.includes_low, -1), (bounds.high, bounds.includes_high, 1)):
         if end == math.inf:
             inside, outside = [*inside, 2**63 - 1 if whole else 1e308], [*outside, 2**63 if whole else 10**400]

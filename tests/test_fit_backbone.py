@@ -25,14 +25,15 @@ CLIP = {
     "embed_dim": 16, "vision.width": 24, "vision.layers": 2, "vision.head_width": 8, "vision.patch_size": 8,
     "vision.image_size": 16, "text.width": 16, "text.layers": 1, "text.heads": 2, "text.context_length": 12,
 }  # fmt: skip
-COMMON: dict[str, Any] = {"epochs": 4, "batch_size": 8, "lr": 3e-3, "flip": True, "shift": 0.1}
+COMMON: dict[str, Any] = {"epochs": 4, "batch_size": 8, "lr": 3e-3}
+MOVED: dict[str, Any] = {"flip": True, "shift": 0.1}
 RECIPES = {
-    "supervised": config.Backbone("timm/vit_tiny_patch16_224", architecture=VIT, **COMMON),
-    "averaged": config.Backbone("timm/vit_tiny_patch16_224", architecture=VIT, ema=0.8, **COMMON),
+    "supervised": config.Backbone("timm/vit_tiny_patch16_224", architecture=VIT, **COMMON, **MOVED),
+    "averaged": config.Backbone("timm/vit_tiny_patch16_224", architecture=VIT, ema=0.8, **COMMON, **MOVED),
     "probe": config.Backbone("timm/vit_tiny_patch16_224", architecture=VIT, training="probe", ema=0.5, **COMMON),
     "contrastive": config.Backbone(
         "open_clip/ViT-B-32", architecture=CLIP, training="contrastive", held_out_templates=("a drawing of a {}.",),
-        templates=("a photo of a {}.", "one {}."), **{**COMMON, "epochs": 8},
+        templates=("a photo of a {}.", "one {}."), **{**COMMON, **MOVED, "epochs": 8},
     ),
 }  # fmt: skip
 EVERY = pytest.mark.parametrize("name", RECIPES)

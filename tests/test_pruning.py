@@ -143,7 +143,8 @@ def test_tables_of_the_evaluation_follow_the_contract(manifest: Manifest, tmp_pa
 
 def test_none_comes_first_wherever_the_configuration_names_it(manifest: Manifest) -> None:
     study = Study(manifest, saes=1)
-    section = dataclasses.replace(SECTION, strategies=("class-latents-in-stream", "zero-heads", "none"))
+    strategies = ("class-latents-in-stream", "zero-heads", "logit-bias", "none")
+    section = dataclasses.replace(SECTION, strategies=strategies)
     choices = evaluate._choices(section, study.strategies, study.test, study.routes)
     order = [row.strategy for row in choices.outcomes]
     assert order[0] == "none" and order == sorted(order, key=["none", *section.strategies].index)
@@ -219,17 +220,16 @@ def test_heads_are_steered_by_the_latents_that_the_steering_section_ranks_first(
     one.save(tmp_path / "sae-s0", **one.about)
     found = steered(backbone, manifest, 0, ranking).found
     found.save(tmp_path / "s.safetensors")
-    first_C = found.latents[:, 0]
-    assert not torch.equal(first_C, steered(backbone, manifest, 0).found.latents[:, 0])
+    assert not torch.equal(found.latents[:, :4], steered(backbone, manifest, 0).found.latents[:, :4])
     entry = evaluate.Steered.load(tmp_path / "sae-s0", tmp_path / "s.safetensors", torch.device("cpu"))
     with Work(tmp_path / "w", "key") as work:
         evaluate.evaluate(SECTION, backbone, policy, [entry], manifest, 0, work, 2, {})
         work.finish(tmp_path / "out")
     x_ND = last_inputs(backbone, manifest, "val", policy)[:, 0]
-    latent_N = first_C[torch.from_numpy(val.labels).long()]
-    z_N = one.encode(x_ND).dense().gather(1, latent_N[:, None])
-    logits_NH = policy.logits(2, x_ND + 29 * z_N * one.W_dec[latent_N])
-    wanted = {"strategy": "class-latents", "strength": 30.0, "labels": "oracle", "latents": 1}
+    latents_N4 = found.latents[torch.from_numpy(val.labels).long(), :4]
+    z_N4 = one.encode(x_ND).dense().gather(1, latents_N4)
+    logits_NH = policy.logits(2, x_ND + 29 * (z_N4[:, :, None] * one.W_dec[latents_N4]).sum(dim=1))
+    wanted = {"strategy": "class-latents", "strength": 30.0, "labels": "oracle", "latents": 4}
     (row,) = [r for r in tables.read(tmp_path / "out" / "validation.parquet") if wanted.items() <= r.items()]
     assert row["usage_last"] == pytest.approx(float((logits_NH > 0).float().mean()))
 

@@ -94,7 +94,7 @@ def fit(
 
 def _create(section: config.Sae, d_in: int, seed: int) -> SAE:
     sae = create(section.kind, d_in, section.d_sae, section.k, seed, **section.options())
-    only_if(sae.has_auxk, f"a kind with the AuxK loss, unlike {sae.kind},", section, "aux_k", "aux_coefficient")
+    only_if(sae.has_auxk, "a kind with the AuxK loss", section, "aux_k", "aux_coefficient")
     return sae
 
 
