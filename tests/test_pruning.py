@@ -10,7 +10,17 @@ import pytest
 import torch
 from conftest import make_backbone
 from safetensors.torch import load_file
-from studies import SECTION, Study, last_inputs, random_policy, random_sae, steered, two_class_images, two_classes
+from studies import (
+    SECTION,
+    Study,
+    attributed,
+    last_inputs,
+    random_policy,
+    random_sae,
+    steered,
+    two_class_images,
+    two_classes,
+)
 from torch import Tensor
 
 from sparsight import config
@@ -143,8 +153,7 @@ def test_tables_of_the_evaluation_follow_the_contract(manifest: Manifest, tmp_pa
 
 def test_none_comes_first_wherever_the_configuration_names_it(manifest: Manifest) -> None:
     study = Study(manifest, saes=1)
-    strategies = ("class-latents-in-stream", "zero-heads", "logit-bias", "none")
-    section = dataclasses.replace(SECTION, strategies=strategies)
+    section = dataclasses.replace(SECTION, strategies=("class-latents-in-stream", "zero-heads", "logit-bias", "none"))
     choices = evaluate._choices(section, study.strategies, study.test, study.routes)
     order = [row.strategy for row in choices.outcomes]
     assert order[0] == "none" and order == sorted(order, key=["none", *section.strategies].index)
@@ -217,10 +226,12 @@ def test_heads_are_steered_by_the_latents_that_the_steering_section_ranks_first(
     ranking: Any, manifest: Manifest, tmp_path: Path
 ) -> None:
     backbone, policy, one, val = two_classes(), random_policy(), random_sae(0), manifest.split("val")
+    one.b_enc[5] = 9.0  # fires on every image, whatever its class
     one.save(tmp_path / "sae-s0", **one.about)
-    found = steered(backbone, manifest, 0, ranking).found
+    x, labels = last_inputs(backbone, manifest, "train")[:, 0].numpy(), manifest.split("train").labels
+    found = class_latents.find(one, x, labels, 2, 5, 0, ranking, attributed(one, backbone, manifest))
     found.save(tmp_path / "s.safetensors")
-    assert not torch.equal(found.latents[:, :4], steered(backbone, manifest, 0).found.latents[:, :4])
+    assert not torch.equal(found.latents[:, :4], class_latents.find(one, x, labels, 2, 5, 0).latents[:, :4])
     entry = evaluate.Steered.load(tmp_path / "sae-s0", tmp_path / "s.safetensors", torch.device("cpu"))
     with Work(tmp_path / "w", "key") as work:
         evaluate.evaluate(SECTION, backbone, policy, [entry], manifest, 0, work, 2, {})
