@@ -60,7 +60,7 @@ def _kind(hint: Any) -> str:
     if origin is dict:
         return f"keys to {_kind(arguments[1])}"
     if arguments:  # X | None
-        return " or ".join("null" if a is type(None) else _kind(a) for a in arguments)
+        return "null or " + " or ".join(_kind(a) for a in arguments if a is not type(None))
     return str(hint.__name__)
 
 

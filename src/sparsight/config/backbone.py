@@ -39,7 +39,7 @@ class Backbone(Section):
     epochs: CountOrZero = 0
     """Passes over the train split. 0 uses the weights as they are; the settings of training are then refused."""
     batch_size: Count = 64
-    """Images per step, in training and in evaluation."""
+    """Images per step, in training and in evaluation; training ``none`` has neither."""
     lr: Positive = 1e-3
     """Peak learning rate of AdamW: linear warm-up over the first tenth of training, then cosine decay to 0."""
     weight_decay: NotNegative = 0.05
