@@ -5,7 +5,7 @@ import importlib
 import tomllib
 from html import escape
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import grimp
 
@@ -51,6 +51,8 @@ def configuration() -> str:
 def _kind(hint: Any) -> str:
     """A type in words."""
     origin, arguments = get_origin(hint), get_args(hint)
+    if origin is Annotated:
+        return f"{_kind(arguments[0])}, {arguments[1]}"
     if origin is Literal:
         return " or ".join(map(str, arguments))
     if origin is tuple:
@@ -58,7 +60,7 @@ def _kind(hint: Any) -> str:
     if origin is dict:
         return f"keys to {_kind(arguments[1])}"
     if arguments:  # X | None
-        return " or ".join("null" if a is type(None) else _kind(a) for a in arguments)
+        return "null or " + " or ".join(_kind(a) for a in arguments if a is not type(None))
     return str(hint.__name__)
 
 

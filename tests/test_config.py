@@ -85,14 +85,15 @@ def make_data(here: Path, config: dict[str, Any]) -> Path:
             ["blocks.1.input", "blocks.3.input", "blocks.5.input", "blocks.5.output"],
             "steering.neighbours: kind vs2++ compares embeddings; add embedding to activations.sites",
         ),
-        ("steering/neighbours/neighbours", 0, "neighbours: must be more than 0, got 0"),
-        ("steering/class-latents/edit", "clamp", "heads need class-latents, amplify"),
+        ("steering/neighbours/neighbours", 0, "neighbours: must be 1 or more, got 0"),
+        ("steering/class-latents/edit", "clamp", "heads need class-latents, amplify, mean-difference"),
+        ("steering/class-latents/ranking", "mean", "heads need class-latents, amplify, mean-difference"),
         ("steering/class-latents/ranking", "best", "steering.class-latents.ranking: 'best' is not one of mean-diff"),
         ("backbones/clip/templates", ["published", "a {}."], "templates: 'published' needs one {} for the class name"),
         ("steerings", {}, "configuration: unknown key 'steerings'; did you mean 'steering'?"),
         ("saes/topk/d_sae", "wide", "saes.topk.d_sae: expected int, got 'wide'"),
         ("compute/threads", True, "compute.threads: expected int, got True"),
-        ("compute/threads", 0, "compute.threads: must be more than 0, got 0"),
+        ("compute/threads", 0, "compute.threads: must be 1 or more, got 0"),
         ("compute/device", "tpu", "compute.device: 'tpu' is not one of cpu, cuda"),
         ("images/source", "folder", "images.path: source 'folder' needs path"),
         ("saes/topk/k", 1000, "saes.topk.k: 1000 active latents are more than d_sae = 384"),
@@ -108,7 +109,7 @@ def make_data(here: Path, config: dict[str, Any]) -> Path:
             ["blocks.1.input", "blocks.5.input"],
             "saes.topk.site: give either site (one SAE) or sites",
         ),
-        ("saes/topk/affine", "zero", "saes.topk.affine: only a chain has maps"),
+        ("saes/topk/affine", "zero", "saes.topk.affine: would be ignored, because only a chain (sites) reads it"),
         ("saes/resae/sites", ["blocks.5.input", "blocks.1.input"], "two or more sites in the order of the model"),
         ("saes/resae/sites", ["blocks.0.output", "blocks.1.input"], "two or more sites in the order of the model"),
         (
@@ -127,13 +128,20 @@ def make_data(here: Path, config: dict[str, Any]) -> Path:
         ("steering/class-latents/latents", 200, "do not fit into d_sae = 384"),
         ("pruning/strategies", ["class-latents"], "pruning.strategies: 'none' must be among them"),
         ("pruning/strengths", [3, 2], "pruning.strengths: give at least one, rising"),
-        ("pruning/latents", [0, 3], "pruning.latents: at least one is amplified; got [0, 3]"),
+        ("pruning/latents", [0, 3], "pruning.latents[0]: must be 1 or more, got 0"),
         ("pruning/latents", [200], "pruning.latents: 200 latents and as many random others do not fit"),
-        ("policies/heads/target", 0, "policies.heads.target: must lie above 0 and at most at 1, got 0"),
-        ("policies/heads/target", 1.5, "policies.heads.target: must lie above 0 and at most at 1, got 1.5"),
+        ("policies/heads/target", 0, "policies.heads.target: must be more than 0 and at most 1, got 0"),
+        ("policies/heads/target", 1.5, "policies.heads.target: must be more than 0 and at most 1, got 1.5"),
         ("pruning/tolerance", "much", "pruning.tolerance: expected float, got 'much'"),
         ("run", "../up", "the name '../up' becomes a folder"),
         ("seed", "zero", "seed: expected int, got 'zero'"),
+        ("seed", -1, "configuration: seed: must be 0 or more, got -1"),
+        ("saes/topk/lr", float("nan"), "saes.topk.lr: must be more than 0 and finite, got nan"),
+        ("saes/topk/lr", "1e400", "saes.topk.lr: must be more than 0 and finite, got inf"),
+        ("saes/topk/k", "1e400", "saes.topk.k: expected int, got '1e400'"),
+        ("saes/topk/seeds", [0, -1], "saes.topk.seeds[1]: must be 0 or more, got -1"),
+        ("saes/topk/dead_after", 2**63, "saes.topk.dead_after: must be 1 or more and less than 2^63, got 9223"),
+        ("backbones/vit/architecture", {"depth": -1}, "backbones.vit.architecture.depth: must be 0 or more, got -1"),
     ],
 )
 def test_mistakes_are_named_with_their_place(path: str, value: Any, message: str) -> None:
@@ -193,7 +201,7 @@ def through_flags(section: Any) -> Any:
 
 def test_flags_of_the_default_run_give_its_sections_back() -> None:
     run = load_run(PARAMS)
-    sections = [run.compute, run.images, run.activations, run.pruning, run.report]
+    sections: list[Any] = [run.compute, run.images, run.activations, run.pruning, run.report]
     for named in (run.backbones, run.saes, run.policies, run.steering):
         sections += named.values()
     for section in sections:

@@ -43,6 +43,16 @@ def train(store: Path, folder: Path, **options: Any) -> Path:
     return folder / "saes"
 
 
+@pytest.mark.parametrize("kind", ["relu", "gated", "jumprelu"])
+@pytest.mark.parametrize("options", [{"aux_k": 8}, {"aux_coefficient": 0.5}])
+def test_settings_of_auxk_are_refused_for_kinds_without_it(
+    store: Path, tmp_path: Path, kind: str, options: dict[str, Any]
+) -> None:
+    (name,) = options
+    with pytest.raises(SparsightError, match=f"{name}: would be ignored, because only a kind with the AuxK loss"):
+        train(store, tmp_path, kind=kind, **options)
+
+
 @pytest.mark.parametrize("kind", ["topk", "switch"])
 def test_an_sae_of_a_grid_has_the_bytes_that_it_has_alone(store: Path, tmp_path: Path, kind: str) -> None:
     grid = train(store, tmp_path / "grid", kind=kind, seeds=(0, 1, 2))

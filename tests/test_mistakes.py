@@ -69,6 +69,14 @@ def test_corrupt_image_stops_the_images_stage_with_one_line(tmp_path: Path) -> N
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_stage_that_does_not_use_the_precision_says_so(tmp_path: Path, precision: str) -> None:
+    done = stage("images.py", tmp_path, source="folder", path=make_folder(tmp_path / "images"), precision=precision)
+    assert done.returncode == 0
+    said = "compute.precision: bf16 is for the activation store alone; this stage does not use it" in done.stderr
+    assert said == (precision == "bf16")
+
+
 def not_a_number(path: Path) -> None:
     """A store that is sound but for its values, as another program might have written it."""
     zarr.open_group(path, mode="a")["blocks.2.input"][17, 3] = np.nan

@@ -236,7 +236,7 @@ def test_a_model_whose_heads_cannot_be_left_out_is_named(
 
 @pytest.mark.parametrize("target", [0.0, -0.1, 1.01])
 def test_a_usage_target_outside_0_to_1_is_refused(target: float) -> None:
-    with pytest.raises(SparsightError, match=f"target: must lie above 0 and at most at 1, got {target}"):
+    with pytest.raises(SparsightError, match=f"target: must be more than 0 and at most 1, got {target}"):
         config.Policy("vit", target=target)
 
 

@@ -143,7 +143,7 @@ def test_tables_of_the_evaluation_follow_the_contract(manifest: Manifest, tmp_pa
 
 def test_none_comes_first_wherever_the_configuration_names_it(manifest: Manifest) -> None:
     study = Study(manifest, saes=1)
-    section = dataclasses.replace(SECTION, strategies=("class-latents-in-stream", "zero-heads", "none"))
+    section = dataclasses.replace(SECTION, strategies=("class-latents-in-stream", "zero-heads", "logit-bias", "none"))
     choices = evaluate._choices(section, study.strategies, study.test, study.routes)
     order = [row.strategy for row in choices.outcomes]
     assert order[0] == "none" and order == sorted(order, key=["none", *section.strategies].index)

@@ -198,10 +198,10 @@ def test_an_sae_of_another_width_is_refused() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"strengths": (float("nan"),)}, "strengths: give at least one, rising, none negative or infinite"),
-        ({"strengths": (1.0, float("inf"))}, "strengths: give at least one, rising, none negative or infinite"),
+        ({"strengths": (float("nan"),)}, r"strengths\[0\]: must be 0 or more and finite, got nan"),
+        ({"strengths": (1.0, float("inf"))}, r"strengths\[1\]: must be 0 or more and finite, got inf"),
         ({"quantiles": (0.9, 0.5)}, "quantiles: give at least one, rising"),
-        ({"quantiles": (0.5, 1.5)}, "quantiles: must lie above 0 and at most at 1"),
+        ({"quantiles": (0.5, 1.5)}, r"quantiles\[1\]: must be more than 0 and at most 1, got 1.5"),
     ],
 )
 def test_options_without_sense_are_refused(options: dict[str, Any], message: str) -> None:

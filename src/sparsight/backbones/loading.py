@@ -54,7 +54,7 @@ def load(name: str, weights: str | None = None, num_classes: int | None = None, 
         options["num_classes"] = num_classes
     try:
         model = timm.create_model(model_name, pretrained=weights == "pretrained", **options)
-    except (TypeError, AssertionError) as error:
+    except (TypeError, AssertionError, ZeroDivisionError) as error:
         raise SparsightError(f"backbone {name!r} refuses its architecture options: {error}") from None
     except (OSError, RuntimeError) as error:
         raise SparsightError(f"backbone {name!r} cannot be made ({reason(error)})") from None

@@ -2,18 +2,21 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from sparsight.common.errors import SparsightError
-from sparsight.config.checks import positive
+from sparsight.config.bounds import Bounds, Count, CountOrZero, NotNegative, Positive, Share, ShareBelowOne
+from sparsight.config.checks import Section, only_if
 from sparsight.config.compute import n_microbatches
 
 PUBLISHED = "published"
 """Value of ``templates`` that selects the prompt ensemble published for the image source."""
 
+_AUGMENTATION = ("rotate", "zoom", "shift", "flip")
+
 
 @dataclass(frozen=True)
-class Backbone:
+class Backbone(Section):
     """A Vision Transformer: its architecture, its weights and its training."""
 
     model: str
@@ -21,7 +24,7 @@ class Backbone:
     weights: str | None = None
     """Initial weights: null (random), ``pretrained`` (downloaded by the library), or the path of a safetensors file or
     checkpoint (read without running code)."""
-    architecture: dict[str, int] = field(default_factory=dict)
+    architecture: dict[str, CountOrZero] = field(default_factory=dict)
     """Architecture options to override, by the library's names: img_size, patch_size, in_chans, embed_dim, depth,
     num_heads (timm); embed_dim, vision.width, vision.layers, vision.image_size, text.layers, ... (open_clip)."""
     training: Literal["supervised", "probe", "contrastive", "none"] = "supervised"
@@ -33,23 +36,23 @@ class Backbone:
     used. The single word ``published`` selects the ensemble published for the image source (docs/steering.md)."""
     held_out_templates: tuple[str, ...] = ()
     """Captions that are never trained on. Test accuracy with them as prompts is also reported."""
-    epochs: int = 0
-    """Passes over the train split; 0 uses the weights as they are."""
-    batch_size: int = 64
-    """Images per step, in training and in evaluation."""
-    lr: float = 1e-3
+    epochs: CountOrZero = 0
+    """Passes over the train split. 0 uses the weights as they are; the settings of training are then refused."""
+    batch_size: Count = 64
+    """Images per step, in training and in evaluation; training ``none`` has neither."""
+    lr: Positive = 1e-3
     """Peak learning rate of AdamW: linear warm-up over the first tenth of training, then cosine decay to 0."""
-    weight_decay: float = 0.05
+    weight_decay: NotNegative = 0.05
     """Decoupled weight decay of AdamW."""
-    label_smoothing: float = 0.1
+    label_smoothing: ShareBelowOne = 0.1
     """Share of the target probability that is spread over all classes."""
-    ema: float = 0.0
+    ema: ShareBelowOne = 0.0
     """Decay per step of the weights' moving average. The averaged weights are evaluated and saved. 0 turns this off."""
-    rotate: float = 0.0
-    """Augmentation: largest rotation in degrees, in either direction."""
-    zoom: float = 0.0
+    rotate: Annotated[float, Bounds(0, 180)] = 0.0
+    """Augmentation, not of a probe: largest rotation in degrees, in either direction."""
+    zoom: ShareBelowOne = 0.0
     """Augmentation: largest relative change of scale, in either direction."""
-    shift: float = 0.0
+    shift: Share = 0.0
     """Augmentation: largest shift, as a share of the image's side."""
     flip: bool = False
     """Augmentation: mirror each image with probability 1/2."""
@@ -65,6 +68,7 @@ class Backbone:
         return self.architecture.get("vision.layers" if self.model.startswith("open_clip/") else "depth")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         clip = self.model.startswith("open_clip/")
         if not clip and not self.model.startswith("timm/"):
             raise SparsightError(
@@ -86,6 +90,7 @@ class Backbone:
         for template in (*templates, *self.held_out_templates):
             if template.count("{}") != 1 or template.replace("{}", "").count("{"):
                 raise SparsightError(f"templates: {template!r} needs one {{}} for the class name")
-        if not 0 <= self.ema < 1:
-            raise SparsightError(f"ema: must be at least 0 and less than 1, got {self.ema}")
-        positive(self, "batch_size", "lr")
+        only_if(self.training != "none", "a model with a classifier", self, "batch_size")
+        names = ("lr", "weight_decay", "label_smoothing", "ema", *(["training"] if self.training != "none" else []))
+        only_if(self.epochs > 0, "training (epochs above 0)", self, *names, *_AUGMENTATION)
+        only_if(self.training != "probe", "training of all weights (not a probe)", self, *_AUGMENTATION)

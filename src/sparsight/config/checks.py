@@ -1,35 +1,44 @@
-"""Checks of field values, shared by several sections; each raises SparsightError."""
+"""Checks of field values, shared by all sections; each raises SparsightError."""
 
-import math
-from typing import Any
+import dataclasses
+import json
+from typing import Any, get_type_hints
 
 from sparsight.common.errors import SparsightError
+from sparsight.config.bounds import bounds_of, check
 
 
-def positive(section: Any, *names: str) -> None:
-    """Check that each named field is more than 0."""
-    for name in names:
-        if getattr(section, name) <= 0:
-            raise SparsightError(f"{name}: must be more than 0, got {getattr(section, name)}")
+class Section:
+    """Base of the sections: every number must lie within the bounds in the type of its field."""
 
-
-def not_negative(section: Any, *names: str) -> None:
-    """Check that each named field is 0 or more."""
-    for name in names:
-        if getattr(section, name) < 0:
-            raise SparsightError(f"{name}: must be 0 or more, got {getattr(section, name)}")
-
-
-def fraction(section: Any, *names: str) -> None:
-    """Check that each named field lies between 0 and 1."""
-    for name in names:
-        if not 0 <= getattr(section, name) <= 1:
-            raise SparsightError(f"{name}: must lie between 0 and 1, got {getattr(section, name)}")
+    def __post_init__(self) -> None:
+        for name, hint in get_type_hints(type(self), include_extras=True).items():
+            if bounds := bounds_of(hint):
+                check(bounds, getattr(self, name), name)
 
 
 def rising(section: Any, *names: str) -> None:
-    """Check that each named field holds one or more rising numbers, none negative or infinite."""
+    """Check that each named field holds one or more rising numbers."""
     for name in names:
         values = list(getattr(section, name))
-        if not values or values != sorted(set(values)) or not all(0 <= value < math.inf for value in values):
-            raise SparsightError(f"{name}: give at least one, rising, none negative or infinite; got {values}")
+        if not values or values != sorted(set(values)):
+            raise SparsightError(f"{name}: give at least one, rising; got {values}")
+
+
+def only_if(read: bool, reader: str, section: Any, *names: str) -> None:
+    """Check that settings are read: unless ``read``, each named field must have its default.
+
+    Args:
+        read: whether the section's other fields make a stage read these fields.
+        reader: what reads them, for the message.
+        section: the section.
+        names: the fields.
+    """
+    defaults = {field.name: field.default for field in dataclasses.fields(section)}
+    ignored = [name for name in names if not read and getattr(section, name) != defaults[name]]
+    if ignored:
+        default = ", ".join(f"{name}: {json.dumps(defaults[name])}" for name in ignored)
+        raise SparsightError(
+            f"{', '.join(ignored)}: would be ignored, because only {reader} reads it; leave it out, or set the default "
+            f"({default})"
+        )

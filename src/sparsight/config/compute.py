@@ -4,29 +4,27 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from sparsight.common.digests import FREE
-from sparsight.config.checks import not_negative, positive
+from sparsight.config.bounds import Count, CountOrZero
+from sparsight.config.checks import Section
 
 
 @dataclass(frozen=True)
-class Compute:
+class Compute(Section):
     """How the stages use the machine."""
 
     device: Literal["cpu", "cuda"] = "cpu"
     """Device that holds the tensors. Results are byte-identical only on the same kind of device."""
-    threads: int = 2
+    threads: Count = 2
     """CPU threads per operation, in every stage. They affect the results, because sums depend on how they are split.
     For models as small as the default run's, one thread is as fast as two; jobs and parts of a batch run in parallel
     instead."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """Precision of the forward passes that fill the activation store. ``bf16`` (autocast) is faster where the
-    hardware supports it; values differ in the third digit."""
-    workers: int = field(default=0, metadata=FREE)
+    """Precision of the forward passes that fill the activation store, and of nothing else: all other stages compute in
+    fp32 and say so in their logs (an SAE's own training: ``bf16`` in its section). ``bf16`` (autocast) is faster where
+    the hardware supports it; values differ in the third digit."""
+    workers: CountOrZero = field(default=0, metadata=FREE)
     """Number of processes that decode images for each stage. 0 decodes in threads of the stage itself, which is
     faster for small images. Never changes a result."""
-
-    def __post_init__(self) -> None:
-        positive(self, "threads")
-        not_negative(self, "workers")
 
 
 _ROWS = 32  # with fewer rows per part, launching operations takes a tenth to a quarter of the CPU time

@@ -5,12 +5,13 @@ from pathlib import Path
 from typing import Literal
 
 from sparsight.common.errors import SparsightError
-from sparsight.config.checks import fraction
+from sparsight.config.bounds import ShareBelowOne
+from sparsight.config.checks import Section
 from sparsight.config.schema import parse
 
 
 @dataclass(frozen=True)
-class Images:
+class Images(Section):
     """Where the images come from and how they are split."""
 
     source: Literal[
@@ -26,13 +27,13 @@ class Images:
     for a ``union``, its members as ``<source>:<path> + <source>:<path>``. Nothing is downloaded."""
     on_error: Literal["stop", "skip"] = "stop"
     """How to handle an unreadable image: stop the stage, or skip it, log it and list it in the manifest."""
-    val_fraction: float = 0.1
+    val_fraction: ShareBelowOne = 0.1
     """Share of each class for validation, if the source has no val split."""
-    test_fraction: float = 0.2
+    test_fraction: ShareBelowOne = 0.2
     """Share of each class for test, if the source has no test split."""
 
     def __post_init__(self) -> None:
-        fraction(self, "val_fraction", "test_fraction")
+        super().__post_init__()
         if self.val_fraction + self.test_fraction >= 1:
             raise SparsightError("val_fraction: val_fraction + test_fraction leave no training images")
         if (self.source != "mnist-5000") != (self.path is not None):

@@ -2,14 +2,17 @@
 
 from dataclasses import dataclass
 
+from sparsight.config.bounds import Count, CountOrZero
+from sparsight.config.checks import Section
+
 
 @dataclass(frozen=True)
-class Report:
+class Report(Section):
     """The report page."""
 
     title: str | None = None
     """Heading of the page; null uses the name of the run."""
-    latents: int = 200
+    latents: CountOrZero = 200
     """Number of latents shown per SAE: those most selective for a class."""
-    images: int = 10
+    images: Count = 10
     """Number of images shown per latent: those that activate it most."""

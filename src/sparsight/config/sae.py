@@ -6,11 +6,12 @@ from typing import Any, Literal
 
 from sparsight.common import sites
 from sparsight.common.errors import SparsightError
-from sparsight.config.checks import not_negative, positive
+from sparsight.config.bounds import Count, CountOrZero, NotNegative, Positive, PositiveShare
+from sparsight.config.checks import Section, only_if
 
 
 @dataclass(frozen=True)
-class Sae:
+class Sae(Section):
     """A sparse autoencoder and its training, once per seed."""
 
     backbone: str
@@ -22,42 +23,42 @@ class Sae:
     affine: Literal["full", "diagonal", "identity", "zero"] = "full"
     """Only for ``sites``: the affine map that predicts a site from the previous one; the SAE learns the residual.
     Controls: a ``diagonal`` matrix, the ``identity`` (only the mean shifts), or ``zero`` (no map: plain SAEs)."""
-    ridge: float = 1e-3
-    """Only for ``sites``: ridge penalty in the fit of the maps, relative to the mean eigenvalue of the earlier site's
-    covariance."""
+    ridge: NotNegative = 1e-3
+    """Only for a ``full`` or ``diagonal`` map: ridge penalty in its fit, relative to the mean eigenvalue of
+    the earlier site's covariance."""
     kind: str = "topk"
     """Name of the variant: a file in src/sparsight/sae/variants."""
-    d_sae: int = 768
+    d_sae: Count = 768
     """Number of latents."""
-    k: int = 16
+    k: Count = 16
     """Active latents per activation."""
-    seeds: tuple[int, ...] = (0, 1, 2)
+    seeds: tuple[CountOrZero, ...] = (0, 1, 2)
     """One SAE is trained per seed, named <name>-s<seed>."""
-    epochs: int = 50
+    epochs: Count = 50
     """Passes over the stored train split."""
-    batch_size: int = 256
+    batch_size: Count = 256
     """Activations per step."""
-    memory_mb: int = 1024
+    memory_mb: Count = 1024
     """Memory for activations during training, in MB. A store that fits is shuffled as a whole in every epoch. A larger
     store is shuffled in pools of half this size."""
-    lr: float | None = None
+    lr: Positive | None = None
     """Peak learning rate of Adam on activations scaled to unit variance, with linear decay over the last fifth of
     training. null uses 2e-4 / sqrt(d_sae / 2^14)."""
-    aux_k: int = 64
-    """Number of dead latents that the AuxK loss revives at a time; 0 turns the loss off."""
-    aux_coefficient: float = 1 / 32
-    """Weight of the AuxK loss."""
-    dead_after: int = 20_000
+    aux_k: CountOrZero = 64
+    """Not for relu, gated and jumprelu: number of dead latents that the AuxK loss revives at a time; 0 turns it off."""
+    aux_coefficient: NotNegative = 1 / 32
+    """Weight of the AuxK loss, if there is one."""
+    dead_after: Count = 20_000
     """In training, a latent counts as dead after this many activations on which it does not fire."""
     bf16: bool = False
     """Run the matrix products of training's forward pass in bfloat16; weights stay fp32."""
-    prototype_weight: float = 0.0
+    prototype_weight: NotNegative = 0.0
     """PASS: weight of the squared distance between codes and the mean code of their class (arXiv 2506.01247: 0.8).
     Values above 0 use the labels of the train split."""
-    experts: int | None = None
+    experts: Count | None = None
     """Only for kind ``switch``: number of experts. With the d_sae of a TopK SAE it is width-matched, with ``experts``
     times that d_sae compute-matched."""
-    prefixes: tuple[float, ...] | None = None
+    prefixes: tuple[PositiveShare, ...] | None = None
     """Only for kind ``matryoshka``: shares of d_sae that must each reconstruct alone, rising to 1."""
 
     @property
@@ -71,16 +72,15 @@ class Sae:
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if (self.site is None) == (not self.sites):
             raise SparsightError("site: give either site (one SAE) or sites (a ReSAE chain)")
         _check_chain(self.sites)
-        if self.site is not None and (self.affine, self.ridge) != ("full", 1e-3):
-            raise SparsightError("affine: only a chain has maps (affine, ridge); give sites, or leave it out")
-        positive(self, "d_sae", "k", "epochs", "batch_size", "memory_mb", *(["lr"] if self.lr is not None else []))
-        not_negative(self, "ridge", "prototype_weight")
-        for option, kind in (("experts", "switch"), ("prefixes", "matryoshka")):
-            if getattr(self, option) is not None and self.kind != kind:
-                raise SparsightError(f"{option}: only kind {kind} has it, not {self.kind}; leave it out")
+        only_if(self.site is None, "a chain (sites)", self, "affine", "ridge")
+        only_if(self.affine in ("full", "diagonal"), "a fit of affine maps (full, diagonal)", self, "ridge")
+        only_if(self.aux_k > 0, "the AuxK loss (aux_k above 0)", self, "aux_coefficient")
+        only_if(self.kind == "switch", "kind switch", self, "experts")
+        only_if(self.kind == "matryoshka", "kind matryoshka", self, "prefixes")
         if self.k > self.d_sae:
             raise SparsightError(
                 f"k: {self.k} active latents are more than d_sae = {self.d_sae}; lower k or raise d_sae"

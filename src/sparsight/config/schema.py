@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, Union, get_args, get_or
 
 from sparsight.common.digests import is_free
 from sparsight.common.errors import SparsightError
+from sparsight.config.bounds import bounds_of
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -84,7 +85,7 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     if hint is float and isinstance(value, str | int) and not isinstance(value, bool):
         try:
             return float(value)  # YAML 1.1 reads 1e-3 (without a dot) as a string
-        except ValueError:
+        except (ValueError, OverflowError):
             pass
     if isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
         return value
@@ -107,13 +108,14 @@ def add_arguments(parser: argparse.ArgumentParser, cls: type) -> None:
     group, docs = parser.add_argument_group(cls.__name__), field_docs(cls)
     for field in dataclasses.fields(cls):
         takes_several = get_origin(get_type_hints(cls)[field.name]) in (tuple, dict)
+        bounds = bounds_of(get_type_hints(cls, include_extras=True)[field.name])
         default = "required" if field.default is dataclasses.MISSING else f"default: {field.default}"
         group.add_argument(
             f"--{field.name.replace('_', '-')}",
             nargs="*" if takes_several else None,
             metavar="KEY=VALUE" if get_origin(get_type_hints(cls)[field.name]) is dict else field.name.upper(),
             default=argparse.SUPPRESS,
-            help=f"{docs[field.name]} ({default})".replace("%", "%%"),
+            help=f"{docs[field.name]} ({f'{bounds}; ' if bounds else ''}{default})".replace("%", "%%"),
         )
 
 

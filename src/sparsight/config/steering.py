@@ -3,12 +3,19 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from sparsight.common.errors import SparsightError
-from sparsight.config.checks import positive, rising
+from sparsight.config.bounds import Count, NotNegative, PositiveShare
+from sparsight.config.checks import Section, only_if, rising
+
+_ONLY = {
+    "class-latents": ("latents", "ranking", "edit"),
+    "vs2": ("quantiles",),
+    "vs2++": ("neighbours", "neighbour_backbone"),
+}
+"""By kind, the fields that only this kind reads."""
 
 
 @dataclass(frozen=True)
-class Steering:
+class Steering(Section):
     """Edits of activations along an SAE's latents, and their controls."""
 
     sae: str
@@ -18,10 +25,10 @@ class Steering:
     """``class-latents`` amplifies latents of the predicted (or known) class. ``vs2`` amplifies every image's own active
     latents, without labels (arXiv 2506.01247). ``vs2++`` steers along the difference between the image's neighbours of
     one label and its other neighbours. Each kind has its own controls; see docs/steering.md."""
-    strengths: tuple[float, ...] = (1.5, 2.0, 3.0, 5.0, 10.0)
+    strengths: tuple[NotNegative, ...] = (1.5, 2.0, 3.0, 5.0, 10.0)
     """Factors on the class's latents. For ``vs2`` and ``vs2++``, values of alpha = lambda (gamma - 1): try 0.25 to 2
     for ``vs2``, 0.5 to 16 for ``vs2++``. Validation picks one per method."""
-    latents: int = 10
+    latents: Count = 10
     """Only for kind ``class-latents``: number of latents to amplify, the first by ``ranking`` on the train split."""
     ranking: Literal["mean-difference", "mean", "attribution"] = "mean-difference"
     """Only for kind ``class-latents``: how latents are ranked. ``mean-difference``: mean activation in the class minus
@@ -30,17 +37,17 @@ class Steering:
     edit: Literal["amplify", "clamp"] = "amplify"
     """Only for kind ``class-latents``: ``amplify`` multiplies the image's own codes by the strength. ``clamp`` sets
     them to the strength times the latents' mean activation in the class. Strength 0 ablates the latents."""
-    neighbours: int = 50
+    neighbours: Count = 50
     """Only for kind ``vs2++``: number of nearest train images per image."""
     neighbour_backbone: str | None = None
     """Only for kind ``vs2++``: name of the backbone section whose embeddings find neighbours; null uses the steered
     model. ``activations.sites`` must include embedding."""
-    quantiles: tuple[float, ...] = (0.9, 0.95, 0.99, 0.995)
+    quantiles: tuple[PositiveShare, ...] = (0.9, 0.95, 0.99, 0.995)
     """Only for kind ``vs2``: quantiles of the FVU of single train images. The gate does not steer images with an FVU
     above the quantile. Validation picks one."""
 
     def __post_init__(self) -> None:
-        positive(self, "latents", "neighbours")
+        super().__post_init__()
         rising(self, "strengths", "quantiles")
-        if not 0 < self.quantiles[0] <= self.quantiles[-1] <= 1:
-            raise SparsightError(f"quantiles: must lie above 0 and at most at 1; got {list(self.quantiles)}")
+        for kind, names in _ONLY.items():
+            only_if(self.kind == kind, f"kind {kind}", self, *names)

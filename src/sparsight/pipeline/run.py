@@ -12,6 +12,7 @@ from sparsight import sae
 from sparsight.common import sites
 from sparsight.common.errors import SparsightError
 from sparsight.config import Activations, Backbone, Compute, Images, Policy, Pruning, Report, Sae, Steering
+from sparsight.config.bounds import CountOrZero, bounds_of, check
 from sparsight.config.schema import check_keys, parse
 
 
@@ -20,7 +21,7 @@ class Run:
     """A whole configuration, checked section by section and across sections."""
 
     run: str
-    seed: int
+    seed: CountOrZero
     compute: Compute
     images: Images
     other_images: dict[str, Images]
@@ -116,6 +117,8 @@ def load_run(config: Mapping[str, Any]) -> Run:
         if not isinstance(config[name], kind) or isinstance(config[name], bool):
             raise SparsightError(f"configuration: {name}: expected {kind.__name__}, got {config[name]!r}")
         values[name] = config[name]
+    if bounds := bounds_of(CountOrZero):
+        check(bounds, values["seed"], "configuration: seed")
     single: dict[str, type] = {
         "compute": Compute,
         "images": Images,
@@ -226,10 +229,11 @@ def _check_links(run: Run) -> None:
         return
     known(run.pruning.steering, run.steering, "pruning.steering")
     steering = run.steering[run.pruning.steering]
-    if (steering.kind, steering.edit) != ("class-latents", "amplify"):
+    about = (steering.kind, steering.edit, steering.ranking)
+    if about != ("class-latents", "amplify", "mean-difference"):
         raise SparsightError(
-            f"pruning.steering: {run.pruning.steering!r} is of kind {steering.kind}, edit {steering.edit}; heads need "
-            "class-latents, amplify"
+            f"pruning.steering: {run.pruning.steering!r} is of {', '.join(about)}; heads need "
+            "class-latents, amplify, mean-difference; name such a section"
         )
     read = run.saes[steering.sae]
     steered, depth = read.backbone, run.backbones[read.backbone].depth

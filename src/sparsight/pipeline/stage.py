@@ -17,7 +17,7 @@ from sparsight.common.errors import SparsightError, reason
 from sparsight.common.files import write_json
 from sparsight.common.progress import log
 from sparsight.common.work import Work
-from sparsight.config import Compute, schema
+from sparsight.config import Activations, Compute, schema
 from sparsight.pipeline import code_digest, records
 from sparsight.pipeline.gpu_slots import take_card
 
@@ -115,6 +115,8 @@ def _run(
     compute = schema.from_arguments(Compute, arguments)
     section = schema.from_arguments(config, arguments) if config else None
     set_threads(compute.threads)
+    if compute.precision != "fp32" and config is not Activations:
+        log(f"compute.precision: {compute.precision} is for the activation store alone; this stage does not use it")
     for path in _paths(inputs):
         if not path.exists():
             raise SparsightError(f"there is no {path}; run the stage that makes it first")

@@ -18,6 +18,7 @@ from sparsight.activations.store import ActivationStore
 from sparsight.common.errors import SparsightError
 from sparsight.common.seeds import derive_seed
 from sparsight.common.work import Work
+from sparsight.config.checks import only_if
 from sparsight.sae import resae
 from sparsight.sae.base import SAE, create
 from sparsight.sae.moments import by_group, fit_moments
@@ -47,8 +48,8 @@ def fit(
         labels: int (N,), the class of every stored image, for the PASS term; None without it.
 
     Raises:
-        SparsightError: a site that the store does not hold, no activations, activations that are constant or not
-            finite, or training that diverges.
+        SparsightError: a setting that this kind of SAE does not have, a site that the store does not hold, no
+            activations, activations that are constant or not finite, or training that diverges.
     """
     rows = {site: store.rows(site) for site in section.places}
     for site, site_rows in rows.items():
@@ -92,7 +93,9 @@ def fit(
 
 
 def _create(section: config.Sae, d_in: int, seed: int) -> SAE:
-    return create(section.kind, d_in, section.d_sae, section.k, seed, **section.options())
+    sae = create(section.kind, d_in, section.d_sae, section.k, seed, **section.options())
+    only_if(sae.has_auxk, "a kind with the AuxK loss", section, "aux_k", "aux_coefficient")
+    return sae
 
 
 def _chain(section: config.Sae, store: ActivationStore, device: torch.device) -> tuple[ReSAE, _Statistics]:
