@@ -42,7 +42,8 @@ class Backbone:
     weight_decay: float = 0.05
     """Decoupled weight decay of AdamW."""
     label_smoothing: float = 0.1
-    """Share of the target probability that is spread over all classes."""
+    """Share of the target probability that is spread over all classes; in contrastive training, over all captions and,
+    in the other direction, over all images of the batch."""
     ema: float = 0.0
     """Decay per step of the weights' moving average. The averaged weights are evaluated and saved. 0 turns this off."""
     rotate: float = 0.0
