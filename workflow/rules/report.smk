@@ -12,6 +12,7 @@ RESULTS = {
 rule summary:
     input:
         **RESULTS,
+        images=f"{R}/images/manifest.parquet",
         trust=f"{R}/.trust/summary",
         code=code("summary.py"),
     output:
@@ -28,8 +29,8 @@ rule summary:
         work=f"{R}/.work/summary",
         flags=flags(),
     shell:
-        "python {SCRIPTS}/summary.py --from-backbones {input.backbones} --from-saes {input.saes}"
-        " --from-chains {input.chains} --from-stabilities {input.stabilities}"
+        "python {SCRIPTS}/summary.py --from-images {input.images} --from-backbones {input.backbones}"
+        " --from-saes {input.saes} --from-chains {input.chains} --from-stabilities {input.stabilities}"
         " --from-steerings {input.steerings} --from-transfers {input.transfers} --from-policies {input.policies}"
         " --out {params.out} --work {params.work} --record {output.record}"
         " {params.flags} > {log} 2>&1"

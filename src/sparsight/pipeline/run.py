@@ -10,7 +10,7 @@ from typing import Any
 
 from sparsight import sae
 from sparsight.common import sites
-from sparsight.common.errors import SparsightError
+from sparsight.common.errors import SparsightError, reason
 from sparsight.config import Activations, Backbone, Compute, Images, Policy, Pruning, Report, Sae, Steering
 from sparsight.config.schema import check_keys, parse
 
@@ -258,5 +258,5 @@ def check_writable(folder: Path) -> None:
             pass
     except OSError as error:
         raise SparsightError(
-            f"results: cannot write to {str(folder)!r} ({error.strerror}); free the name or mend its permissions"
+            f"results: cannot write to {str(folder)!r} ({reason(error)}); free the name or mend its permissions"
         ) from None
