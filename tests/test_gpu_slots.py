@@ -1,6 +1,7 @@
 """Cards handed out by lock files; the list of cards is pretended by a program that stands for nvidia-smi."""
 
 import os
+import select
 import subprocess
 import sys
 import time
@@ -79,8 +80,10 @@ def test_one_card_has_one_lock_whatever_its_name(machine: Path, first: str, seco
     with Stage(machine, CUDA_VISIBLE_DEVICES=first) as holder:
         holder.card()
         with Stage(machine, CUDA_VISIBLE_DEVICES=second) as waiting:
+            assert waiting.process.stdout is not None
             while not waiting.errors.read_text().endswith("\n"):
                 assert waiting.process.poll() is None
+                assert not select.select([waiting.process.stdout], [], [], 0)[0], "it took a card that is in use"
                 time.sleep(0.02)
             assert "is in use by another stage; waiting for one" in waiting.errors.read_text()
             holder.process.kill()

@@ -287,7 +287,9 @@ def open_array(folder: Path) -> RawArray | ZarrArray:
         raise SparsightError(damaged(folder / "zarr.json", str(error))) from None
     kind = metadata.get("data_type") if isinstance(metadata, dict) else None
     if kind not in _DTYPES:
-        raise SparsightError(f"{folder}: holds {kind}, a store holds {' or '.join(_DTYPES)}; write it again as one of these")
+        raise SparsightError(
+            f"{folder}: holds {kind}, a store holds {' or '.join(_DTYPES)}; write it again as one of these"
+        )
     layout = Layout.of(metadata)
     return ZarrArray(folder) if layout is None else RawArray(folder, layout)
 

@@ -27,8 +27,8 @@ NO_CHECKSUM = "0" * 64
 class Rows:
     """Activations of one site as a lazily read array of shape (rows, D), in the stored dtype.
 
-    Index with a slice, an array of row numbers, or a mask of all rows (IndexError for any other). A row is one (image, token) pair: row r is token
-    r % tokens_per_image of image r // tokens_per_image.
+    Index with a slice, an array of row numbers, or a mask of all rows (IndexError for any other). A row is one (image,
+    token) pair: row r is token r % tokens_per_image of image r // tokens_per_image.
     """
 
     def __init__(self, array: Array, tokens: slice) -> None:

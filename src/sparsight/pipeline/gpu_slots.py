@@ -20,8 +20,8 @@ _SECONDS = 1.0
 def take_card() -> None:
     """Wait for a free GPU and make it the only one visible to this process, until the process ends.
 
-    Call before CUDA is initialised. ``CUDA_VISIBLE_DEVICES`` limits the choice. Nothing happens without a GPU, or inside
-    a SLURM job that has not set this variable to several cards.
+    Call before CUDA is initialised. ``CUDA_VISIBLE_DEVICES`` limits the choice. Nothing happens without a GPU, or
+    inside a SLURM job that has not set this variable to several cards.
     """
     visible, job = os.environ.get("CUDA_VISIBLE_DEVICES"), os.environ.get("SLURM_JOB_ID")
     cards = _usable(visible, list(machine.cards()))
@@ -30,7 +30,9 @@ def take_card() -> None:
     folder = Path(tempfile.gettempdir(), f"sparsight-cards-{os.getuid()}")
     folder.mkdir(mode=0o700, exist_ok=True)
     logged = False
-    if job is not None:  # the cards are the job's, so only its own stages can meet on them; its numbers may be its own too
+    if (
+        job is not None
+    ):  # the cards are the job's, so only its own stages can meet on them; its numbers may be its own too
         cards = {name: f"{job}-{key}" for name, key in cards.items()}
     while (card := _lock_one(folder, cards)) is None:
         if not logged:

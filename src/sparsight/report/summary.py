@@ -22,8 +22,8 @@ def write_metrics(inputs: dict[str, Any], path: Path) -> None:
     """Write ``metrics.json``: test-split numbers under flat keys ``<stage>.<name>...``.
 
     Args:
-        inputs: ``images`` (the manifest), ``backbones`` (config.json), ``saes``, ``chains`` and ``policies`` (metrics.json), ``stabilities``
-            and ``transfers`` (JSON), ``steerings`` (Parquet).
+        inputs: ``images`` (the manifest), ``backbones`` (config.json), ``saes``, ``chains`` and ``policies``
+            (metrics.json), ``stabilities`` and ``transfers`` (JSON), ``steerings`` (Parquet).
     """
     about = Manifest(inputs["images"]).about
     flat: dict[str, float] = {f"images.{key}": len(about[key]) for key in ("duplicates", "label_conflicts")}

@@ -180,7 +180,7 @@ class ParquetTables(Reopening):
 def _split(file: Path) -> str | None:
     """The split that a table's name gives, or else that of the nearest folder, in any case; None if there is none.
 
-    The first word of a name counts, as in ``train-00000-of-00002.parquet``, ``Validation.parquet`` or ``testing/0.parquet``.
+    The first word of a name counts, as in ``train-00000-of-00002.parquet``, ``Valid.parquet`` or ``testing/0.parquet``.
     """
     for name in (file.name, *(folder.name for folder in file.parents)):
         word = re.match(r"[a-z]*", name.lower())
