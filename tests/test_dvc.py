@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import ROOT, shared_folder, write_store
+from runs import copy_of
 from snakemake.utils import update_config
 from test_staleness import FOLLOWS_SAE, SMALL
 
@@ -101,6 +102,12 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return shared_folder(tmp_path_factory, "dvc", lambda folder: make_repository(folder / "repository")) / "repository"
 
 
+@pytest.fixture
+def own_repository(recorded: Path, tmp_path: Path) -> Path:
+    """A copy of it that a test may change; asking Snakemake or DVC about it writes into it, too."""
+    return copy_of(recorded, tmp_path / "copy")
+
+
 def make_repository(folder: Path) -> None:
     folder.mkdir(parents=True)
     for name in ("Snakefile", "uv.lock", ".gitignore", ".dvcignore"):
@@ -126,10 +133,10 @@ def make_repository(folder: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_run_of_snakemake_is_committed_and_a_clone_has_it(recorded: Path, tmp_path: Path) -> None:
-    assert clean(recorded)
+def test_a_run_of_snakemake_is_committed_and_a_clone_has_it(own_repository: Path, tmp_path: Path) -> None:
+    assert clean(own_repository)
     clone = tmp_path / "clone"
-    run(tmp_path, "git", "clone", "-q", str(recorded), str(clone))
+    run(tmp_path, "git", "clone", "-q", str(own_repository), str(clone))
     run(clone, "dvc", "pull", "-q", "dvc.yaml")
     run(clone, "snakemake", "--touch", "--cores", "1")
     assert clean(clone)
@@ -137,9 +144,8 @@ def test_a_run_of_snakemake_is_committed_and_a_clone_has_it(recorded: Path, tmp_
 
 
 @pytest.mark.slow
-def test_no_artefact_of_one_configuration_is_taken_for_another_s(recorded: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "copy"
-    shutil.copytree(recorded, folder, symlinks=True)
+def test_no_artefact_of_one_configuration_is_taken_for_another_s(own_repository: Path) -> None:
+    folder = own_repository
     assert clean(folder)
     results = folder / "results" / "default"
     before = {name: (results / name).stat().st_ino for name in ("images", "backbones/vit", "activations/vit")}
@@ -166,9 +172,8 @@ def test_no_artefact_of_one_configuration_is_taken_for_another_s(recorded: Path,
 
 
 @pytest.mark.slow
-def test_activations_kept_out_of_the_cache_are_made_again_in_a_clone(recorded: Path, tmp_path: Path) -> None:
-    folder, clone = tmp_path / "copy", tmp_path / "clone"
-    shutil.copytree(recorded, folder, symlinks=True)
+def test_activations_kept_out_of_the_cache_are_made_again_in_a_clone(own_repository: Path, tmp_path: Path) -> None:
+    folder, clone = own_repository, tmp_path / "clone"
     run(folder, "dvc", "remote", "add", "-df", "here", str(tmp_path / "remote"))
     about = yaml.safe_load((folder / "dvc.yaml").read_text())
     outs = {path: options for out in about["stages"]["default"]["outs"] for path, options in out.items()}

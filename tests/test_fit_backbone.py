@@ -1,6 +1,7 @@
 """The backbone stage: every recipe learns, writes the same bytes again, and continues where it was killed."""
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,11 @@ import pytest
 import torch
 from conftest import make_folder
 from safetensors.torch import load_file, save_file
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from sparsight import backbones, config
 from sparsight.backbones import open_clip
+from sparsight.backbones.contrastive import Contrastive
 from sparsight.backbones.fit import fit
 from sparsight.backbones.recipes import Recipe, correct
 from sparsight.common.errors import SparsightError
@@ -98,6 +101,44 @@ def test_parts_at_the_same_time_give_the_bytes_of_one_after_the_other(
     one, many = (run(RECIPES[name], manifest, tmp_path / str(n), n) for n in (1, 4))
     for file in ("model.safetensors", "config.json", "training.jsonl"):
         assert (one / file).read_bytes() == (many / file).read_bytes(), file
+
+
+@EVERY
+def test_every_step_learns_and_one_has_the_rate_of_the_section(name: str, manifest: Manifest, tmp_path: Path) -> None:
+    rates: list[float] = []
+    hook = register_optimizer_step_pre_hook(lambda optimizer, *_: rates.append(optimizer.param_groups[0]["lr"]))
+    try:
+        run(RECIPES[name], manifest, tmp_path / "w")
+    finally:
+        hook.remove()
+    peak = rates.index(RECIPES[name].lr)
+    assert peak + 1 == math.ceil(len(rates) / 10)
+    assert rates[:peak] == sorted(rates[:peak]) and rates[peak:] == sorted(rates[peak:], reverse=True)
+    assert 0 < rates[-1] < 0.01 * rates[peak] and rates[0] == pytest.approx(rates[peak] / (peak + 1))
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.4])
+def test_contrastive_loss_is_the_same_with_images_and_texts_swapped(
+    smoothing: float, manifest: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where every text has one image; also against CLIP's loss written out, its targets smoothed in both directions."""
+    section = replace(RECIPES["contrastive"], label_smoothing=smoothing)
+    backbone, _ = backbones.open_folder(run(replace(section, epochs=1), manifest, tmp_path / "w"))
+    train = manifest.split("train")
+    recipe = Contrastive(section, backbone, train, train, manifest.classes, section.templates, 1)
+    rows = np.array([np.flatnonzero(train.labels == label)[0] for label in range(2)])
+    x, y = torch.randn(2, 2, 16, generator=torch.Generator().manual_seed(0))
+    x, y = (torch.nn.functional.normalize(z, dim=-1) for z in (x, y))
+
+    def loss(images: torch.Tensor, texts: torch.Tensor) -> torch.Tensor:
+        monkeypatch.setattr(backbone.model, "encode_text", lambda *_, **__: texts)
+        return recipe.loss(images, rows, torch.Generator())["loss"]
+
+    scores = backbone.model.logit_scale.exp() * x @ y.T
+    target = (1 - smoothing) * torch.eye(2) + smoothing / 2
+    expected = -sum((target * scores.log_softmax(dim)).sum() for dim in (0, 1)) / 4
+    torch.testing.assert_close(loss(x, y), loss(y, x))
+    torch.testing.assert_close(loss(x, y), expected)
 
 
 def test_dropout_is_refused(manifest: Manifest, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Cards handed out by lock files; the list of cards is pretended by a program that stands for nvidia-smi."""
 
 import os
+import select
 import subprocess
 import sys
 import time
@@ -74,11 +75,43 @@ def test_cards_named_by_the_user_are_the_only_ones_handed_out(machine: Path) -> 
         assert sorted([first.card(), second.card()]) == ["3", "5"]
 
 
-@pytest.mark.parametrize("visible", ["0", "0,1"])
-def test_what_slurm_gives_is_taken_as_it_is(machine: Path, visible: str) -> None:
-    job = {"SLURM_JOB_ID": "7", "CUDA_VISIBLE_DEVICES": visible}
+@pytest.mark.parametrize(("first", "second"), [("0", "GPU-a"), ("GPU-b", "1"), ("GPU-a", "0,"), (" 1", "GPU-b")])
+def test_one_card_has_one_lock_whatever_its_name(machine: Path, first: str, second: str) -> None:
+    with Stage(machine, CUDA_VISIBLE_DEVICES=first) as holder:
+        holder.card()
+        with Stage(machine, CUDA_VISIBLE_DEVICES=second) as waiting:
+            assert waiting.process.stdout is not None
+            while not waiting.errors.read_text().endswith("\n"):
+                assert waiting.process.poll() is None
+                assert not select.select([waiting.process.stdout], [], [], 0)[0], "it took a card that is in use"
+                time.sleep(0.02)
+            assert "is in use by another stage; waiting for one" in waiting.errors.read_text()
+            holder.process.kill()
+            assert waiting.card() == second.strip(" ,")
+
+
+@pytest.mark.parametrize(("visible", "card"), [("-1", "-1"), ("-1,0", "-1,0"), ("", "")])
+def test_without_a_visible_card_nothing_is_locked(machine: Path, visible: str, card: str) -> None:
+    with Stage(machine, CUDA_VISIBLE_DEVICES=visible) as first, Stage(machine, CUDA_VISIBLE_DEVICES=visible) as second:
+        assert first.card() == second.card() == card
+
+
+@pytest.mark.parametrize("visible", ["1", None, "NoDevFiles"])
+def test_the_one_card_that_slurm_gives_is_taken_as_it_is(machine: Path, visible: str | None) -> None:
+    job = {"SLURM_JOB_ID": "7"} | ({} if visible is None else {"CUDA_VISIBLE_DEVICES": visible})
     with Stage(machine, **job) as first, Stage(machine, **job) as second:
-        assert first.card() == second.card() == visible
+        assert first.card() == second.card() == str(visible)
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_stages_side_by_side_in_a_slurm_job_of_two_cards_take_one_each(machine: Path, known: bool) -> None:
+    """The numbers may be the job's own, so another job of the same numbers has other cards."""
+    if not known:
+        (machine / "bin" / "nvidia-smi").write_text("#!/bin/sh\nexit 9\n")
+    one, other = ({"SLURM_JOB_ID": job, "CUDA_VISIBLE_DEVICES": "0,1"} for job in ("7", "8"))
+    with Stage(machine, **one) as a, Stage(machine, **one) as b, Stage(machine, **other) as c:
+        assert sorted([a.card(), b.card()]) == ["0", "1"]
+        assert c.card() == "0"
 
 
 @pytest.mark.parametrize("program", ["#!/bin/sh\nexit 9\n", None])

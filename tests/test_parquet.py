@@ -28,6 +28,18 @@ def test_parquet_with_official_splits_and_class_names_in_their_order(columns: di
     assert found.classes == names and len(found.split("val")) == 12
 
 
+def test_splits_by_the_usual_names_of_files_and_folders_in_any_case(tmp_path: Path) -> None:
+    files = {
+        "Training.parquet": "train", "default/TRAIN/0000.parquet": "train", "Valid-0.parquet": "val",
+        "default/validation/0000.parquet": "val", "testing_1.parquet": "test", "Test/part.parquet": "test",
+    }  # fmt: skip
+    expected: Expected = {}
+    for number, (file, split) in enumerate(files.items()):
+        table(tmp_path / "p" / file, [(picture(100 * number + i), i % 2) for i in range(4)], ["a", "b"])
+        expected |= {f"{file}:{i}": ("ab"[i % 2], split) for i in range(4)}
+    check("parquet", tmp_path / "p", tmp_path, expected)
+
+
 def test_one_parquet_file_without_metadata_or_splits(tmp_path: Path) -> None:
     table(tmp_path / "all.parquet", [(picture(i), i % 3) for i in range(30)], None)
     expected: Expected = {f"all.parquet:{i}": (str(i % 3), None) for i in range(30)}

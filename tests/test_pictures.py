@@ -1,6 +1,7 @@
 """Every kind of picture file, whole and damaged."""
 
 import io
+import json
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from source_files import RGB, is_picture, manifest, picture, put
 
 from sparsight.common.errors import SparsightError
 from sparsight.images.sources.base import decode_file
+from sparsight.report.summary import write_metrics
 
 
 def folder(path: Path) -> Path:
@@ -79,7 +81,12 @@ def test_duplicates_across_splits_are_reported(tmp_path: Path, capsys: pytest.Ca
     found = manifest("folder", tmp_path / "f", tmp_path / "m.parquet")
     root = (tmp_path / "f").as_posix()
     assert found.about["duplicates"] == [[f"{root}/train/a/0.png (train)", f"{root}/test/b/1.png (test)"]]
+    assert found.about["label_conflicts"] == [[f"{root}/train/a/0.png (a)", f"{root}/test/b/1.png (b)"]]
     assert "1 images are in more than one split" in capsys.readouterr().err
+    kinds = ("backbones", "saes", "chains", "stabilities", "steerings", "transfers", "policies")
+    write_metrics({"images": tmp_path / "m.parquet", **{kind: [] for kind in kinds}}, tmp_path / "metrics.json")
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert metrics == {"images.duplicates": 1, "images.label_conflicts": 1}
 
 
 def test_one_pixel_and_108_megapixels_are_pictures_like_others() -> None:

@@ -235,11 +235,13 @@ def test_files_agree_with_each_other(run_folder: Path) -> None:
     assert vectors["latents"].shape == (10, 3) and vectors["vectors"].shape == (10, 3, 24)
     flat = json.loads((run / "metrics.json").read_text())
     assert all(isinstance(value, int | float) for value in flat.values())
+    assert flat["images.duplicates"] == flat["images.label_conflicts"] == 0
     overall = pq.read_table(run / "pruning" / "heads" / "overall.parquet").to_pylist()
     assert flat["pruning.heads.none.none.accuracy"] == next(r["accuracy"] for r in overall if r["strategy"] == "none")
     timings = json.loads((run / "timings.json").read_text())
     assert [row["kept"] for row in timings["heads"]["vit"]] == list(range(7))
     page = (run / "report" / "index.html").read_text()
+    assert "No image is in more than one split" in page
     assert not re.findall(r'(?:src|href)="(?!#|data:)[^"]*"', page), "the page asks for nothing outside itself"
 
 

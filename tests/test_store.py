@@ -160,6 +160,31 @@ def test_rows_that_do_not_exist_are_refused(original: Path) -> None:
             rows[key]
 
 
+@pytest.mark.parametrize(
+    "key",
+    [np.ones(3, bool), np.ones(0, bool), np.ones((2, 2), bool), [True], np.array([0.0, 1.0]), np.array([[0, 1]])],
+    ids=str,
+)
+def test_a_mask_of_another_length_and_what_is_no_row_number_are_refused(original: Path, key: Any) -> None:
+    rows = ActivationStore.open(original).rows(ActivationStore.open(original).sites[0])
+    with pytest.raises(IndexError, match=r"a mask of shape|give one dimension of integers"):
+        rows[key]
+    assert len(rows[[]]) == 0 and np.array_equal(rows[np.ones(len(rows), bool)], rows[:])
+
+
+@pytest.mark.parametrize("dtype", ["float64", "int32", "int8"])
+@pytest.mark.parametrize("shards", [(4, 6), None])
+def test_arrays_of_other_values_than_half_and_single_precision_are_refused(
+    dtype: str, shards: tuple[int, int] | None, tmp_path: Path
+) -> None:
+    array = zarr.create_array(
+        tmp_path / "a", shape=(8, 6), chunks=(2, 6), shards=shards, dtype=dtype, compressors=None, fill_value=0
+    )
+    array[:] = np.arange(48).reshape(8, 6)
+    with pytest.raises(SparsightError, match=f"a: holds {dtype}, a store holds float16 or float32; write it again as"):
+        open_array(tmp_path / "a").read(0, 8)
+
+
 def test_image_and_token_pairs_are_found(original: Path) -> None:
     store = ActivationStore.open(original)
     whole = zarr.open_group(original, mode="r")["blocks.1.input"][:]

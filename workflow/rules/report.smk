@@ -14,7 +14,8 @@ RESULTS = {
 rule summary:
     input:
         **RESULTS,
-        mark=mark("summary", code("summary.py"), reads=[*chain(*RESULTS.values())]),
+        images=f"{R}/images/manifest.parquet",
+        mark=mark("summary", code("summary.py"), reads=[f"{R}/images/manifest.parquet", *chain(*RESULTS.values())]),
     output:
         metrics=f"{R}/metrics.json",
         curves=f"{R}/curves.json",
@@ -29,8 +30,8 @@ rule summary:
         work=f"{R}/.work/summary",
         flags=flags(code("summary.py")),
     shell:
-        "python {SCRIPTS}/summary.py --from-backbones {input.backbones} --from-saes {input.saes}"
-        " --from-chains {input.chains} --from-stabilities {input.stabilities}"
+        "python {SCRIPTS}/summary.py --from-images {input.images} --from-backbones {input.backbones}"
+        " --from-saes {input.saes} --from-chains {input.chains} --from-stabilities {input.stabilities}"
         " --from-steerings {input.steerings} --from-transfers {input.transfers} --from-policies {input.policies}"
         " --out {params.out} --work {params.work} --record {output.record}"
         " {params.flags} > {log} 2>&1"

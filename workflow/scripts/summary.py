@@ -14,6 +14,7 @@ if __name__ == "__main__":
     stage.run(
         main,
         __doc__,
+        images="manifest.parquet of the images stage",
         backbones=["config.json of every backbone"],
         saes=["metrics.json of every SAE"],
         chains=["metrics.json of every ReSAE chain"],

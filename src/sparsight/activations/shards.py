@@ -18,10 +18,11 @@ from typing import Any, Protocol
 import google_crc32c
 import numpy as np
 
-from sparsight.common.errors import SparsightError
+from sparsight.common.errors import SparsightError, reason
 
 _MISSING = 2**64 - 1  # offset and length of a chunk that is not in the shard
 _OPEN_SHARDS = 64
+_DTYPES = ("float16", "float32")
 _BITS = {2: ("<u2", 0x7FFF, 0x7C00), 4: ("<u4", 0x7FFFFFFF, 0x7F800000)}  # integer view, all but the sign, infinity
 
 
@@ -214,7 +215,7 @@ class _Shard:
         try:
             self._descriptor = os.open(path, os.O_RDONLY)
         except OSError as error:
-            raise SparsightError(damaged(path, error.strerror or "cannot be opened")) from None
+            raise SparsightError(damaged(path, reason(error))) from None
         length = 16 * n_chunks + 4
         start = os.fstat(self._descriptor).st_size - length
         index = np.empty(length, np.uint8)
@@ -278,12 +279,17 @@ def open_array(folder: Path) -> RawArray | ZarrArray:
     """The fastest reader for the array in ``folder``.
 
     Raises:
-        SparsightError: its ``zarr.json`` cannot be read.
+        SparsightError: its ``zarr.json`` cannot be read, or it holds other values than float16 or float32.
     """
     try:
         metadata = json.loads((folder / "zarr.json").read_text())
     except (OSError, ValueError) as error:
         raise SparsightError(damaged(folder / "zarr.json", str(error))) from None
+    kind = metadata.get("data_type") if isinstance(metadata, dict) else None
+    if kind not in _DTYPES:
+        raise SparsightError(
+            f"{folder}: holds {kind}, a store holds {' or '.join(_DTYPES)}; write it again as one of these"
+        )
     layout = Layout.of(metadata)
     return ZarrArray(folder) if layout is None else RawArray(folder, layout)
 
@@ -299,6 +305,6 @@ def check_finite(x: np.ndarray, folder: Path, first: int) -> None:
         )
 
 
-def damaged(path: Path, reason: str) -> str:
+def damaged(path: Path, why: str) -> str:
     """The error message for a damaged file of a store."""
-    return f"{path}: damaged ({reason}); delete the store's manifest beside it and give the same command again"
+    return f"{path}: damaged ({why}); delete the store's manifest beside it and give the same command again"

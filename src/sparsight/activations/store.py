@@ -16,7 +16,7 @@ import numpy as np
 
 from sparsight.activations.shards import Array, open_array
 from sparsight.common.digests import digest, file_digest
-from sparsight.common.errors import SparsightError
+from sparsight.common.errors import SparsightError, reason
 from sparsight.common.slices import row_slices
 
 FORMAT_VERSION = 1
@@ -27,8 +27,8 @@ NO_CHECKSUM = "0" * 64
 class Rows:
     """Activations of one site as a lazily read array of shape (rows, D), in the stored dtype.
 
-    Index with a slice or an array of row numbers. A row is one (image, token) pair: row r is token
-    r % tokens_per_image of image r // tokens_per_image.
+    Index with a slice, an array of row numbers, or a mask of all rows (IndexError for any other). A row is one (image,
+    token) pair: row r is token r % tokens_per_image of image r // tokens_per_image.
     """
 
     def __init__(self, array: Array, tokens: slice) -> None:
@@ -61,7 +61,7 @@ class Rows:
                 skip = first * self.tokens_per_image
                 return self.images(first, last)[start - skip : max(stop, start) - skip]
             key = np.arange(start, stop, step)
-        rows = np.flatnonzero(key) if np.asarray(key).dtype == bool else np.asarray(key, dtype=np.int64)
+        rows = self._numbers(np.asarray(key))
         rows = np.where(rows < 0, rows + len(self), rows)
         if len(rows) and not 0 <= rows.min() <= rows.max() < len(self):
             raise IndexError(f"row numbers from {rows.min()} to {rows.max()}; there are {len(self)} rows")
@@ -76,6 +76,16 @@ class Rows:
                     block = self.images(first, int(images[part[-1]]) + 1)
                     out[part] = block[(images[part] - first) * self.tokens_per_image + tokens[part]]
         return out
+
+    def _numbers(self, key: np.ndarray) -> np.ndarray:
+        """Row numbers, int64 (n,), of an index array: itself, or the places where a mask is true."""
+        if key.dtype == bool:
+            if key.shape != (len(self),):
+                raise IndexError(f"a mask of shape {key.shape}; there are {len(self)} rows")
+            return np.flatnonzero(key)
+        if key.ndim != 1 or not (key.size == 0 or np.issubdtype(key.dtype, np.integer)):
+            raise IndexError(f"row numbers of shape {key.shape} and type {key.dtype}; give one dimension of integers")
+        return key.astype(np.int64)
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         return self[:].astype(dtype or self.dtype, copy=False)
@@ -226,7 +236,7 @@ def _read_manifest(path: Path) -> tuple[bytes, dict[str, Any]]:
         text = path.read_bytes()
         manifest = json.loads(text)
     except OSError as error:
-        raise SparsightError(f"{path}: no store manifest ({error.strerror}); run extraction") from None
+        raise SparsightError(f"{path}: no store manifest ({reason(error)}); run extraction") from None
     except ValueError as error:
         raise SparsightError(f"{path}: not JSON ({error}); {_again(path)}") from None
     version = manifest.get("format_version") if isinstance(manifest, dict) else None

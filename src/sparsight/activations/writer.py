@@ -17,7 +17,7 @@ import numpy as np
 from sparsight.activations.shards import Layout, write_shard
 from sparsight.activations.store import FORMAT_VERSION, NO_CHECKSUM, checksum, files_of, problems_of
 from sparsight.common.digests import digest, file_digest
-from sparsight.common.errors import SparsightError
+from sparsight.common.errors import SparsightError, reason
 from sparsight.common.files import write_atomic, write_json
 from sparsight.common.slices import row_slices
 
@@ -134,7 +134,7 @@ class StoreWriter:
         except OSError as error:
             temporary.unlink(missing_ok=True)
             raise SparsightError(
-                f"{target}: cannot be written ({error.strerror}); make room and give the same command again,"
+                f"{target}: cannot be written ({reason(error)}); make room and give the same command again,"
                 " finished shards are kept"
             ) from None
         return {"sha256": sha256, "sum": total.tolist(), "square": square}

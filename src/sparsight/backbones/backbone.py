@@ -18,6 +18,7 @@ from sparsight.backbones.attention import HeadMode
 from sparsight.backbones.towers import Tower, timm_tower
 from sparsight.common import sites
 from sparsight.common.errors import SparsightError
+from sparsight.common.modules import Module
 from sparsight.images.preprocess import Preprocess
 
 
@@ -28,7 +29,7 @@ class BlockPolicy(Protocol):
         """Bool (B, H) for one block from the class token at its input; None keeps every head."""
 
 
-class Backbone(nn.Module):
+class Backbone(Module):
     """A Vision Transformer whose blocks can be tapped and whose heads can be gated.
 
     Works in float32 and, inside ``torch.autocast``, in bfloat16. Unless heads are switched off, the results are

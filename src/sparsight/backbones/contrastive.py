@@ -25,7 +25,8 @@ class Contrastive(Recipe):
 
     The loss is CLIP's symmetric loss with several positives per text, as in UniCL (arXiv 2204.03610, equations 2
     to 4): a caption matches every image of its class. With few classes, most images share their caption with
-    others, and plain CLIP would push them apart. Each step draws one template per class.
+    others, and plain CLIP would push them apart. Label smoothing applies in both directions. Each step draws one
+    template per class.
     """
 
     def __init__(
@@ -52,12 +53,12 @@ class Contrastive(Recipe):
         texts_CE = model.encode_text(self.tokens[present_C.cpu(), chosen_C].to(outputs_BE.device), normalize=True)
         logits_BC = open_clip.prompt_logits(model, outputs_BE, texts_CE)
         match_BC = F.one_hot(index_B, len(present_C)).to(logits_BC.dtype)
-        to_text = F.cross_entropy(logits_BC, index_B, label_smoothing=self.section.label_smoothing)
-        to_image = F.cross_entropy(logits_BC.T, (match_BC / match_BC.sum(dim=0)).T)
+        smoothing = self.section.label_smoothing
+        to_text, to_image = (_one_way(*pair, smoothing) for pair in ((logits_BC, match_BC), (logits_BC.T, match_BC.T)))
         return {"loss": (to_text + to_image) / 2, "train_accuracy": share(logits_BC, index_B)}
 
-    def step(self, rows: np.ndarray, progress: float, generator: torch.Generator) -> dict[str, Tensor]:
-        scalars = super().step(rows, progress, generator)
+    def step(self, rows: np.ndarray, number: int, total: int, generator: torch.Generator) -> dict[str, Tensor]:
+        scalars = super().step(rows, number, total, generator)
         self.backbone.model.logit_scale.data.clamp_(max=_MAX_LOGIT_SCALE)
         return scalars
 
@@ -65,3 +66,8 @@ class Contrastive(Recipe):
         with self.averaged():
             self.backbone.use_prompts(self.names, self.templates)
         return super().epoch_end()
+
+
+def _one_way(logits: Tensor, match: Tensor, smoothing: float) -> Tensor:
+    """Cross-entropy of each row's matches, which share its target probability: both (rows, candidates)."""
+    return F.cross_entropy(logits, match / match.sum(dim=1, keepdim=True), label_smoothing=smoothing)

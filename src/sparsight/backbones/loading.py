@@ -92,7 +92,7 @@ def open_folder(folder: Path) -> tuple[Backbone, dict[str, Any]]:
     try:
         metadata = json.loads((folder / "config.json").read_text())
     except OSError as error:
-        raise SparsightError(f"{folder}: no backbone here ({error.strerror}: config.json)") from None
+        raise SparsightError(f"{folder}: no backbone here ({reason(error)}: config.json)") from None
     classifies = metadata["training"] != "none"
     n_classes = None if metadata["templates"] else len(metadata["classes"]) if classifies else 0
     backbone = load(metadata["model"], str(folder / "model.safetensors"), n_classes, **metadata["architecture"])

@@ -16,7 +16,7 @@ from sparsight.backbones.backbone import Backbone
 from sparsight.common.errors import SparsightError
 from sparsight.common.progress import Progress
 from sparsight.images.split import Pixels, Split
-from sparsight.training import loop
+from sparsight.training import loop, schedules
 from sparsight.training.microbatches import MicroBatches
 
 
@@ -67,9 +67,9 @@ class Recipe:
         loss = F.cross_entropy(outputs_BC, labels_B, label_smoothing=self.section.label_smoothing)
         return {"loss": loss, "train_accuracy": share(outputs_BC, labels_B)}
 
-    def step(self, rows: np.ndarray, progress: float, generator: torch.Generator) -> dict[str, Tensor]:
+    def step(self, rows: np.ndarray, number: int, total: int, generator: torch.Generator) -> dict[str, Tensor]:
         for group in self.optimizer.param_groups:
-            group["lr"] = self.section.lr * loop.warmup_cosine(progress)
+            group["lr"] = self.section.lr * schedules.warmup_cosine(number, total)
         self.trained.train()
         inputs = self.inputs(rows, generator)
         scalars = self.parts.backward(

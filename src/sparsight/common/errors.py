@@ -10,5 +10,9 @@ class SparsightError(ValueError):
 
 
 def reason(error: Exception) -> str:
-    """First line of another library's error message, or the exception's class name if there is no message."""
-    return (str(error) or type(error).__name__).splitlines()[0]
+    """First line of another library's error message, or the exception's class name if there is no message.
+
+    Of an error of the system only its text, without number and file name.
+    """
+    text = (error.strerror if isinstance(error, OSError) else None) or str(error)
+    return (text.strip() or type(error).__name__).splitlines()[0]

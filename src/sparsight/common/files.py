@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,8 +19,11 @@ def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def write_shared(path: Path, text: str) -> None:
-    """Write a file that several processes may write at the same time; one of them wins, with its complete text."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}")
+    """Write a file that several processes may write at the same time; one of them wins, with its complete text.
+
+    The temporary name is random: processes of several machines that share a disk may have the same number.
+    """
+    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
     temporary.write_text(text)
     os.replace(temporary, path)
 

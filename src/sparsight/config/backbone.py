@@ -45,7 +45,8 @@ class Backbone(Section):
     weight_decay: NotNegative = 0.05
     """Decoupled weight decay of AdamW."""
     label_smoothing: ShareBelowOne = 0.1
-    """Share of the target probability that is spread over all classes."""
+    """Share of the target probability that is spread over all classes; in contrastive training, over all captions and,
+    in the other direction, over all images of the batch."""
     ema: ShareBelowOne = 0.0
     """Decay per step of the weights' moving average. The averaged weights are evaluated and saved. 0 turns this off."""
     rotate: Annotated[float, Bounds(0, 180)] = 0.0

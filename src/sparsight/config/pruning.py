@@ -47,7 +47,7 @@ class Policy(Section):
     batch_size: Count = 64
     """Images per step."""
     lr: Positive = 1e-2
-    """Peak learning rate of Adam, with cosine decay to 0."""
+    """Peak learning rate of Adam: linear warm-up over the first tenth of training, then cosine decay to 0."""
     backbone_lr: Positive | None = None
     """Peak learning rate for the backbone's weights, which are then fine-tuned with the policy, as in AdaViT, and
     saved in the policy's file. null freezes them."""

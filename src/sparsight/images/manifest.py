@@ -14,11 +14,12 @@ import pyarrow.parquet as pq
 
 from sparsight import config
 from sparsight.common.digests import file_digest
-from sparsight.common.errors import SparsightError
+from sparsight.common.errors import SparsightError, reason
 from sparsight.common.progress import Progress, log
 from sparsight.common.seeds import derive_seed
 from sparsight.common.slices import row_slices
-from sparsight.images.sources import SOURCES, SPLITS, Item
+from sparsight.images.draw import draw_splits
+from sparsight.images.sources import SOURCES, Item
 from sparsight.images.split import Split, decode
 
 
@@ -27,8 +28,8 @@ def write_manifest(section: config.Images, seed: int, record: dict[str, Any], th
 
     Columns: image_id int64, uri, sha256, label int32, label_name, split; rows in a seeded random order. The
     Parquet metadata key ``sparsight`` holds the source, the class names (a name's position is its label), the
-    entries of ``record``, the ``skipped`` images (uri, reason) and ``duplicates``: images with equal bytes in
-    more than one split.
+    entries of ``record``, the ``skipped`` images (uri, reason), and images with equal bytes: ``duplicates`` in more
+    than one official split, ``label_conflicts`` with more than one label.
 
     Raises:
         SparsightError: no images, an empty split, a class without train images, or an image that cannot be read
@@ -43,7 +44,7 @@ def write_manifest(section: config.Images, seed: int, record: dict[str, Any], th
             data = reader.read(item.uri)
             decode(source, item.uri, data)
         except OSError as error:
-            return SparsightError(f"image {item.uri}: {error.strerror}; put it back or take it off the list")
+            return SparsightError(f"image {item.uri}: {reason(error)}; put it back or take it off the list")
         except SparsightError as error:
             return error
         return hashlib.sha256(data).hexdigest()
@@ -66,10 +67,14 @@ def write_manifest(section: config.Images, seed: int, record: dict[str, Any], th
     classes = source.class_names()
     numbers = {name: number for number, name in enumerate(classes)}
     label = np.array([numbers[item.label_name] for item in kept], dtype=np.int32)
-    split = _split(section, kept, label, classes, seed)
-    duplicates = _duplicates(kept, sha256, split)
+    fractions = {"val": section.val_fraction, "test": section.test_fraction}
+    split = draw_splits(kept, sha256, label, classes, fractions, seed)
+    duplicates = _equal_images(kept, sha256, split)
     if duplicates:
         log(f"images: {len(duplicates)} images are in more than one split, e.g. {', '.join(duplicates[0])}")
+    conflicts = _equal_images(kept, sha256, np.array([item.label_name for item in kept], dtype=object))
+    if conflicts:
+        log(f"images: {len(conflicts)} images have more than one label, e.g. {', '.join(conflicts[0])}")
     order = np.random.default_rng(derive_seed(seed, "images", "order")).permutation(len(kept))
     table = pa.table(
         {
@@ -88,48 +93,18 @@ def write_manifest(section: config.Images, seed: int, record: dict[str, Any], th
         "classes": classes,
         "skipped": skipped,
         "duplicates": duplicates,
+        "label_conflicts": conflicts,
         **record,
     }
     pq.write_table(table.replace_schema_metadata({"sparsight": json.dumps(metadata, sort_keys=True)}), path)
 
 
-def _duplicates(items: list[Item], sha256: list[str], split: np.ndarray) -> list[list[str]]:
-    """Groups of images with equal bytes in more than one split; per image its uri and split."""
+def _equal_images(items: list[Item], sha256: list[str], of: np.ndarray) -> list[list[str]]:
+    """Groups of images with equal bytes that differ in ``of``, (n,); per image its uri and the value that it has."""
     rows: dict[str, list[int]] = defaultdict(list)
     for row, digest in enumerate(sha256):
         rows[digest].append(row)
-    return [[f"{items[i].uri} ({split[i]})" for i in group] for group in rows.values() if len(set(split[group])) > 1]
-
-
-def _split(section: config.Images, items: list[Item], label: np.ndarray, classes: list[str], seed: int) -> np.ndarray:
-    """Keep each member's splits and draw the missing ones from its train images, class by class.
-
-    The draw depends only on the member's images, so a data set is split in a union as it is on its own.
-    """
-    split = np.array([item.split or "train" for item in items], dtype=object)
-    member = np.array([item.member for item in items])
-    fractions = {"val": section.val_fraction, "test": section.test_fraction}
-    for number in np.unique(member):
-        existing = set(split[member == number])
-        train = np.flatnonzero((member == number) & (split == "train"))
-        for c in np.unique(label[train]):
-            rows = train[label[train] == c]
-            rows = np.random.default_rng(derive_seed(seed, "images", "split", classes[c])).permutation(rows)
-            start = 0
-            for part, fraction in fractions.items():
-                if part not in existing:
-                    count = round(fraction * len(rows))
-                    split[rows[start : start + count]] = part
-                    start += count
-    for part in SPLITS:
-        if not (split == part).any():
-            raise SparsightError(f"images: the {part} split is empty; add images or change the fractions")
-    for c, name in enumerate(classes):
-        if not ((label == c) & (split == "train")).any():
-            raise SparsightError(
-                f"images: the train split has no image of {name!r}; add images or change the fractions"
-            )
-    return split
+    return [[f"{items[i].uri} ({of[i]})" for i in group] for group in rows.values() if len(set(of[group])) > 1]
 
 
 class Manifest:

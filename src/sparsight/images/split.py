@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
-from sparsight.common.errors import SparsightError
+from sparsight.common.errors import SparsightError, reason
 from sparsight.common.slices import row_slices
 from sparsight.images.preprocess import Preprocess
 from sparsight.images.sources import Reader, Source
@@ -51,7 +51,7 @@ class Split:
         try:
             data = reader.read(uri)
         except OSError as error:
-            raise SparsightError(f"image {uri}: {error.strerror}; put it back or run the images stage again") from None
+            raise SparsightError(f"image {uri}: {reason(error)}; put it back or run the images stage again") from None
         if hashlib.sha256(data).hexdigest() != self._sha256[row].as_py():
             raise SparsightError(f"image {uri}: changed since the manifest was made; run the images stage again")
         return decode(self.source, uri, data)
@@ -113,5 +113,4 @@ def decode(source: Source, uri: str, data: bytes) -> np.ndarray:
     try:
         return source.decode(uri, data)
     except (OSError, SyntaxError, ValueError) as error:  # Pillow raises all three on broken files
-        reason = str(error).splitlines()[0]
-        raise SparsightError(f"image {uri}: cannot be decoded ({reason}); repair or remove it") from None
+        raise SparsightError(f"image {uri}: cannot be decoded ({reason(error)}); repair or remove it") from None

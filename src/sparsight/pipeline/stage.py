@@ -102,7 +102,7 @@ def run(main: Callable[[Stage], None], description: str, config: type | None = N
     except OSError as error:
         if error.filename is None and error.errno is None:
             raise
-        sys.exit(f"error: {error.filename or arguments.out}: {error.strerror}")
+        sys.exit(f"error: {error.filename or arguments.out}: {reason(error)}")
     except SafetensorError as error:
         if "os error" not in str(error):  # errors of the system, such as a full disk, arrive as text
             raise

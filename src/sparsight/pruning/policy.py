@@ -14,14 +14,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from sparsight.backbones.backbone import Backbone
-from sparsight.common.errors import SparsightError
+from sparsight.common.errors import SparsightError, reason
 from sparsight.common.files import write_json
+from sparsight.common.modules import Module
 
 FORMAT_VERSION = 1
 _BACKBONE = "backbone."  # prefix of the names of fine-tuned weights
 
 
-class HeadPolicy(nn.Module):
+class HeadPolicy(Module):
     """A linear map of the class token at each block's input to one logit per head; logit > 0 keeps the head.
 
     AdaViT decides in every block but the first, which always runs whole.
@@ -92,7 +93,7 @@ class HeadPolicy(nn.Module):
         try:
             config = json.loads((folder / "config.json").read_text())
         except OSError as error:
-            raise SparsightError(f"{folder}: no head policy here ({error.strerror}: config.json)") from None
+            raise SparsightError(f"{folder}: no head policy here ({reason(error)}: config.json)") from None
         if config.get("format_version") != FORMAT_VERSION:
             raise SparsightError(f"{folder}: format_version {config.get('format_version')}, expected {FORMAT_VERSION}")
         policy = cls(config["d_in"], config["n_heads"], config["blocks"])

@@ -25,7 +25,7 @@ from sparsight.images.manifest import Manifest
 from sparsight.images.split import Split
 from sparsight.pruning.policy import FixedMask, HeadPolicy
 from sparsight.pruning.policy_inputs import AtLastBlock, Passes, Whole
-from sparsight.training import loop
+from sparsight.training import loop, schedules
 from sparsight.training.batches import RowNumbers
 from sparsight.training.microbatches import MicroBatches
 
@@ -100,10 +100,10 @@ class _Training:
             groups.append({"params": list(backbone.parameters()), "peak": section.backbone_lr})
         self.optimizer = torch.optim.Adam(groups, fused=True)
 
-    def step(self, rows: np.ndarray, progress: float, generator: torch.Generator) -> dict[str, Tensor]:
+    def step(self, rows: np.ndarray, number: int, total: int, generator: torch.Generator) -> dict[str, Tensor]:
         section = self.section
         for group in self.optimizer.param_groups:
-            group["lr"] = group["peak"] * loop.warmup_cosine(progress)
+            group["lr"] = group["peak"] * schedules.warmup_cosine(number, total)
         noise_BPH = self._noise(len(rows), generator)
         n_heads = noise_BPH[0].numel()
 

@@ -8,6 +8,7 @@ import numpy as np
 
 from sparsight.common import tables
 from sparsight.common.files import write_json
+from sparsight.images.manifest import Manifest
 
 _OF_SAES = (
     "fvu", "fvu_pca_k", "l0", "dead_train", "dense_test", "bits", "bits_pca", "monosemanticity", "nearest_duplicates",
@@ -17,14 +18,15 @@ _OF_SAES = (
 _WAYS = ("forced", "unchained", "online", "mean_instead")
 
 
-def write_metrics(inputs: dict[str, list[Path]], path: Path) -> None:
+def write_metrics(inputs: dict[str, Any], path: Path) -> None:
     """Write ``metrics.json``: test-split numbers under flat keys ``<stage>.<name>...``.
 
     Args:
-        inputs: ``backbones`` (config.json), ``saes``, ``chains`` and ``policies`` (metrics.json), ``stabilities``
-            and ``transfers`` (JSON), ``steerings`` (Parquet).
+        inputs: ``images`` (the manifest), ``backbones`` (config.json), ``saes``, ``chains`` and ``policies``
+            (metrics.json), ``stabilities`` and ``transfers`` (JSON), ``steerings`` (Parquet).
     """
-    flat: dict[str, float] = {}
+    about = Manifest(inputs["images"]).about
+    flat: dict[str, float] = {f"images.{key}": len(about[key]) for key in ("duplicates", "label_conflicts")}
     for file in inputs["backbones"]:
         metadata = json.loads(file.read_text())
         if metadata["accuracy"]:

@@ -16,8 +16,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from sparsight import kernels
-from sparsight.common.errors import SparsightError
+from sparsight.common.errors import SparsightError, reason
 from sparsight.common.files import write_json
+from sparsight.common.modules import Module
 from sparsight.sae import names
 from sparsight.sae.codes import Codes
 
@@ -42,7 +43,7 @@ class Loss:
     codes: Codes
 
 
-class SAE(nn.Module, ABC):
+class SAE(Module, ABC):
     """A sparse autoencoder x_hat = decode(encode(x)).
 
     A variant defines :meth:`encode`. It also defines :meth:`training_codes` if training differs from inference or adds
@@ -273,7 +274,7 @@ def load(folder: str | Path) -> SAE:
     try:
         config = json.loads((folder / "config.json").read_text())
     except OSError as error:
-        raise SparsightError(f"{folder}: no SAE here ({error.strerror}: config.json)") from None
+        raise SparsightError(f"{folder}: no SAE here ({reason(error)}: config.json)") from None
     if config.get("format_version") != FORMAT_VERSION:
         raise SparsightError(f"{folder}: format_version {config.get('format_version')}, expected {FORMAT_VERSION}")
     cls = _class(config["kind"])

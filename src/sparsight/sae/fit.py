@@ -24,10 +24,9 @@ from sparsight.sae.base import SAE, create
 from sparsight.sae.moments import by_group, fit_moments
 from sparsight.sae.resae import ReSAE
 from sparsight.sae.trainer import Trainer
-from sparsight.training import loop
+from sparsight.training import loop, schedules
 from sparsight.training.batches import Batch, StoreBatches
 
-_DECAY_FROM = 0.8  # the learning rate falls linearly to 0 over the last fifth
 _Statistics = dict[str, tuple[np.ndarray, float]]
 
 
@@ -172,8 +171,8 @@ class _Training:
         precision: Literal["fp32", "bf16"] = "bf16" if section.bf16 else "fp32"
         self.trainer = Trainer(saes, section.lr, section.dead_after, sites, precision, section.prototype_weight)
 
-    def step(self, batch: Batch, progress: float, generator: torch.Generator) -> dict[str, Tensor]:
-        self.trainer.schedule(min(1.0, (1 - progress) / (1 - _DECAY_FROM)))
+    def step(self, batch: Batch, number: int, total: int, generator: torch.Generator) -> dict[str, Tensor]:
+        self.trainer.schedule(schedules.linear_decay(number, total))
         losses = self.trainer.step(*self.inputs(batch))
         scalars: dict[str, Tensor] = {}
         for name, sae, loss in zip(self.names, self.trainer.saes, losses, strict=True):

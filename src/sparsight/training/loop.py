@@ -39,8 +39,8 @@ B = TypeVar("B")
 class Trainable(Protocol[B_contra]):
     """The interface that the loop needs of an object to train it."""
 
-    def step(self, batch: B_contra, progress: float, generator: torch.Generator) -> dict[str, Tensor]:
-        """One optimiser step on ``batch``; ``progress`` in [0, 1) is the share of training done.
+    def step(self, batch: B_contra, number: int, total: int, generator: torch.Generator) -> dict[str, Tensor]:
+        """One optimiser step on ``batch``, the ``number``-th of ``total``, from 1 on.
 
         ``generator`` is a CPU generator seeded for this step. Returns the scalars to log.
         """
@@ -93,11 +93,11 @@ def train(trainable: Trainable[B], batches: Batches[B], epochs: int, seed: int, 
             epoch = step // per_epoch
             for batch in batches.epoch(epoch, skip=step % per_epoch):
                 generator = torch.Generator().manual_seed(derive_seed(seed, "noise", step))
-                share, step, count = step / total, step + 1, count + 1
+                step, count = step + 1, count + 1
                 last = step % per_epoch == 0
                 line_ends = step % log_every == 0 or last
                 try:
-                    scalars = trainable.step(batch, share, generator)
+                    scalars = trainable.step(batch, step, total, generator)
                     sums = {name: value.detach() + sums.get(name, 0) for name, value in scalars.items()}
                     stop = bool(signals)
                     save = stop or checkpoint.due
@@ -225,8 +225,3 @@ def module_state(module: torch.nn.Module) -> dict[str, Tensor]:
 def restore_module(module: torch.nn.Module, state: dict[str, Tensor]) -> None:
     """Restore what :func:`module_state` returned."""
     module.load_state_dict({k.removeprefix("module."): v for k, v in state.items() if k.startswith("module.")})
-
-
-def warmup_cosine(progress: float, warmup: float = 0.1) -> float:
-    """Factor on the peak learning rate: linear over the first ``warmup``, then a half cosine to 0."""
-    return min(1.0, progress / warmup + 1e-3) * 0.5 * (1 + float(np.cos(np.pi * progress)))

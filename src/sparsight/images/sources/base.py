@@ -4,6 +4,7 @@ Shapes: H height, W width, C channels (1 grey, 3 RGB).
 """
 
 import io
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ MAX_PIXELS = 200_000_000
 """Pictures with more pixels are rejected before decoding, as damaged or hostile files."""
 _BAND = 128
 """Number of rows copied out of Pillow at a time. np.array would need memory for two more copies of the picture."""
-Image.MAX_IMAGE_PIXELS = None  # the limit above replaces Pillow's own, which warns at another number
+_OPENING = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -93,16 +94,26 @@ def decode_file(data: bytes) -> np.ndarray:
         ValueError: more than MAX_PIXELS pixels, or pixels without a known range (32-bit, floating point).
     """
     try:
-        image: Image.Image = Image.open(io.BytesIO(data))
+        image = _open(data)
         if image.width * image.height > MAX_PIXELS:
             raise ValueError(f"{image.width} x {image.height} pixels, more than {MAX_PIXELS:,}")
         image.load()
         ImageOps.exif_transpose(image, in_place=True)
+        return _array(_eight_bit(image))
     except (OSError, ValueError):
         raise
     except Exception as error:  # Pillow's plugins raise any kind of exception on damaged files
         raise OSError(None, f"{type(error).__name__}: {error}") from None
-    return _array(_eight_bit(image))
+
+
+def _open(data: bytes) -> Image.Image:
+    """Read the header only. MAX_PIXELS replaces Pillow's own limit here and nowhere else in the process."""
+    with _OPENING:  # Pillow's limit is one global, and several threads decode
+        limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+        try:
+            return Image.open(io.BytesIO(data))
+        finally:
+            Image.MAX_IMAGE_PIXELS = limit
 
 
 def _array(image: Image.Image) -> np.ndarray:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from sparsight.common.errors import SparsightError
+from sparsight.common.errors import SparsightError, reason
 from sparsight.common.progress import log
 from sparsight.images.sources.base import SPLITS, Item, Reopening
 
@@ -125,7 +125,7 @@ def _lines(path: Path) -> list[str]:
     try:
         return [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     except OSError as error:
-        raise SparsightError(f"{path}: {error.strerror}; give the folder as it was published") from None
+        raise SparsightError(f"{path}: {reason(error)}; give the folder as it was published") from None
 
 
 def _split(line: str, path: Path) -> tuple[str, str]:

@@ -22,11 +22,14 @@ _CACHE_BYTES = 128 * 2**20
 """Memory for decoded row groups. A larger row group is kept alone."""
 _WINDOW_BYTES = 256 * 2**20
 """Bytes of the images fetched together. The next window, as large, is prefetched."""
-_SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "dev": "val", "test": "test"}
+_SPLITS = {
+    "train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "dev": "val",
+    "test": "test", "testing": "test",
+}  # fmt: skip
 
 
 class ParquetTables(Reopening):
-    """A .parquet file, or a folder of them; the start of a file's name (train, val(idation), test) gives its split.
+    """A .parquet file, or a folder of them; the start of a file's or folder's name gives the split, see :func:`_split`.
 
     The schema metadata ``huggingface`` names the columns: the one of type Image and the one of type ClassLabel
     (``label`` or ``fine_label`` if there are several). Without metadata they are ``image`` and ``label``. Class
@@ -89,8 +92,7 @@ class ParquetTables(Reopening):
         _, label = self._columns
         items: list[Item] = []
         for file_name, file in self._files.items():
-            part = re.match(r"[a-z]+", Path(file_name).name.lower())
-            split = _SPLITS.get(part[0]) if part else None
+            split = _split(Path(file_name))
             labels = file.read(columns=[label])[label].to_pylist()
             for row, value in enumerate(labels):
                 name = names[value] if isinstance(value, int) and 0 <= value < len(names) else value
@@ -173,6 +175,18 @@ class ParquetTables(Reopening):
                     self._groups.popitem(last=False)
             self._groups.move_to_end(key)
             return self._groups[key]
+
+
+def _split(file: Path) -> str | None:
+    """The split that a table's name gives, or else that of the nearest folder, in any case; None if there is none.
+
+    The first word of a name counts, as in ``train-00000-of-00002.parquet``, ``Valid.parquet`` or ``testing/0.parquet``.
+    """
+    for name in (file.name, *(folder.name for folder in file.parents)):
+        word = re.match(r"[a-z]*", name.lower())
+        if word and word[0] in _SPLITS:
+            return _SPLITS[word[0]]
+    return None
 
 
 class _Ahead:
