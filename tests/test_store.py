@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import zarr
 from conftest import ROOT, write_store
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from zarr.codecs import Crc32cCodec
 
@@ -131,6 +131,7 @@ def test_stores_of_any_codecs_are_read_with_equal_values(
             Array(folder).read(0, 50)
 
 
+@settings(deadline=None)
 @given(data=st.data())
 def test_rows_index_like_the_array_they_stand_for(original: Path, data: st.DataObject) -> None:
     store = ActivationStore.open(original)

@@ -2,7 +2,7 @@
 
 An uncompressed shard is a sequence of inner chunks, each followed by its crc32c. At the end is an index of their
 offsets and lengths, with a crc32c of its own (Zarr's ``sharding_indexed`` codec). Such a file is written and hashed in
-one pass. zarr-python writes the same bytes, but holds them in memory three times until the shard is complete.
+one pass. zarr-python writes the same bytes, but takes twice the size of a shard in memory, for every site.
 
 Shapes: N images, S images in a shard, C images in a chunk; the trailing dimensions are never split.
 """

@@ -262,8 +262,9 @@ class StoreBatches:
         return slice(pool.first * self._tokens, pool.last * self._tokens)
 
     def _buffer(self, n_images: int, device: torch.device | str) -> dict[str, Tensor]:
+        n_rows = n_images * self._tokens
         return {
-            site: torch.empty(n_images * self._tokens, source.shape[1], dtype=getattr(torch, source.dtype.name), device=device)
+            site: torch.empty(n_rows, source.shape[1], dtype=getattr(torch, source.dtype.name), device=device)
             for site, source in self.sites.items()
         }
 
