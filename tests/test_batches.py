@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import write_store
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparsight.activations.store import ActivationStore
@@ -32,6 +32,7 @@ def order(made: list[Batch]) -> np.ndarray:
     return np.concatenate([batch.rows for batch in made])
 
 
+@settings(deadline=None)
 @given(images=st.integers(32, 2 * N), size=st.integers(1, 2 * N * TOKENS), epoch=st.integers(0, 3))
 def test_an_epoch_holds_every_row_once_with_its_values(
     store: ActivationStore, images: int, size: int, epoch: int
@@ -60,6 +61,7 @@ def test_order_depends_on_seed_and_epoch_but_not_on_workers(store: ActivationSto
     assert not np.array_equal(other, reference[0])
 
 
+@settings(deadline=None)
 @given(skip=st.integers(0, 19), images=st.sampled_from([40, 100, N]), workers=st.sampled_from([0, 1, 4]))
 def test_a_saved_position_continues_with_the_same_batches(
     store: ActivationStore, skip: int, images: int, workers: int

@@ -1,7 +1,6 @@
 """Training the SAEs of a section: one reading of the store, and each as if it were alone."""
 
 import json
-import os
 import re
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from conftest import write_store
 from safetensors.numpy import load_file
 
 from sparsight import config, sae
+from sparsight.activations.array import Array
 from sparsight.activations.store import ActivationStore
 from sparsight.common.errors import SparsightError
 from sparsight.common.seeds import derive_seed
@@ -68,14 +68,14 @@ def test_an_sae_of_a_grid_has_the_bytes_that_it_has_alone(store: Path, tmp_path:
 
 
 def test_a_grid_of_eight_reads_the_store_once(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    read, preadv = [0], os.preadv
+    read, chunk = [0], Array._chunk
 
-    def counted(*arguments: Any) -> int:
-        count = preadv(*arguments)
-        read[0] += count
-        return count
+    def counted(self: Array, start: int) -> np.ndarray:
+        x = chunk(self, start)
+        read[0] += x.nbytes
+        return x
 
-    monkeypatch.setattr(os, "preadv", counted)
+    monkeypatch.setattr(Array, "_chunk", counted)
     used = {}
     for seeds in ((0,), tuple(range(8))):
         read[0] = 0

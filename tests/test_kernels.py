@@ -84,22 +84,6 @@ def test_topk_and_decode_equal_dense_float64_autograd(
 
 
 @every_backend
-@every_case
-def test_encode_at_equals_dense_float64_autograd(
-    backend: str, case: tuple[int, int, int, int, float], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("SPARSIGHT_KERNELS", backend)
-    n, d_in, d_sae, k, shift = case
-    inputs = tensors(n, d_in, d_sae, shift)[:3]
-    indices = torch.rand(n, d_sae, generator=torch.Generator().manual_seed(2)).topk(k, dim=1).indices
-    values = kernels.encode_at(*inputs, indices)
-    x, W_enc, b_enc = double = exact(inputs)
-    expected = (x @ W_enc + b_enc).gather(1, indices)
-    assert_equal_to_rounding([values], [expected])
-    assert_equal_to_rounding(gradients([values], inputs), gradients([expected], double))
-
-
-@every_backend
 @pytest.mark.parametrize("biased", [True, False])
 @pytest.mark.parametrize("k", [3, 10])
 def test_routed_topk_equals_dense_float64_autograd_on_its_expert(

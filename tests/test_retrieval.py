@@ -24,7 +24,7 @@ from sparsight.steering.nearest_neighbours import Neighbours, nearest
 
 CPU = torch.device("cpu")
 BLOCKS = st.fixed_dictionaries({
-    "_QUERIES": st.integers(1, 8), "_WINDOW": st.integers(3, 60), "_GROUP": st.integers(1, 9),
+    "_QUERIES": st.integers(1, 8), "_WINDOW": st.integers(3, 60),
 })  # fmt: skip
 ONE, OTHER = np.array([[3.0, 4.0]]), np.array([[1.0, 0.0], [6.0, 8.0], [0.0, 1.0], [-3.0, -4.0]])
 
@@ -85,6 +85,14 @@ def test_rows_closer_than_the_rounding_of_an_fp32_product_come_in_their_true_ord
     check(queries, bank, 50)
     in_fp32 = torch.from_numpy(unit(queries)).float() @ torch.from_numpy(unit(bank)).float().T
     assert not np.array_equal(in_fp32.topk(50).indices, plain(queries, bank, 50)[0])
+
+
+def test_orthogonal_rows_tie_although_their_sums_round() -> None:
+    whole_XD = np.random.default_rng(0).integers(-2, 3, (1400, 154))
+    found = nearest(whole_XD[:400], whole_XD[400:], 1000, CPU)
+    products = torch.from_numpy(whole_XD[:400] @ whole_XD[400:].T).gather(1, found.indices)
+    assert torch.equal(found.similarity == 0, products == 0)
+    assert (found.indices.diff(dim=1)[(products[:, 1:] == 0) & (products[:, :-1] == 0)] > 0).all()
 
 
 def test_bank_is_read_once_window_by_window(tmp_path: Path) -> None:

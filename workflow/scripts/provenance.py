@@ -1,4 +1,4 @@
-"""Record commit, versions, machine, configuration, and time and memory of each job: provenance.json."""
+"""Record commit, versions, machine, digest of the configuration, and time and memory of each job: provenance.json."""
 
 from sparsight.pipeline import stage
 

@@ -29,8 +29,6 @@ from sparsight.config import Activations, Compute
 from sparsight.images.split import Split
 from sparsight.images.workers import stream
 
-_DTYPES = {"float16": torch.float16, "float32": torch.float32}
-
 
 def extract(
     backbone: Backbone, split: Split, section: Activations, compute: Compute, work: Work, store: Path, part: int,
@@ -83,7 +81,7 @@ def extract(
                 with precision(compute, backbone.device):
                     taps = backbone.taps(next(images), section.sites)
                 for site, x in taps.items():
-                    stored = _pick(x, section.tokens, backbone.n_prefix).to(_DTYPES[section.dtype])
+                    stored = _pick(x, section.tokens, backbone.n_prefix).to(getattr(torch, section.dtype))
                     buffers[site][rows.start - start : rows.stop - start].copy_(stored, non_blocking=True)
                 progress(rows.stop - rows.start)
             if backbone.device.type == "cuda":
@@ -170,7 +168,7 @@ def _buffers(plan: Plan, device: torch.device) -> dict[str, Tensor]:
     """Buffers for one shard of every site, page-locked if a GPU copies to them."""
     pinned = device.type == "cuda"
     return {
-        site: torch.empty((plan.shard_images, *shape), dtype=_DTYPES[plan.dtype], pin_memory=pinned)
+        site: torch.empty((plan.shard_images, *shape), dtype=getattr(torch, plan.dtype), pin_memory=pinned)
         for site, shape in plan.shapes.items()
     }
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from sparsight.activations.shards import Array, open_array
+from sparsight.activations.array import Array
 from sparsight.common.digests import digest, file_digest
 from sparsight.common.errors import SparsightError, reason
 from sparsight.common.slices import row_slices
@@ -68,13 +68,11 @@ class Rows:
         out = np.empty((len(rows), self.shape[1]), self.dtype)
         images, tokens = np.divmod(rows, self.tokens_per_image)
         order = np.argsort(images, kind="stable")
-        # Neighbouring images are read together, each chunk once if all its images are requested.
-        for run in np.split(order, np.flatnonzero(np.diff(images[order]) > 1) + 1):
-            for part in np.split(run, np.flatnonzero(np.diff(images[run] // self.chunk_images)) + 1):
-                if len(part):
-                    first = int(images[part[0]])
-                    block = self.images(first, int(images[part[-1]]) + 1)
-                    out[part] = block[(images[part] - first) * self.tokens_per_image + tokens[part]]
+        for part in np.split(order, np.flatnonzero(np.diff(images[order] // self.chunk_images)) + 1):
+            if len(part):  # the images of one chunk, which is read once
+                first = int(images[part[0]])
+                block = self.images(first, int(images[part[-1]]) + 1)
+                out[part] = block[(images[part] - first) * self.tokens_per_image + tokens[part]]
         return out
 
     def _numbers(self, key: np.ndarray) -> np.ndarray:
@@ -101,7 +99,7 @@ class ActivationStore:
 
     def __init__(self, path: Path, manifest: dict[str, Any]) -> None:
         self.path, self.manifest = path, manifest
-        self._arrays: dict[str, Array] = {site: open_array(path / site) for site in manifest["sites"]}
+        self._arrays = {site: Array(path / site) for site in manifest["sites"]}
 
     @classmethod
     def open(cls, path: str | Path) -> "ActivationStore":
@@ -121,17 +119,6 @@ class ActivationStore:
             if file.stat().st_size != size:
                 raise SparsightError(f"{file}: {file.stat().st_size} bytes instead of {size}; {_again(group)}")
         return cls(group, manifest)
-
-    def close(self) -> None:
-        """Close all open files; reading opens them again."""
-        for array in self._arrays.values():
-            array.close()
-
-    def __enter__(self) -> "ActivationStore":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     @property
     def sites(self) -> list[str]:

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from sparsight.activations.shards import Layout, write_shard
+from sparsight.activations.shards import Layout, shard_file, write_shard
 from sparsight.activations.store import FORMAT_VERSION, NO_CHECKSUM, checksum, files_of, problems_of
 from sparsight.common.digests import digest, file_digest
 from sparsight.common.errors import SparsightError, reason
@@ -74,7 +74,7 @@ class Plan:
 
     def files(self, shard: int) -> dict[str, str]:
         """Per site the file of one shard, relative to the group."""
-        return {site: f"{site}/{layout.file(shard)}" for site, layout in self.layouts.items()}
+        return {site: f"{site}/{shard_file(shard, len(layout.shape))}" for site, layout in self.layouts.items()}
 
 
 class StoreWriter:

@@ -16,7 +16,7 @@ from torch import Tensor
 from sparsight.common.errors import SparsightError
 from sparsight.kernels import functions
 
-__all__ = ["BACKENDS", "decode", "encode_at", "routed_topk", "topk"]
+__all__ = ["BACKENDS", "decode", "routed_topk", "topk"]
 
 BACKENDS = ("reference", "cpu", "triton")
 
@@ -57,15 +57,6 @@ def routed_topk(
         SparsightError: ``SPARSIGHT_KERNELS`` names an unknown backend.
     """
     return functions.routed_topk(_backend(x_BD), x_BD, W_enc_DF, b_enc_F, expert_B, n_experts, k)
-
-
-def encode_at(x_BD: Tensor, W_enc_DF: Tensor, b_enc_F: Tensor, indices_BK: Tensor) -> Tensor:
-    """Pre-activations x W_enc + b_enc at given latents, (B, K), differentiable in x, W_enc and b_enc.
-
-    Raises:
-        SparsightError: ``SPARSIGHT_KERNELS`` names an unknown backend.
-    """
-    return functions.encode_at(_backend(x_BD), x_BD, W_enc_DF, b_enc_F, indices_BK)
 
 
 def decode(values_BK: Tensor, indices_BK: Tensor, W_dec_FD: Tensor) -> Tensor:

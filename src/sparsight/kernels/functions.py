@@ -108,14 +108,6 @@ def routed_topk(
     return _chosen(backend, x_BD, W_enc_DF, b_enc_F, pre_BK, indices_BK)
 
 
-def encode_at(backend: Backend, x_BD: Tensor, W_enc_DF: Tensor, b_enc_F: Tensor, indices_BK: Tensor) -> Tensor:
-    """See :func:`sparsight.kernels.encode_at`."""
-    everywhere = torch.ones_like(indices_BK, dtype=torch.bool)
-    with torch.no_grad(), _no_autocast(x_BD):
-        values_BK = backend.dots(x_BD, W_enc_DF.T, indices_BK, everywhere) + b_enc_F[indices_BK]
-    return _Encode.apply(x_BD, W_enc_DF, b_enc_F, values_BK, indices_BK, everywhere, backend)
-
-
 def decode(backend: Backend, values_BK: Tensor, indices_BK: Tensor, W_dec_FD: Tensor) -> Tensor:
     """See :func:`sparsight.kernels.decode`."""
     with _no_autocast(values_BK):

@@ -11,10 +11,10 @@ from sparsight.common.files import write_json
 
 
 def write_provenance(configuration: Path, benchmarks: Path, path: Path) -> None:
-    """Write ``provenance.json``: time, git commit, versions, machine, configuration, and the cost of every job.
+    """Write ``provenance.json``: time, git commit, versions, machine, and the cost of every job.
 
     Args:
-        configuration: configuration.json.
+        configuration: configuration.json, which lies beside; its digest ties the two together.
         benchmarks: folder of Snakemake's benchmark files, ``<job>.jsonl``.
         path: the file to write.
     """
@@ -23,7 +23,6 @@ def write_provenance(configuration: Path, benchmarks: Path, path: Path) -> None:
         "commit": machine.commit(),
         "versions": machine.versions(),
         "machine": machine.describe(),
-        "configuration": json.loads(configuration.read_text()),
         "configuration_digest": file_digest(configuration),
         "jobs": {
             file.relative_to(benchmarks).with_suffix("").as_posix(): _cost(file)

@@ -82,8 +82,8 @@ def _latents(
     for folder, chain in shown.items():
         metadata = json.loads((folder / "config.json").read_text())
         name = folder.relative_to(inputs["configuration"].parent / "saes").as_posix()
-        with ActivationStore.open(stores[metadata["backbone"]]) as store:
-            browser.add(name, folder, chain, store, device, 1 / len(shown))
+        store = ActivationStore.open(stores[metadata["backbone"]])
+        browser.add(name, folder, chain, store, device, 1 / len(shown))
     return browser.data()
 
 

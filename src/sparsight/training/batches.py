@@ -262,16 +262,14 @@ class StoreBatches:
         return slice(pool.first * self._tokens, pool.last * self._tokens)
 
     def _buffer(self, n_images: int, device: torch.device | str) -> dict[str, Tensor]:
+        n_rows = n_images * self._tokens
         return {
-            site: torch.empty(n_images * self._tokens, source.shape[1], dtype=_TORCH[source.dtype.name], device=device)
+            site: torch.empty(n_rows, source.shape[1], dtype=getattr(torch, source.dtype.name), device=device)
             for site, source in self.sites.items()
         }
 
     def _move(self, x: Tensor) -> Tensor:
         return x if x.device == self.device else x.pin_memory().to(self.device, non_blocking=True)
-
-
-_TORCH = {"float16": torch.float16, "float32": torch.float32}
 
 
 def _join(parts: list[Batch]) -> Batch:
