@@ -68,14 +68,14 @@ def test_an_sae_of_a_grid_has_the_bytes_that_it_has_alone(store: Path, tmp_path:
 
 
 def test_a_grid_of_eight_reads_the_store_once(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    read, chunk = [0], Array._chunk
+    read, chunks = [0], Array._chunks
 
-    def counted(self: Array, start: int) -> np.ndarray:
-        x = chunk(self, start)
+    def counted(self: Array, start: int, end: int) -> np.ndarray:
+        x = chunks(self, start, end)
         read[0] += x.nbytes
         return x
 
-    monkeypatch.setattr(Array, "_chunk", counted)
+    monkeypatch.setattr(Array, "_chunks", counted)
     used = {}
     for seeds in ((0,), tuple(range(8))):
         read[0] = 0

@@ -29,16 +29,6 @@ rule policy:
 CODE_OF_PRUNING = code("pruning.py", *(variant(RUN.sae_names[sae]) for sae in RUN.steered))
 
 
-def read_by_pruning(wildcards):
-    """Every file that the stage reads; the SAEs and their seeds follow from the steering section that it names."""
-    return [
-        f"{R}/images/manifest.parquet",
-        backbone_of_policy(wildcards),
-        f"{R}/pruning/{wildcards.policy}/policy.safetensors",
-        *expand(SAE_WEIGHTS, sae=RUN.steered),
-    ]
-
-
 rule pruning:
     input:
         images=f"{R}/images/manifest.parquet",
@@ -75,3 +65,7 @@ rule pruning:
         " --from-policy {input.policy} --from-saes {input.saes} --name {wildcards.policy} --cores {threads}"
         " --out {params.out} --work {params.work} --record {output.record}"
         " {params.flags} > {log} 2>&1"
+
+
+include: "timings.smk"
+include: "export.smk"

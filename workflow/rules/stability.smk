@@ -1,7 +1,3 @@
-def saes_of_section(wildcards):
-    return expand(SAE_WEIGHTS, sae=RUN.grids[wildcards.section])
-
-
 # How similar the SAEs of a section are over its seeds.
 rule stability:
     input:
