@@ -164,7 +164,7 @@ def test_no_artefact_of_one_configuration_is_taken_for_another_s(own_repository:
     assert clean(folder)
     run(folder, "git", "checkout", "-q", "-")
     run(folder, "snakemake", "--touch", "--cores", "1")
-    assert planned(folder) == FOLLOWS_SAE | {"configuration"}, "configuration of 64, files of 48, times and memory made to agree"
+    assert planned(folder) == FOLLOWS_SAE | {"configuration"}, "configuration of 64, files of 48, times made to agree"
     run(folder, "dvc", "repro", "-q", "dvc.yaml")
     assert width(folder) == 64 and clean(folder)
     again, first = locked((folder / "dvc.lock").read_text()), locked(run(folder, "git", "show", "HEAD:dvc.lock"))
