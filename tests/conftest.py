@@ -1,6 +1,7 @@
 """Fixtures: small models, small image folders, and one small run of the whole pipeline."""
 
 import dataclasses
+import importlib.util
 import json
 import os
 import shutil
@@ -8,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "2")
@@ -73,6 +75,15 @@ def _unlisted(reporter: pytest.TerminalReporter) -> list[str]:
     """Reasons of skipped tests that are not among those allowed."""
     reasons = [str(report.longrepr[2]).removeprefix("Skipped: ") for report in reporter.stats.get("skipped", [])]
     return sorted({reason for reason in reasons if not reason.startswith(tuple(MAY_SKIP))})
+
+
+def script(path: str) -> ModuleType:
+    """A script of the repository that belongs to no package, imported."""
+    spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def data_folder() -> Path:

@@ -1,7 +1,6 @@
 """Promises about the code itself: what may import what, and how long things are."""
 
 import ast
-import importlib.util
 import os
 import re
 import shutil
@@ -10,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, script
 
 SRC = ROOT / "src" / "sparsight"
 
@@ -79,10 +78,7 @@ def test_every_stage_script_is_one_rule_and_one_call() -> None:
 
 
 def test_what_the_docs_take_from_the_code_is_up_to_date() -> None:
-    spec = importlib.util.spec_from_file_location("build", ROOT / "docs" / "build.py")
-    assert spec is not None and spec.loader is not None
-    build = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(build)
+    build = script("docs/build.py")
     for file, make in build.MADE.items():
         assert (ROOT / "docs" / file).read_text() == make(), f"{file}: run python docs/build.py"
     counts, names = build.imports(), build.layers()

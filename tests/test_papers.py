@@ -1,7 +1,6 @@
 """The page of the papers' numbers beside ours."""
 
 import copy
-import importlib.util
 import json
 from pathlib import Path
 from types import ModuleType
@@ -12,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from conftest import ROOT
+from conftest import ROOT, script
 from scipy import stats
 from snakemake.utils import update_config
 
@@ -23,11 +22,7 @@ PAPERS: Any = yaml.safe_load((ROOT / "experiments" / "papers.yaml").read_text())
 
 @pytest.fixture(scope="module")
 def papers() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("papers", ROOT / "docs" / "papers.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return script("docs/papers.py")
 
 
 def test_page_is_up_to_date(papers: ModuleType) -> None:

@@ -37,7 +37,7 @@ class Backbone(Section):
     held_out_templates: tuple[str, ...] = ()
     """Captions that are never trained on. Test accuracy with them as prompts is also reported."""
     epochs: CountOrZero = 0
-    """Passes over the train split. 0 uses the weights as they are; the settings of training are then refused."""
+    """Passes over the train split. 0 uses the weights as they are and turns training off, with all of its settings."""
     batch_size: Count = 64
     """Images per step, in training and in evaluation; training ``none`` has neither."""
     lr: Positive = 1e-3
@@ -91,7 +91,5 @@ class Backbone(Section):
         for template in (*templates, *self.held_out_templates):
             if template.count("{}") != 1 or template.replace("{}", "").count("{"):
                 raise SparsightError(f"templates: {template!r} needs one {{}} for the class name")
-        only_if(self.training != "none", "a model with a classifier", self, "batch_size")
-        names = ("lr", "weight_decay", "label_smoothing", "ema", *(["training"] if self.training != "none" else []))
-        only_if(self.epochs > 0, "training (epochs above 0)", self, *names, *_AUGMENTATION)
-        only_if(self.training != "probe", "training of all weights (not a probe)", self, *_AUGMENTATION)
+        read = self.training != "probe" or self.epochs == 0
+        only_if(read, "training of all weights (not a probe)", self, *_AUGMENTATION)
