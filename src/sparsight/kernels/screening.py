@@ -1,4 +1,4 @@
-"""Exact fp32 top-k at the cost of a bf16 product, which takes about a quarter of an fp32 product on CPUs with fast bf16.
+"""Exact fp32 top-k at the cost of a bf16 product: about a quarter of an fp32 product on CPUs with fast bf16.
 
 A bf16 product screens all latents. A rigorous bound on its error gives candidates that include the true top-k. Only
 the candidates are computed in fp32. Let s = x.w + b be a pre-activation, s' its bf16 computation before the result is
