@@ -66,7 +66,7 @@ def write_manifest(section: config.Images, seed: int, record: dict[str, Any], th
                     log(f"skipped: {result}")
     classes = source.class_names()
     numbers = {name: number for number, name in enumerate(classes)}
-    label = np.array([numbers[item.label_name] for item in kept], dtype=np.int32)
+    label = np.array([-1 if i.label_name is None else numbers[i.label_name] for i in kept], dtype=np.int32)
     fractions = {"val": section.val_fraction, "test": section.test_fraction}
     split = draw_splits(kept, sha256, label, classes, fractions, seed)
     duplicates = _equal_images(kept, sha256, split)
@@ -81,7 +81,7 @@ def write_manifest(section: config.Images, seed: int, record: dict[str, Any], th
             "image_id": pa.array(order.astype(np.int64)),
             "uri": [kept[i].uri for i in order],
             "sha256": [sha256[i] for i in order],
-            "label": pa.array(label[order]),
+            "label": pa.array(label[order], mask=label[order] < 0),
             "label_name": [kept[i].label_name for i in order],
             "split": split[order].tolist(),
         }
@@ -131,6 +131,6 @@ class Manifest:
             self._source,
             table["uri"],
             table["sha256"],
-            table["label"].to_numpy().copy(),
+            table["label"].fill_null(-1).to_numpy().copy(),
             self.classes,
         )

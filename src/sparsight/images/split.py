@@ -28,7 +28,7 @@ class Split:
     _uris: pa.ChunkedArray
     _sha256: pa.ChunkedArray
     labels: np.ndarray
-    """int32 (n,)."""
+    """int32 (n,); -1 for an image without a label."""
     classes: list[str]
 
     def __len__(self) -> int:

@@ -6,8 +6,8 @@ Shapes: H height, W width, C channels (1 grey, 3 RGB).
 import io
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
@@ -26,11 +26,14 @@ class Item:
     """One image of a source, not yet read."""
 
     uri: str
-    label_name: str
+    label_name: str | None
+    """None if the image has no label."""
     split: str | None
     """None if the source does not assign splits."""
     member: int = 0
     """Number of its data set in a union. Each keeps its own splits; missing ones are drawn from its train images."""
+    columns: Mapping[str, str] = field(default_factory=dict)
+    """Values of the source's further label columns, by name; the manifest keeps them under these names."""
 
 
 class Reader(Protocol):

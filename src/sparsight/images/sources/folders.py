@@ -29,7 +29,7 @@ class Folder(_Files):
         return self._items
 
     def class_names(self) -> list[str]:
-        return sorted({item.label_name for item in self._items})
+        return sorted({item.label_name for item in self._items if item.label_name is not None})
 
     @cached_property
     def _items(self) -> list[Item]:
