@@ -18,7 +18,7 @@ FRACTIONS = {"val": 0.1, "test": 0.2}
 
 def draw(items: list[Item], sha256: list[str], seed: int) -> np.ndarray:
     classes = sorted({str(item.label_name) for item in items})
-    label = np.array([classes.index(item.label_name) for item in items], np.int32)
+    label = np.array([classes.index(str(item.label_name)) for item in items], np.int32)
     return draw_splits(items, sha256, label, classes, FRACTIONS, seed)
 
 
