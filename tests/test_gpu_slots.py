@@ -52,6 +52,7 @@ class Stage:
     def card(self) -> str:
         """What it sees, as soon as it has a card."""
         assert self.process.stdout is not None
+        assert select.select([self.process.stdout], [], [], 60)[0], "it still waits for a card"
         return self.process.stdout.readline().strip()
 
 

@@ -30,9 +30,7 @@ def take_card() -> None:
     folder = Path(tempfile.gettempdir(), f"sparsight-cards-{os.getuid()}")
     folder.mkdir(mode=0o700, exist_ok=True)
     logged = False
-    if (
-        job is not None
-    ):  # the cards are the job's, so only its own stages can meet on them; its numbers may be its own too
+    if job is not None:  # only its own stages can meet on the cards of a job, whose numbers may be its own, too
         cards = {name: f"{job}-{key}" for name, key in cards.items()}
     while (card := _lock_one(folder, cards)) is None:
         if not logged:
