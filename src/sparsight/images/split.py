@@ -19,6 +19,8 @@ from sparsight.images.preprocess import Preprocess
 from sparsight.images.sources import Reader, Source
 from sparsight.images.table import SplitTable
 
+_IN_MEMORY = 2**30
+"""Bytes of the decoded images of a split that are kept in memory."""
 Rows = np.ndarray | slice
 """Numbers of images within a split."""
 
@@ -118,12 +120,12 @@ class Split:
 
 
 class Pixels:
-    """Random access to the decoded images of a split, kept in memory if they fit into 1 GiB, else their list."""
+    """Random access to the decoded images of a split, kept in memory if they fit, else their list."""
 
     def __init__(self, split: Split, preprocess: Preprocess, threads: int) -> None:
         self._preprocess, self._threads = preprocess, threads
         n_bytes = len(split) * preprocess.size[0] * preprocess.size[1] * preprocess.channels
-        self._all = split.batch(slice(None), preprocess, threads) if n_bytes <= 2**30 else None
+        self._all = split.batch(slice(None), preprocess, threads) if n_bytes <= _IN_MEMORY else None
         self._split = dataclasses.replace(split, table=split.table.in_memory())
 
     def __getitem__(self, rows: np.ndarray) -> np.ndarray:
