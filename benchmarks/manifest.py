@@ -82,9 +82,11 @@ def measure(path: Path) -> None:
         for shard in own
         for rows in row_slices(shard.stop - shard.start, section.batch_size)
     ]
-    n_images = sum(map(len, split.stream(windows, pixel)))
+    pixels, n_images = split.stream(windows, pixel), 0
     for shard in own:
-        split.uris(shard)
+        while n_images < shard.stop - own[0].start:
+            n_images += len(next(pixels))
+        split.uris(shard)  # for the messages of the store's writer
     end = time.perf_counter()
     peak = machine.peak_memory()
     print(

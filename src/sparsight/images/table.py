@@ -23,9 +23,8 @@ SCHEMA = pa.schema(
     }
 )  # fmt: skip
 """The columns of every manifest; further label columns follow them, as strings."""
-_KEEP = 4
-"""Row groups in memory. Reading in order needs the group of the current images and those of the images fetched ahead
-of it; any number of groups would do the same."""
+_KEEP = 2
+"""Row groups in memory: that of the current images, and that of the images that a reader fetches ahead of them."""
 
 
 def write(path: Path, splits: Iterable[pa.Table], columns: Sequence[str], about: Mapping[str, Any]) -> None:
@@ -111,10 +110,10 @@ class SplitTable:
         """Uri and sha256 of the split's row group of this number; those used last stay in memory."""
         with self._lock:
             if number not in self._read:
+                if len(self._read) == self._keep:
+                    self._read.popitem(last=False)
                 group = self._groups[number]
                 self._read[number] = self._file.read_row_groups([group], columns=["uri", "sha256"], use_threads=False)
-                if len(self._read) > self._keep:
-                    self._read.popitem(last=False)
             self._read.move_to_end(number)
             return self._read[number]
 
