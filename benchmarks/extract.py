@@ -33,6 +33,7 @@ from sparsight.common import machine
 from sparsight.common.slices import row_slices
 from sparsight.common.work import Work
 from sparsight.config import Compute
+from sparsight.images import table
 from sparsight.images.manifest import Manifest, write_manifest
 from sparsight.images.preprocess import Preprocess
 from sparsight.images.sources.packaged import Mnist5000
@@ -50,9 +51,14 @@ class Decoded(Split):
     """A split whose pictures are decoded already."""
 
     def __init__(self, pixels: np.ndarray) -> None:
-        names = pa.chunked_array([[f"image {i}" for i in range(len(pixels))]])
-        super().__init__(Mnist5000(), names, names, np.zeros(len(pixels), np.int32), ["only"])
         object.__setattr__(self, "pixels", pixels)
+
+    def __len__(self) -> int:
+        return len(self.pixels)  # type: ignore[attr-defined]
+
+    def uris(self, rows: Any) -> list[str]:
+        """Names of the images, for messages."""
+        return [f"image {i}" for i in range(len(self))[rows]]
 
     def stream(self, windows: Sequence[Any], *_: Any) -> Iterator[np.ndarray]:
         """The batches, from memory."""
@@ -172,10 +178,21 @@ def measure(n: int) -> None:
     source = Mnist5000()
     shas = pa.array([hashlib.sha256(source.read(f"mnist-5000:{i}")).hexdigest() for i in range(5000)])
     rows = np.arange(n) % 5000
-    uris = pa.chunked_array([[f"mnist-5000:{i}" for i in rows]])
-    split = Split(source, uris, pa.chunked_array([shas.take(pa.array(rows))]), np.zeros(n, np.int32), ["only"])
+    digits = pa.table(
+        {
+            "image_id": rows,
+            "uri": [f"mnist-5000:{i}" for i in rows],
+            "sha256": shas.take(pa.array(rows)),
+            "label": np.zeros(n, np.int32),
+            "label_name": ["only"] * n,
+            "split": ["train"] * n,
+        }
+    )
     section = config.Activations(sites=("blocks.1.output",), tokens="all", shard_images=512, batch_size=128)
     with tempfile.TemporaryDirectory() as folder, Work(Path(folder) / "work", "key") as work:
+        path = Path(folder) / "manifest.parquet"
+        table.write(path, [digits], [], {"source": "mnist-5000", "path": None, "classes": ["only"]})
+        split = Manifest(path).split("train")
         before = machine.peak_memory()
         extract(backbone, split, section, Compute(), work, Path(folder) / "train.zarr", 0, {})
         after = machine.peak_memory()

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 from conftest import ROOT
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from snakemake.utils import update_config
 
@@ -206,6 +206,13 @@ def test_flags_of_the_default_run_give_its_sections_back() -> None:
         sections += named.values()
     for section in sections:
         assert through_flags(section) == section
+
+
+@given(st.lists(st.text(st.characters(codec="utf-8", exclude_categories=["C"]), max_size=8), unique=True))
+@example(["-1", "--limit", "", "a b", "k=v"])
+def test_flags_carry_any_class_names(names: list[str]) -> None:
+    section = Images(classes=tuple(names), images_per_class=3, limit=9)
+    assert through_flags(section) == section
 
 
 @given(title=st.text(st.characters(codec="utf-8", exclude_categories=["C"]), max_size=30), latents=st.integers(0, 99))

@@ -19,7 +19,7 @@ FRACTIONS = {"val": 0.1, "test": 0.2}
 def draw(items: list[Item], sha256: list[str], seed: int) -> np.ndarray:
     classes = sorted({str(item.label_name) for item in items})
     label = np.array([classes.index(str(item.label_name)) for item in items], np.int32)
-    return draw_splits(items, sha256, label, classes, FRACTIONS, seed)
+    return draw_splits(items, np.array(sha256), label, classes, FRACTIONS, seed)
 
 
 def plain(items: list[Item], seed: int) -> list[str]:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from sparsight.common.errors import SparsightError
-from sparsight.config.bounds import ShareBelowOne
+from sparsight.config.bounds import Count, ShareBelowOne
 from sparsight.config.checks import Section
 from sparsight.config.schema import parse
 
@@ -32,8 +32,19 @@ class Images(Section):
     test_fraction: ShareBelowOne = 0.2
     """Share of each class for test, if the source has no test split."""
 
+    classes: tuple[str, ...] = ()
+    """Keep these classes only, in this order; empty keeps all. Images without a label are then left out."""
+    images_per_class: Count | None = None
+    """Draw so many images of each class before splits are drawn: from train where there are official splits, whose val
+    and test then give at most as many. Images without a label are left out. null keeps all."""
+    limit: Count | None = None
+    """Draw so many images in all, the same share of each class and official split. null keeps all."""
+
     def __post_init__(self) -> None:
         super().__post_init__()
+        twice = [name for i, name in enumerate(self.classes) if name in self.classes[:i]]
+        if twice:
+            raise SparsightError(f"classes: {twice[0]!r} is listed twice; list each class once")
         if self.val_fraction + self.test_fraction >= 1:
             raise SparsightError("val_fraction: val_fraction + test_fraction leave no training images")
         if (self.source != "mnist-5000") != (self.path is not None):

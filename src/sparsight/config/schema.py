@@ -112,6 +112,7 @@ def add_arguments(parser: argparse.ArgumentParser, cls: type) -> None:
         default = "required" if field.default is dataclasses.MISSING else f"default: {field.default}"
         group.add_argument(
             f"--{field.name.replace('_', '-')}",
+            action="extend" if takes_several else "store",
             nargs="*" if takes_several else None,
             metavar="KEY=VALUE" if get_origin(get_type_hints(cls)[field.name]) is dict else field.name.upper(),
             default=argparse.SUPPRESS,
@@ -162,7 +163,7 @@ def to_flags(section: Any) -> str:
         if isinstance(value, dict):
             words += [flag, *(f"{key}={_write(item)}" for key, item in value.items())]
         elif isinstance(value, tuple):
-            words += [flag, *map(_write, value)]
+            words += [f"{flag}={_write(item)}" for item in value] or [flag]  # with =, as a name may begin with a dash
         elif value is not None:
             words.append(f"{flag}={_write(value)}")
     return shlex.join(words)

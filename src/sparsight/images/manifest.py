@@ -1,15 +1,16 @@
-"""Writes and reads ``manifest.parquet``: every image of a source with its checksum, label and split."""
+"""Makes and opens ``manifest.parquet``: every image of a source with its checksum, label and split."""
 
 import hashlib
 import json
 from collections import defaultdict
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from sparsight import config
@@ -18,25 +19,94 @@ from sparsight.common.errors import SparsightError, reason
 from sparsight.common.progress import Progress, log
 from sparsight.common.seeds import derive_seed
 from sparsight.common.slices import row_slices
+from sparsight.images import table
 from sparsight.images.draw import draw_splits
-from sparsight.images.sources import SOURCES, Item
+from sparsight.images.part import draw_part
+from sparsight.images.sources import SOURCES, SPLITS, Item, Source
 from sparsight.images.split import Split, decode
 
 
 def write_manifest(section: config.Images, seed: int, record: dict[str, Any], threads: int, path: Path) -> None:
-    """Read every image once, check that it decodes, and write ``manifest.parquet``.
+    """List the images of a source, read each once, check that it decodes, and write ``manifest.parquet``.
 
-    Columns: image_id int64, uri, sha256, label int32, label_name, split; rows in a seeded random order. The
-    Parquet metadata key ``sparsight`` holds the source, the class names (a name's position is its label), the
-    entries of ``record``, the ``skipped`` images (uri, reason), and images with equal bytes: ``duplicates`` in more
-    than one official split, ``label_conflicts`` with more than one label.
+    Columns: image_id int64, uri, sha256, label int32 and label_name (null without a label), split, and the source's
+    further label columns. The rows of train come first, then those of val and test; within a split they are in a
+    seeded random order. A row group holds at most ``table.ROW_GROUP`` rows, of one split. The Parquet metadata key
+    ``sparsight`` holds the source, the class names (a name's position is its label), the ``part`` of the source that
+    was asked for, the number of ``unlabelled`` images of each split, the entries of ``record``, the ``skipped`` images
+    (uri, reason), and images with equal bytes: ``duplicates`` in more than one official split, ``label_conflicts`` with
+    more than one label.
 
     Raises:
-        SparsightError: no images, an empty split, a class without train images, or an image that cannot be read
-            or decoded (with ``on_error: skip``, such an image is left out, logged and listed instead).
+        SparsightError: no images, an empty split, a class without train images, a part that cannot be drawn, or an
+            image that cannot be read or decoded (with ``on_error: skip``, such an image is left out, logged and listed
+            instead).
     """
     source = SOURCES[section.source](section.path)
-    items = source.items()
+    listed = source.items()
+    items, classes = draw_part(listed, source.class_names(), section, seed)
+    part = {
+        "classes": section.classes, "images_per_class": section.images_per_class, "limit": section.limit,
+        "listed": len(listed),
+    }  # fmt: skip
+    del listed
+    sha256, skipped = _checksums(source, items, section.on_error == "skip", threads)
+    if skipped:
+        left_out = set(skipped)
+        items = [item for item in items if item.uri not in left_out]
+    numbers = {name: number for number, name in enumerate(classes)}
+    label = np.array([-1 if i.label_name is None else numbers[i.label_name] for i in items], dtype=np.int32)
+    if not (label >= 0).any():
+        classes = []
+    content = np.unique(sha256, return_inverse=True)[1]
+    fractions = {"val": section.val_fraction, "test": section.test_fraction}
+    split = draw_splits(items, content, label, classes, fractions, seed)
+    duplicates = _equal_images(items, content, split)
+    if duplicates:
+        log(f"images: {len(duplicates)} images are in more than one split, e.g. {', '.join(duplicates[0])}")
+    conflicts = _equal_images(items, content, np.array([item.label_name for item in items], dtype=object))
+    if conflicts:
+        log(f"images: {len(conflicts)} images have more than one label, e.g. {', '.join(conflicts[0])}")
+    unlabelled = {name: int(((label < 0) & (split == name)).sum()) for name in SPLITS}
+    if any(unlabelled.values()):
+        log(f"images: without a label: {', '.join(f'{n} of {name}' for name, n in unlabelled.items())}")
+    about = {
+        "format_version": 2,
+        "source": section.source,
+        "path": section.path,
+        "classes": classes,
+        "part": part,
+        "unlabelled": unlabelled,
+        "skipped": [{"uri": uri, "reason": why} for uri, why in skipped.items()],
+        "duplicates": duplicates,
+        "label_conflicts": conflicts,
+        **record,
+    }
+    columns = _further_columns(items)
+    order = np.random.default_rng(derive_seed(seed, "images", "order")).permutation(len(items))
+
+    def rows() -> Iterator[pa.Table]:
+        for name in SPLITS:
+            of_split = order[split[order] == name]
+            for window in row_slices(len(of_split), table.ROW_GROUP):
+                chosen = of_split[window]
+                some = [items[i] for i in chosen]
+                values = {
+                    "image_id": chosen.astype(np.int64),
+                    "uri": [item.uri for item in some],
+                    "sha256": pa.array(sha256[chosen]).cast(pa.string()),
+                    "label": pa.array(label[chosen], mask=label[chosen] < 0),
+                    "label_name": pa.array([item.label_name for item in some], pa.string()),
+                    "split": [name] * len(some),
+                }
+                further = {key: pa.array([item.columns.get(key) for item in some], pa.string()) for key in columns}
+                yield pa.table(values | further)
+
+    table.write(path, rows(), columns, about)
+
+
+def _checksums(source: Source, items: list[Item], skip: bool, threads: int) -> tuple[np.ndarray, dict[str, str]]:
+    """sha256 of every image that can be read, S64 (n,); and the reason for each other one, by uri."""
     reader = source.reader(item.uri for item in items)
 
     def checksum(item: Item) -> str | SparsightError:
@@ -49,88 +119,78 @@ def write_manifest(section: config.Images, seed: int, record: dict[str, Any], th
             return error
         return hashlib.sha256(data).hexdigest()
 
-    sha256: list[str] = []
-    kept: list[Item] = []
-    skipped: list[dict[str, str]] = []
+    sha256, n_read = np.empty(len(items), "S64"), 0
+    skipped: dict[str, str] = {}
     with ThreadPoolExecutor(threads) as pool, Progress(len(items), "images") as progress:
         for rows in row_slices(len(items), 1024):  # in windows: a future for every image takes much memory
             for item, result in zip(items[rows], pool.map(checksum, items[rows]), strict=True):
                 progress(1)
                 if isinstance(result, str):
-                    sha256.append(result)
-                    kept.append(item)
-                elif section.on_error == "stop":
-                    raise result
-                else:
-                    skipped.append({"uri": item.uri, "reason": str(result)})
+                    sha256[n_read] = result
+                    n_read += 1
+                elif skip:
+                    skipped[item.uri] = str(result)
                     log(f"skipped: {result}")
-    classes = source.class_names()
-    numbers = {name: number for number, name in enumerate(classes)}
-    label = np.array([-1 if i.label_name is None else numbers[i.label_name] for i in kept], dtype=np.int32)
-    fractions = {"val": section.val_fraction, "test": section.test_fraction}
-    split = draw_splits(kept, sha256, label, classes, fractions, seed)
-    duplicates = _equal_images(kept, sha256, split)
-    if duplicates:
-        log(f"images: {len(duplicates)} images are in more than one split, e.g. {', '.join(duplicates[0])}")
-    conflicts = _equal_images(kept, sha256, np.array([item.label_name for item in kept], dtype=object))
-    if conflicts:
-        log(f"images: {len(conflicts)} images have more than one label, e.g. {', '.join(conflicts[0])}")
-    order = np.random.default_rng(derive_seed(seed, "images", "order")).permutation(len(kept))
-    table = pa.table(
-        {
-            "image_id": pa.array(order.astype(np.int64)),
-            "uri": [kept[i].uri for i in order],
-            "sha256": [sha256[i] for i in order],
-            "label": pa.array(label[order], mask=label[order] < 0),
-            "label_name": [kept[i].label_name for i in order],
-            "split": split[order].tolist(),
-        }
-    )
-    metadata = {
-        "format_version": 1,
-        "source": section.source,
-        "path": section.path,
-        "classes": classes,
-        "skipped": skipped,
-        "duplicates": duplicates,
-        "label_conflicts": conflicts,
-        **record,
-    }
-    pq.write_table(table.replace_schema_metadata({"sparsight": json.dumps(metadata, sort_keys=True)}), path)
+                else:
+                    raise result
+    return sha256[:n_read], skipped
 
 
-def _equal_images(items: list[Item], sha256: list[str], of: np.ndarray) -> list[list[str]]:
-    """Groups of images with equal bytes that differ in ``of``, (n,); per image its uri and the value that it has."""
-    rows: dict[str, list[int]] = defaultdict(list)
-    for row, digest in enumerate(sha256):
-        rows[digest].append(row)
-    return [[f"{items[i].uri} ({of[i]})" for i in group] for group in rows.values() if len(set(of[group])) > 1]
+def _equal_images(items: list[Item], content: np.ndarray, of: np.ndarray) -> list[list[str]]:
+    """Groups of images with equal bytes that differ in ``of``, (n,); per image its uri and the value that it has.
+
+    Images without a value (None) are in no group.
+    """
+    groups: dict[int, list[int]] = defaultdict(list)
+    has_value = np.array([value is not None for value in of], bool)
+    for row in np.flatnonzero((np.bincount(content)[content] > 1) & has_value).tolist():
+        groups[content[row]].append(row)
+    return [[f"{items[i].uri} ({of[i]})" for i in group] for group in groups.values() if len(set(of[group])) > 1]
+
+
+def _further_columns(items: list[Item]) -> list[str]:
+    """Names of the items' further label columns, in the order in which they first occur."""
+    columns = list(dict.fromkeys(name for item in items for name in item.columns))
+    taken = [name for name in columns if name in table.SCHEMA.names]
+    if taken:
+        raise SparsightError(
+            f"images: the source has a label column {taken[0]!r}, a name that the manifest needs; rename the column"
+        )
+    return columns
 
 
 class Manifest:
-    """The images of a run, as ``manifest.parquet`` lists them.
+    """The images of a run, as ``manifest.parquet`` lists them. Opening it reads the file's footer only.
 
     Raises:
         SparsightError: the file is not an image manifest.
     """
 
     def __init__(self, path: Path) -> None:
-        self.table = pq.read_table(path)
-        metadata = (self.table.schema.metadata or {}).get(b"sparsight")
+        self._path = path
+        footer = pq.read_metadata(path)
+        metadata = (footer.metadata or {}).get(b"sparsight")
         if metadata is None:
             raise SparsightError(f"{path}: not an image manifest (no 'sparsight' metadata); run the images stage")
-        self.about = json.loads(metadata)
+        self._n_images = footer.num_rows
+        self.about: dict[str, Any] = json.loads(metadata)
         self.classes: list[str] = self.about["classes"]
-        self.digest = file_digest(path)
         self._source = SOURCES[self.about["source"]](self.about["path"])
 
-    def split(self, name: str) -> "Split":
-        """The rows of one split, in manifest order."""
-        table = self.table.filter(pc.equal(self.table["split"], name))
-        return Split(
-            self._source,
-            table["uri"],
-            table["sha256"],
-            table["label"].fill_null(-1).to_numpy().copy(),
-            self.classes,
-        )
+    def __len__(self) -> int:
+        """The number of images, of all splits."""
+        return self._n_images
+
+    @cached_property
+    def digest(self) -> str:
+        """sha256 of the file."""
+        return file_digest(self._path)
+
+    @property
+    def table(self) -> pa.Table:
+        """All rows and columns, read into memory."""
+        return pq.read_table(self._path)
+
+    def split(self, name: str) -> Split:
+        """The images of one split, in manifest order."""
+        return Split(self._source, table.SplitTable(self._path, name), self.classes)

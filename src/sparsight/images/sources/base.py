@@ -21,7 +21,10 @@ _BAND = 128
 _OPENING = threading.Lock()
 
 
-@dataclass(frozen=True)
+_NO_COLUMNS: Mapping[str, str] = {}
+
+
+@dataclass(frozen=True, slots=True)
 class Item:
     """One image of a source, not yet read."""
 
@@ -32,7 +35,7 @@ class Item:
     """None if the source does not assign splits."""
     member: int = 0
     """Number of its data set in a union. Each keeps its own splits; missing ones are drawn from its train images."""
-    columns: Mapping[str, str] = field(default_factory=dict)
+    columns: Mapping[str, str] = field(default_factory=lambda: _NO_COLUMNS)
     """Values of the source's further label columns, by name; the manifest keeps them under these names."""
 
 
