@@ -187,7 +187,8 @@ def hugging_face(root: Path, _: Any) -> Expected:
 
     features = Features({"picture": Image(), "kind": ClassLabel(names=["zebra", "ant"])})
     sizes = {"train": ("train", 9), "validation": ("val", 4), "test": ("test", 4)}
-    data, expected = DatasetDict(), {}
+    data = DatasetDict()
+    expected: Expected = {}
     for number, (name, (split, n)) in enumerate(sizes.items()):
         cells = [{"bytes": picture(100 * number + i), "path": None} for i in range(n)]
         rows = {"picture": cells, "kind": [i % 2 for i in range(n)]}

@@ -57,23 +57,22 @@ class ImageNet(Reopening):
                     f"{tree.path}: holds images outside of class folders, e.g. {Path(tree.images[0]).name}; sort them "
                     f"into {tree.path}/<WordNet id>/, as torchvision.datasets.ImageNet does when it unpacks an archive"
                 )
+            packed = [file for file in tree.other if file.endswith(".tar")] if tree else []
             if not folders[name]:
-                raise SparsightError(self._missing(name, tree))
+                packed += [file for file in self._tree.other if file.endswith(f"_img_{name}.tar")]
+            if packed:
+                raise SparsightError(
+                    f"{packed[0]}: still packed; unpack it with torchvision.datasets.ImageNet({str(self.path)!r}, "
+                    f"split={name!r}), which needs ILSVRC2012_devkit_t12.tar.gz beside it"
+                )
+            if not folders[name]:
+                raise SparsightError(
+                    f"{self.path}: no {name}/<WordNet id>/<image> here; give the folder that holds train and val"
+                )
             for folder in folders[name]:
                 if folder.path.name not in self._names:
                     raise SparsightError(f"{folder.path}: no WordNet id of ImageNet-1k; take it out of {name}")
         return folders
-
-    def _missing(self, name: str, tree: Tree | None) -> str:
-        archives = [
-            Path(file).name for part in (tree, self._tree) if part for file in part.other if file.endswith(".tar")
-        ]
-        if not archives:
-            return f"{self.path}: no {name}/<WordNet id>/<image> here; give the folder that holds train and val"
-        return (
-            f"{self.path}: {archives[0]} is still packed; unpack it with torchvision.datasets.ImageNet("
-            f"{str(self.path)!r}, split={name!r}), which needs ILSVRC2012_devkit_t12.tar.gz beside it"
-        )
 
     @cached_property
     def _names(self) -> dict[str, str]:
