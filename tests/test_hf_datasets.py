@@ -1,5 +1,7 @@
 """Data sets that Hugging Face's ``datasets`` has saved or cached."""
 
+import json
+import pickle
 import socket
 import sys
 from pathlib import Path
@@ -12,6 +14,7 @@ from source_layouts import hugging_face
 
 from sparsight.common.errors import SparsightError
 from sparsight.images.sources import SOURCES, Source
+from sparsight.images.sources.hf_datasets import HuggingFace
 
 
 @pytest.fixture(autouse=True)
@@ -85,17 +88,24 @@ def test_labels_that_are_texts_or_numbers_without_names(tmp_path: Path) -> None:
         assert [item.label_name for item in source.items()] == [str(label) for label in labels]
 
 
-def test_further_columns_are_kept_as_text(tmp_path: Path) -> None:
-    features = Features(
-        {**FEATURES, "domain": ClassLabel(names=["photo", "sketch"]), "note": Value("string"), "count": Value("int32"),
-         "weight": Value("float32"), "depth": Image()}
-    )  # fmt: skip
-    further: dict[str, list[Any]] = {"domain": [1, -1], "note": ["x", None], "count": [-1, 2], "weight": [0.5, 1.0]}
+def test_further_columns_are_kept_as_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    kinds = {"note": Value("string"), "split": Value("int32"), "weight": Value("float32"), "caption": Value("string")}
+    domain = ClassLabel(names=["photo", "sketch"])
+    features = Features({**FEATURES, "domain": domain, **kinds, "depth": Image()})
+    further: dict[str, list[Any]] = {
+        "domain": [1, -1],
+        "note": ["x", None],
+        "split": [-1, 2],
+        "weight": [0.5, 1.0],
+        "caption": ["a", "b" * 101],
+    }
     data = Dataset.from_dict(rows(2, **further, depth=rows(2, 9)["image"]), features=features)
     data.save_to_disk(tmp_path / "d")
     first, second = open_source(tmp_path / "d").items()
-    assert (first.label_name, first.columns) == ("b", {"domain": "sketch", "note": "x", "count": "-1"})
-    assert (second.label_name, second.columns) == ("a", {"count": "2"})
+    assert (first.label_name, first.columns) == ("b", {"domain": "sketch", "note": "x", "source_split": "-1"})
+    log = "".join(capsys.readouterr())
+    assert "not kept are the columns weight, caption, depth; kept are class labels, whole numbers, and text" in log
+    assert (second.label_name, second.columns) == ("a", {"source_split": "2"})
 
 
 def test_a_data_set_in_the_cache_by_its_folder_or_one_above(tmp_path: Path) -> None:
@@ -186,3 +196,27 @@ def test_without_the_library_the_extra_is_named(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(SparsightError, match=r"package datasets is needed; install the extra sources: uv sync --extra"):
         open_source(tmp_path / "d").items()
+
+
+def test_another_column_may_be_the_label(tmp_path: Path) -> None:
+    features = Features({**FEATURES, "domain": ClassLabel(names=["photo", "sketch"]), "weight": Value("float32")})
+    Dataset.from_dict(rows(2, domain=[1, 0], weight=[0.5, 1.0]), features=features).save_to_disk(tmp_path / "d")
+    source = pickle.loads(pickle.dumps(HuggingFace(str(tmp_path / "d"), label_column="domain")))
+    assert source.class_names() == ["photo", "sketch"]
+    assert [(item.label_name, item.columns) for item in source.items()] == [
+        ("sketch", {"source_label": "b"}), ("photo", {"source_label": "a"})
+    ]  # fmt: skip
+    for column in ("weight", "gone"):
+        with pytest.raises(SparsightError, match=f"no column '{column}' of classes, .*; there are: label, domain"):
+            HuggingFace(str(tmp_path / "d"), label_column=column).items()
+
+
+def test_a_label_without_a_name_is_an_error(tmp_path: Path) -> None:
+    folder = tmp_path / "d"
+    with_nine = Dataset.from_dict(rows(2, label=[0, 9]))
+    with_nine.cast_column("image", Image()).save_to_disk(folder)
+    info = json.loads((folder / "dataset_info.json").read_text())
+    info["features"]["label"] = {"names": ["b", "a"], "_type": "ClassLabel"}
+    (folder / "dataset_info.json").write_text(json.dumps(info))
+    with pytest.raises(SparsightError, match=r"column 'label' row 1 has no class \(9\); repair it"):
+        open_source(folder).items()

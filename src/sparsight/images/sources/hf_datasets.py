@@ -7,15 +7,16 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from sparsight.common.errors import SparsightError, reason
+from sparsight.common.progress import log
 from sparsight.images.class_names import in_order
 from sparsight.images.sources.base import Item, Reopening
+from sparsight.images.sources.columns import MAX_BYTES, is_categorical, is_number, is_short, kept_name, texts
 from sparsight.images.sources.listing import log_rows
 from sparsight.images.sources.splits import split_of
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-_SCALARS = ("string", "large_string", "bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
 _UNNAMED = "rows"
 """The place of a split's name in the uris of a Dataset, which has no splits."""
 
@@ -29,13 +30,20 @@ class HuggingFace(Reopening):
 
     A DatasetDict gives the splits; a single Dataset has none. The image is the column of type Image (``image`` or
     ``img`` if there are several), the label that of type ClassLabel (``label`` or ``fine_label``), or else a column
-    ``label`` of numbers or texts. Null and -1 mean no label. Further columns of class labels, numbers and texts are
-    kept in ``Item.columns``.
+    ``label`` of whole numbers or text. Null and -1 mean no label. Further columns are kept as those of Parquet tables
+    are.
+
+    Args:
+        path: the folder.
+        label_column: the column of the label; None for the one described above.
     """
 
-    def __init__(self, path: str | None) -> None:
+    def __init__(self, path: str | None, label_column: str | None = None) -> None:
         assert path is not None
-        self.path = Path(path)
+        self.path, self.label_column = Path(path), label_column
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return HuggingFace, (str(self.path), self.label_column)
 
     @cached_property
     def _parts(self) -> "dict[str, Dataset]":
@@ -109,77 +117,93 @@ class HuggingFace(Reopening):
                     raise SparsightError(f"{self.path}: the column {name!r} of {split} is of another type than before")
         return features
 
-    def _column(self, kind: str, preferred: tuple[str, str]) -> str | None:
+    def _of_type(self, kind: str, preferred: tuple[str, str], remedy: str) -> str | None:
         """The column of a type; with several, the first of the preferred names."""
         names = [name for name, feature in self._features.items() if type(feature).__name__ == kind]
         if len(names) <= 1:
             return next(iter(names), None)
         chosen = next((name for name in preferred if name in names), None)
         if chosen is None:
-            raise SparsightError(
-                f"{self.path}: {', '.join(names)} are all of type {kind}; name the one to use {preferred[0]!r}"
-            )
+            raise SparsightError(f"{self.path}: {', '.join(names)} are all of type {kind}; {remedy}")
         return chosen
 
     @cached_property
     def _image(self) -> str:
-        column = self._column("Image", ("image", "img"))
+        column = self._of_type("Image", ("image", "img"), "name the one to use 'image'")
         for split, rows in self._parts.items():
-            if column is None or column not in rows.features:
+            if column not in rows.features:
                 columns = ", ".join(f"{name} ({type(kind).__name__})" for name, kind in rows.features.items())
                 raise SparsightError(f"{self.path}: no column of type Image in {split}; there are: {columns}")
-        assert column is not None
+        assert column is not None, "a data set has at least one split"
         return column
 
     @cached_property
     def _label(self) -> str | None:
-        column = self._column("ClassLabel", ("label", "fine_label"))
-        return "label" if column is None and self._is_label(self._features.get("label")) else column
+        if self.label_column is not None:
+            if not self._is_categorical(self.label_column):
+                known = ", ".join(filter(self._is_categorical, self._features)) or "none"
+                raise SparsightError(
+                    f"{self.path}: no column {self.label_column!r} of classes, whole numbers or text; there are: "
+                    f"{known}"
+                )
+            return self.label_column
+        column = self._of_type("ClassLabel", ("label", "fine_label"), "choose one with images.label_column")
+        return "label" if column is None and self._is_categorical("label") else column
 
-    @staticmethod
-    def _is_label(feature: Any) -> bool:
-        return hasattr(feature, "names") or getattr(feature, "dtype", None) in _SCALARS
+    def _is_categorical(self, column: str) -> bool:
+        kinds = [rows.data.schema.field(column).type for rows in self._parts.values() if column in rows.features]
+        return bool(kinds) and all(map(is_categorical, kinds))
+
+    def _texts(self, split: str, column: str) -> list[str | None]:
+        """The values of a column as text; None where there is no class, no value or no such column."""
+        rows = self._parts[split]
+        if column not in rows.features:
+            return [None] * len(rows)
+        names = getattr(self._features[column], "names", None)
+        found = texts(rows.data[column], names, f"{self.path}: {split}: column {column!r}")
+        if column == self._label and is_number(rows.data.schema.field(column).type):
+            return [None if text == "-1" else text for text in found]
+        return found
+
+    @cached_property
+    def _further(self) -> list[str]:
+        """The further columns that are kept."""
+        others = [name for name in self._features if name not in (self._image, self._label)]
+        kept = [name for name in others if self._is_categorical(name) and self._is_short(name)]
+        if left_out := [name for name in others if name not in kept]:
+            log(
+                f"images: {self.path}: not kept are the columns {', '.join(left_out)}; kept are class labels, whole "
+                f"numbers, and text of at most {MAX_BYTES} bytes"
+            )
+        for name in kept:
+            if kept_name(name) != name and kept_name(name) in kept:
+                raise SparsightError(
+                    f"{self.path}: the column {name!r} is kept as {kept_name(name)!r}, which exists; rename one"
+                )
+        return kept
+
+    def _is_short(self, column: str) -> bool:
+        return all(is_short(rows.data[column]) for rows in self._parts.values() if column in rows.features)
 
     def items(self) -> list[Item]:
-        further = [name for name, kind in self._features.items() if name != self._label and self._is_label(kind)]
         items: list[Item] = []
         for name, rows in self._parts.items():
-            labels = self._texts(name, self._label) if self._label in rows.features else [None] * len(rows)
-            columns = {column: self._texts(name, column) for column in further if column in rows.features}
+            labels: list[str | None] = [None] * len(rows) if self._label is None else self._texts(name, self._label)
+            further = {kept_name(column): self._texts(name, column) for column in self._further}
             for row, label in enumerate(labels):
-                values = {column: texts[row] for column, texts in columns.items()}
-                known = {column: text for column, text in values.items() if text is not None}
-                items.append(Item(f"{name}:{row}", label, self._splits[name], columns=known))
+                values = {column: text for column, found in further.items() if (text := found[row]) is not None}
+                items.append(Item(f"{name}:{row}", label, self._splits[name], columns=values))
             log_rows(f"{self.path} {name}", len(rows), labels.count(None))
-        if not items or not self._image:
+        if not items:
             raise SparsightError(f"{self.path}: the data set has no rows")
         return items
-
-    def _texts(self, split: str, column: str | None) -> list[str | None]:
-        """The values of a column as text: class names where it has them; None where it is null or -1."""
-        assert column is not None
-        names = getattr(self._features[column], "names", None)
-        texts: list[str | None] = []
-        for row, value in enumerate(self._parts[split][column][:]):
-            if value is None or (value == -1 and (names or column == self._label)):
-                texts.append(None)
-            elif names and not 0 <= value < len(names):
-                raise SparsightError(
-                    f"{self.path}: {split} row {row}: {column} is {value}, but {len(names)} classes have names; "
-                    "repair it"
-                )
-            else:
-                texts.append(str(names[value] if names else value))
-        return texts
 
     def class_names(self) -> list[str]:
         if self._label is None:
             return []
         names = getattr(self._features[self._label], "names", None)
-        if names:
-            return list(names)
-        labels = (self._texts(name, self._label) for name, rows in self._parts.items() if self._label in rows.features)
-        return in_order(label for texts in labels for label in texts if label is not None)
+        found = {text for name in self._parts for text in self._texts(name, self._label)} - {None}
+        return list(names) if names and found else in_order(text for text in found if text is not None)
 
     @cached_property
     def _images(self) -> "dict[str, Dataset]":
