@@ -122,6 +122,11 @@ def test_a_data_set_in_the_cache_by_its_folder_or_one_above(tmp_path: Path) -> N
             f"train:{i}" for i in range(12)
         }
     assert open_source(info.parent).read("test:2") == picture(402)
+    about = json.loads(info.read_text())
+    about["splits"]["test"]["num_examples"] = 5
+    info.write_text(json.dumps(about))
+    with pytest.raises(SparsightError, match=r"the split test has 4 of 5 rows; load it again"):
+        open_source(info.parent).items()
     next(info.parent.glob("*-test.arrow")).unlink()
     with pytest.raises(SparsightError, match=r"not readable by datasets \(.*\); save it again"):
         open_source(info.parent).items()

@@ -1,5 +1,6 @@
 """WebDataset's tar shards."""
 
+import gzip
 import io
 import pickle
 import re
@@ -162,18 +163,25 @@ def a_second_archive_behind(shard: bytes) -> bytes:
     return shard + shard
 
 
+def compressed(shard: bytes) -> bytes:
+    return gzip.compress(shard)
+
+
 def empty(shard: bytes) -> bytes:
     return b""
 
 
 @pytest.mark.parametrize(
-    "damage", [cut_in_the_data, cut_between_two_files, a_header_overwritten, a_second_archive_behind, empty]
+    "damage",
+    [cut_in_the_data, cut_between_two_files, a_header_overwritten, a_second_archive_behind, compressed, empty],
 )
 def test_a_damaged_shard_is_an_error(damage: Callable[[bytes], bytes], tmp_path: Path) -> None:
     shard = write(tmp_path / "a.tar", {"cls": 0}, {"cls": 1}, {"cls": 0})
     assert labels(shard) == ["0", "1", "0"]
     shard.write_bytes(damage(shard.read_bytes()))
-    assert re.search(r"a.tar: not a whole tar archive \(.+\); get the shard again", message(shard))
+    assert re.search(
+        r"a.tar: not a whole tar archive \(.+\); unpack it if it is compressed, or get the shard", message(shard)
+    )
 
 
 def test_a_damaged_image_is_named_or_skipped(tmp_path: Path) -> None:

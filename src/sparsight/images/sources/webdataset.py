@@ -182,7 +182,9 @@ def _members(path: Path, file: BinaryIO) -> Iterator[tarfile.TarInfo]:
             if len(tail) < tarfile.BLOCKSIZE or tail.strip(b"\0"):
                 raise tarfile.ReadError(f"cut short or damaged at byte {archive.offset:,}")
     except (tarfile.TarError, OSError) as error:
-        raise SparsightError(f"{path}: not a whole tar archive ({reason(error)}); get the shard again") from None
+        raise SparsightError(
+            f"{path}: not a whole tar archive ({reason(error)}); unpack it if it is compressed, or get the shard again"
+        ) from None
 
 
 def _image(path: Path, key: str, sample: _Sample) -> tarfile.TarInfo | None:
