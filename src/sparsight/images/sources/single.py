@@ -4,13 +4,19 @@ from collections.abc import Callable
 
 from sparsight.images.sources.base import Source
 from sparsight.images.sources.folders import Cub200, Folder, TinyImageNet
+from sparsight.images.sources.hf_datasets import HuggingFace
+from sparsight.images.sources.imagenet import ImageNet
 from sparsight.images.sources.packaged import TORCHVISION, Mnist5000
 from sparsight.images.sources.parquet import ParquetTables
+from sparsight.images.sources.webdataset import WebDataset
 
 SINGLE: dict[str, Callable[[str | None], Source]] = {
     "mnist-5000": Mnist5000,
     "folder": Folder,
     "parquet": ParquetTables,
+    "hf-datasets": HuggingFace,
+    "webdataset": WebDataset,
+    "imagenet": ImageNet,
     "cub200": Cub200,
     "tiny-imagenet": TinyImageNet,
     **TORCHVISION,
