@@ -3,15 +3,17 @@
 import hashlib
 import json
 import pickle
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from source_files import Expected, check, manifest, put
+from source_files import Expected, check, counts, litter, manifest, put
 
 from sparsight.common.errors import SparsightError
+from sparsight.images.sources import SOURCES
 
 
 def cifar(root: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> Expected:
@@ -163,13 +165,38 @@ def caltech101(root: Path, _: Any) -> Expected:
     }
 
 
+def name_of(make: Callable[[Path, Any], Expected]) -> str:
+    return {"aircraft": "fgvc-aircraft"}.get(make.__name__, make.__name__)
+
+
 @pytest.mark.parametrize("make", [stl10, food101, flowers102, aircraft, dtd, eurosat, sun397, caltech101])
 def test_torchvision_layouts(
     make: Callable[[Path, Any], Expected], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = make(tmp_path / "d", monkeypatch)
-    name = {"aircraft": "fgvc-aircraft"}.get(make.__name__, make.__name__)
-    check(name, tmp_path / "d", tmp_path, expected)
+    check(name_of(make), tmp_path / "d", tmp_path, expected)
+
+
+@pytest.mark.parametrize("make", [stl10, food101, flowers102, aircraft, dtd, eurosat, sun397, caltech101])
+def test_hidden_files_change_nothing_and_the_counts_add_up(
+    make: Callable[[Path, Any], Expected],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    root = tmp_path / "d"
+    make(root, monkeypatch)
+    before, names = (source := SOURCES[name_of(make)](str(root))).items(), source.class_names()
+    (plain,) = counts(capsys.readouterr().err)
+    litter(root)
+    after = SOURCES[name_of(make)](str(root))
+    assert after.items() == before and after.class_names() == names
+    (found,) = counts(log := capsys.readouterr().err)
+    assert found["images"] == plain["images"] == len(before)
+    if make is not stl10:  # arrays, of which rows are counted
+        (folder,) = re.findall(r"^images: (.*): \d+ files", log, re.MULTILINE)
+        assert found["files"] == sum(path.is_file() for path in Path(folder).rglob("*"))
+        assert found["hidden"] > 0 and found["other"] == plain["other"]
 
 
 @pytest.mark.parametrize("name", ["cifar10", "stl10", "food101", "eurosat", "caltech101", "fgvc-aircraft"])

@@ -2,8 +2,9 @@
 
 from collections.abc import Callable
 
-from sparsight.images.sources.base import SPLITS, Item, Reader, Source
+from sparsight.images.sources.base import Item, Reader, Source
 from sparsight.images.sources.single import SINGLE
+from sparsight.images.sources.splits import SPLITS
 from sparsight.images.sources.union import Union
 
 __all__ = ["SOURCES", "SPLITS", "Item", "Reader", "Source"]
