@@ -96,9 +96,9 @@ def decode_file(data: bytes) -> np.ndarray:
     Raises:
         OSError: not a picture, or cut short.
         ValueError: more than MAX_PIXELS pixels, or pixels without a known range (32-bit, floating point).
-        Either message begins with the image's format, once that is known.
+        Either message begins with the image's format, if the header is sound.
     """
-    name = "unknown format"
+    name = "damaged header"
     try:
         image = _open(data)
         name = image.format or name
@@ -108,12 +108,12 @@ def decode_file(data: bytes) -> np.ndarray:
         ImageOps.exif_transpose(image, in_place=True)
         return _array(_eight_bit(image))
     except UnidentifiedImageError:  # its message shows the Python object that holds the bytes
-        raise OSError(None, f"cannot identify the image's format from its {len(data)} bytes") from None
+        raise OSError(f"cannot identify the image's format from its {len(data)} bytes") from None
     except ValueError as error:
         raise ValueError(f"{name}: {reason(error)}") from None
     except Exception as error:  # Pillow's plugins raise any kind of exception on damaged files
         kind = "" if isinstance(error, OSError) else f"{type(error).__name__}: "
-        raise OSError(None, f"{name}: {kind}{reason(error)}") from None
+        raise OSError(f"{name}: {kind}{reason(error)}") from None
 
 
 def _open(data: bytes) -> Image.Image:

@@ -41,7 +41,7 @@ class Tree:
     """Number of files with a hidden name, and of all files in folders with a hidden name."""
 
     def walk(self) -> Iterator["Tree"]:
-        """This folder and every folder below it, without hidden ones."""
+        """The folder itself and every folder below it, without hidden ones."""
         yield self
         for folder in self.folders:
             yield from folder.walk()
