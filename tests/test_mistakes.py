@@ -16,7 +16,7 @@ from conftest import ROOT, make_folder, snakemake, workspace
 
 def one_line(done: subprocess.CompletedProcess[str]) -> str:
     """The error of a failed command: status 1, one line, no traceback."""
-    usual = ("Using workflow specific profile", "Config file params.yaml is extended", "24/24 images")
+    usual = ("Using workflow specific profile", "Config file params.yaml is extended", "24/24 images", "images: ")
     lines = [line for line in done.stderr.splitlines() if not line.startswith(usual)]
     assert done.returncode == 1 and len(lines) == 1, done.stderr
     return lines[0]

@@ -19,7 +19,7 @@ from sparsight.common.progress import Progress, log
 from sparsight.common.seeds import derive_seed
 from sparsight.common.slices import row_slices
 from sparsight.images.draw import draw_splits
-from sparsight.images.sources import SOURCES, Item
+from sparsight.images.sources import SOURCES, Item, open_source
 from sparsight.images.split import Split, decode
 
 
@@ -35,7 +35,7 @@ def write_manifest(section: config.Images, seed: int, record: dict[str, Any], th
         SparsightError: no images, an empty split, a class without train images, or an image that cannot be read
             or decoded (with ``on_error: skip``, such an image is left out, logged and listed instead).
     """
-    source = SOURCES[section.source](section.path)
+    source = open_source(section)
     items = source.items()
     reader = source.reader(item.uri for item in items)
 
