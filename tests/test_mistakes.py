@@ -47,6 +47,16 @@ def test_an_experiment_file_that_is_missing_is_named_in_the_last_line(tmp_path: 
     assert done.stdout.rstrip().endswith("No such file or directory: 'experiments/none.yaml'")
 
 
+@pytest.mark.parametrize("first", [True, False], ids=["first", "after two dashes"])
+def test_a_target_stands_before_the_overlay_or_after_two_dashes(tmp_path: Path, first: bool) -> None:
+    target, overlay = "results/tiny/images/manifest.parquet", ["--configfile", "tiny.yaml"]
+    words = ["--cores", "1", "--dry-run", *([target, *overlay] if first else [*overlay, "--", target])]
+    command = [sys.executable, "-m", "snakemake", *words]
+    folder = workspace(tmp_path / "w")
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and re.search(r"^total +1$", done.stdout + done.stderr, re.MULTILINE), done.stderr
+
+
 def test_results_that_cannot_be_written_stop_snakemake_with_one_line(tmp_path: Path) -> None:
     folder = workspace(tmp_path / "w")
     (folder / "results").write_text("a file is in the way")

@@ -50,8 +50,8 @@ def texts(column: pa.ChunkedArray, names: Sequence[str] | None, where: str) -> l
         found: list[str | None] = _as_text(column).to_pylist()
         return found
     by_value: dict[int | str | None, str | None] = {None: None, -1: None}
-    for number, name in enumerate(names):
-        by_value[number] = by_value[name] = name
+    by_value.update(enumerate(names))
+    by_value.update(zip(names, names, strict=True))
     values = column.to_pylist()
     for row, value in enumerate(values):
         if value not in by_value:
