@@ -154,7 +154,10 @@ def test_rows_may_have_no_label(
     source = SOURCES["parquet"](str(write(tmp_path / "t.parquet", columns, features)))
     assert [item.label_name for item in source.items()] == expected and source.class_names() == names
     n = expected.count(None)
-    assert counts(log := capsys.readouterr().err) == [{"rows": len(expected), "images": len(expected)}]
+    tables, rows = counts(log := capsys.readouterr().err)
+    assert tables["tables"] == 1 and rows == {"rows": len(expected), "images": len(expected)}
+    pickle.loads(pickle.dumps(source)).read("t.parquet:0")
+    assert not capsys.readouterr().err, "later stages, which read images, do not count them again"
     assert (f"images, {n} of them without a label" in log) == (n > 0)
 
 

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 
 from sparsight.common.errors import SparsightError, reason
 from sparsight.images.sources.base import Item, Reader, Reopening
-from sparsight.images.sources.listing import log_files, log_rows, read_tree
+from sparsight.images.sources.listing import Tree, log_files, log_rows, read_tree
 from sparsight.images.sources.parquet_columns import ParquetColumns
 from sparsight.images.sources.splits import NAMES, split_of_file
 
@@ -48,19 +48,19 @@ class ParquetTables(Reopening):
         return ParquetTables, (str(self.path), self.label_column)
 
     @cached_property
+    def _tree(self) -> Tree:
+        """The folder of the tables; of a single table, nothing but that table."""
+        return Tree(self.path.parent, other=[self.path.as_posix()]) if self.path.is_file() else read_tree(self.path)
+
+    @cached_property
     def _files(self) -> dict[str, pq.ParquetFile]:
         """The tables by their paths below ``path``."""
-        if self.path.is_file():
-            paths = [self.path]
-        else:
-            tree = read_tree(self.path)
-            paths = sorted(Path(file) for part in tree.walk() for file in part.other if file.endswith(".parquet"))
-            log_files(tree, [path.as_posix() for path in paths], "tables")
+        files = [Path(file) for part in self._tree.walk() for file in part.other]
+        paths = [self.path] if self.path.is_file() else sorted(file for file in files if file.suffix == ".parquet")
         if not paths:
             raise SparsightError(f"{self.path}: no .parquet file here")
-        root = self.path.parent if self.path.is_file() else self.path
         try:
-            return {path.relative_to(root).as_posix(): pq.ParquetFile(path) for path in paths}
+            return {path.relative_to(self._tree.path).as_posix(): pq.ParquetFile(path) for path in paths}
         except (pa.ArrowException, OSError) as error:
             raise SparsightError(f"{self.path}: not readable as Parquet ({reason(error)})") from None
 
@@ -88,6 +88,7 @@ class ParquetTables(Reopening):
                 items.append(Item(f"{file_name}:{row}", label, self._splits[file_name], columns=values))
         if not items:
             raise SparsightError(f"{self.path}: the tables have no rows")
+        log_files(self._tree, [(self._tree.path / name).as_posix() for name in self._files], "tables")
         log_rows(self.path, len(items), sum(item.label_name is None for item in items))
         return items
 
