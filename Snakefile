@@ -1,6 +1,6 @@
 # images -> backbone -> activations -> sae -> steering -> pruning -> report
-#   snakemake --cores 2                            the default run (params.yaml) into results/default
-#   snakemake --cores 2 --configfile my.yaml       an overlay: only what differs from params.yaml
+#   snakemake --cores 2                               the default run (params.yaml) into results/default
+#   snakemake --cores 2 TARGET --configfile my.yaml   an overlay (what differs from params.yaml); targets come before it
 import os
 import sys
 

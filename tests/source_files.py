@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import pickle
+import re
 from pathlib import Path
 from typing import Any
 
@@ -107,3 +108,30 @@ def cub(root: Path, count: int = 16) -> Expected:
     for name, lines in rows.items():
         (root / name).write_text("\n".join(lines) + "\n")
     return expected
+
+
+JUNK = ("._{}", ".DS_Store", "Thumbs.db", "desktop.ini", "__MACOSX/{}", ".Trash-1000/files/{}")
+"""What file managers and notebooks leave in folders; {} stands for the name of a file there."""
+
+
+def litter(root: Path) -> int:
+    """Leave hidden files, with images among them, in every folder under ``root``; their number."""
+    count = 0
+    for folder in [root, *(path for path in sorted(root.rglob("*")) if path.is_dir())]:
+        file = next((path.name for path in sorted(folder.iterdir()) if path.is_file()), "image_0001.jpg")
+        for name in JUNK:
+            put(folder / name.format(file), 7000 + count)
+            count += 1
+    return count
+
+
+def counts(log: str) -> list[dict[str, int]]:
+    """What the lines of the log count: files or rows, and what they are. Checks that every line adds up."""
+    found = []
+    for total, unit, rest in re.findall(r"^images: .*: (\d+) (files|rows): (.*)$", log, re.MULTILINE):
+        parts = {
+            name: int(n) for n, name in re.findall(r"(\d+) (images|tables|shards|label files|hidden|other)\b", rest)
+        }
+        assert sum(parts.values()) == int(total)
+        found.append({unit: int(total), **parts})
+    return found

@@ -16,7 +16,7 @@ from conftest import ROOT, make_folder, snakemake, workspace
 
 def one_line(done: subprocess.CompletedProcess[str]) -> str:
     """The error of a failed command: status 1, one line, no traceback."""
-    usual = ("Using workflow specific profile", "Config file params.yaml is extended", "24/24 images")
+    usual = ("Using workflow specific profile", "Config file params.yaml is extended", "24/24 images", "images: ")
     lines = [line for line in done.stderr.splitlines() if not line.startswith(usual)]
     assert done.returncode == 1 and len(lines) == 1, done.stderr
     return lines[0]
@@ -45,6 +45,16 @@ def test_an_experiment_file_that_is_missing_is_named_in_the_last_line(tmp_path: 
     done = snakemake(workspace(tmp_path / "w"), "experiments/none.yaml", "--dry-run")
     assert done.returncode == 1 and not (tmp_path / "w" / "results").exists()
     assert done.stdout.rstrip().endswith("No such file or directory: 'experiments/none.yaml'")
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["first", "after two dashes"])
+def test_a_target_stands_before_the_overlay_or_after_two_dashes(tmp_path: Path, first: bool) -> None:
+    target, overlay = "results/tiny/images/manifest.parquet", ["--configfile", "tiny.yaml"]
+    words = ["--cores", "1", "--dry-run", *([target, *overlay] if first else [*overlay, "--", target])]
+    command = [sys.executable, "-m", "snakemake", *words]
+    folder = workspace(tmp_path / "w")
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and re.search(r"^total +1$", done.stdout + done.stderr, re.MULTILINE), done.stderr
 
 
 def test_results_that_cannot_be_written_stop_snakemake_with_one_line(tmp_path: Path) -> None:

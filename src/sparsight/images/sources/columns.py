@@ -49,12 +49,9 @@ def texts(column: pa.ChunkedArray, names: Sequence[str] | None, where: str) -> l
     if names is None:
         found: list[str | None] = _as_text(column).to_pylist()
         return found
-    by_value: dict[object, str | None] = {
-        None: None,
-        -1: None,
-        **dict(enumerate(names)),
-        **{name: name for name in names},
-    }
+    by_value: dict[int | str | None, str | None] = {None: None, -1: None}
+    by_value.update(enumerate(names))
+    by_value.update(zip(names, names, strict=True))
     values = column.to_pylist()
     for row, value in enumerate(values):
         if value not in by_value:

