@@ -10,9 +10,11 @@ from source_files import manifest, picture, put, table
 
 from sparsight import config
 from sparsight.common.errors import SparsightError
+from sparsight.config import schema
 from sparsight.images.manifest import Manifest
 from sparsight.images.part import draw_part
 from sparsight.images.sources import SOURCES, Item
+from sparsight.report.chapters import pipeline
 
 NAMES = ["ant", "bee", "cat", "dog"]
 
@@ -96,6 +98,9 @@ def test_all_three_together(paths: dict[str, str], tmp_path: Path) -> None:
     found = manifest("folder", paths["folder"], tmp_path / "m.parquet", **options)
     assert len(found) == 40
     assert sum(counts(found).values(), Counter()) == {"cat": 20, "ant": 20}
+    nothing: dict[str, Any] = {key: [] for key in ("backbones", "stores", "saes", "chains", "steerings", "policies")}
+    (images,) = pipeline.stages(found, nothing)[0].parts
+    assert images.about == "40 of 160 images, 2 classes", "the report says that it is a part"
 
 
 @pytest.mark.parametrize("options", [{"images_per_class": 7}, {"limit": 50}], ids=["images_per_class", "limit"])
@@ -159,6 +164,11 @@ def test_nothing_left() -> None:
         draw_part(items, [], config.Images(images_per_class=1), 0)
     with pytest.raises(SparsightError, match=r"images.classes: none of the 9 images has such a label; leave it out"):
         draw_part(items, ["a"], config.Images(classes=("a",)), 0)
+
+
+def test_a_class_that_is_a_number_needs_quotes() -> None:
+    with pytest.raises(SparsightError, match=r"images.classes\[1\]: expected str, got 5; put it in quotes"):
+        schema.parse(config.Images, {"classes": ["3", 5]}, "images")
 
 
 @pytest.mark.parametrize(

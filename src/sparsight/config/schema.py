@@ -89,7 +89,8 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
             pass
     if isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
         return value
-    raise SparsightError(f"{where}: expected {hint.__name__}, got {value!r}")
+    quotes = "; put it in quotes" if hint is str and isinstance(value, int | float) else ""
+    raise SparsightError(f"{where}: expected {hint.__name__}, got {value!r}{quotes}")
 
 
 def field_docs(cls: type) -> dict[str, str]:

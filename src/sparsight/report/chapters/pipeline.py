@@ -38,7 +38,9 @@ def stages(manifest: Manifest, inputs: dict[str, Any]) -> list[Stage]:
     steerings = [(path.stem, _read(path.with_suffix(".json"))) for path in inputs["steerings"]]
     sections = {_section(metadata["name"]): metadata["training"] for metadata in saes}
     steered = {_section(name): metadata for name, metadata in steerings}
-    source = Part(manifest.about["source"], f"{len(manifest):,} images, {len(manifest.classes)} classes", "")
+    listed, drawn = manifest.about["part"]["listed"], len(manifest) + len(manifest.about["skipped"])
+    of = f" of {listed:,}" if drawn < listed else ""
+    source = Part(manifest.about["source"], f"{len(manifest):,}{of} images, {len(manifest.classes)} classes", "")
     all_stages = [
         Stage("Images", "", [source]),
         Stage("Backbones", "backbones", [_backbone(name, metadata) for name, metadata in backbones.items()]),
