@@ -33,6 +33,7 @@ from sparsight.common import machine
 from sparsight.common.slices import row_slices
 from sparsight.common.work import Work
 from sparsight.config import Compute
+from sparsight.config.activations import StoredSite
 from sparsight.images.manifest import Manifest, write_manifest
 from sparsight.images.preprocess import Preprocess
 from sparsight.images.sources.packaged import Mnist5000
@@ -62,7 +63,7 @@ class Decoded(Split):
 def run_extraction(backbone: Backbone, split: Split, compute: Compute, batch_size: int, tokens: Any) -> float:
     """Seconds that one extraction takes."""
     site = f"blocks.{backbone.n_blocks - 1}.output"  # so that it computes as much as the bare model
-    section = config.Activations(sites=(site,), tokens=tokens, batch_size=batch_size)
+    section = config.Activations(sites=(StoredSite(site),), tokens=tokens, batch_size=batch_size)
     quiet = contextlib.redirect_stderr(io.StringIO())
     with tempfile.TemporaryDirectory() as folder, quiet, Work(Path(folder) / "work", "key") as work:
         begin = time.perf_counter()
@@ -174,7 +175,7 @@ def measure(n: int) -> None:
     rows = np.arange(n) % 5000
     uris = pa.chunked_array([[f"mnist-5000:{i}" for i in rows]])
     split = Split(source, uris, pa.chunked_array([shas.take(pa.array(rows))]), np.zeros(n, np.int32), ["only"])
-    section = config.Activations(sites=("blocks.1.output",), tokens="all", shard_images=512, batch_size=128)
+    section = config.Activations(sites=(StoredSite("blocks.1.output"),), tokens="all", shard_images=512, batch_size=128)
     with tempfile.TemporaryDirectory() as folder, Work(Path(folder) / "work", "key") as work:
         before = machine.peak_memory()
         extract(backbone, split, section, Compute(), work, Path(folder) / "train.zarr", 0, {})
