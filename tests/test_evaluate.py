@@ -58,7 +58,9 @@ def stores(tmp_path_factory: pytest.TempPathFactory) -> Stores:
 
 
 def random_sae(seed: int) -> SAE:
-    return sae.create("topk", D, F, K, seed=seed).requires_grad_(False)
+    one = sae.create("topk", D, F, K, seed=seed).requires_grad_(False)
+    one.about = {"tokens": "all"}
+    return one
 
 
 def random_chain(train: ActivationStore) -> ReSAE:
@@ -243,7 +245,7 @@ def test_saes_evaluated_together_get_the_files_that_each_gets_alone(split: Split
     store = real_store(backbone, split, tmp_path)
     saes = {f"s{seed}": random_sae(seed) for seed in range(2)}
     for one in saes.values():
-        one.about = {"site": SITES[0]}
+        one.about["site"] = SITES[0]
 
     def evaluated(saes: Mapping[str, SAE], name: str) -> Path:
         with Work(tmp_path / f"work-{name}", "key") as work:
