@@ -273,6 +273,7 @@ def test_a_chain_of_perfect_saes_changes_nothing_whatever_the_way_back(split: Sp
         one = sae.create("topk", D, 2 * D, D).requires_grad_(False)
         one.W_dec.copy_(torch.cat([torch.eye(D), -torch.eye(D)]))
         one.W_enc.copy_(one.W_dec.T)
+        one.about = {"tokens": "all"}
         chain.saes[site] = one
     with Work(tmp_path / "work", "key") as work:
         evaluate_chain(chain, backbone, dict.fromkeys(SPLITS, store), dict.fromkeys(SPLITS, split), 0, work, {})
