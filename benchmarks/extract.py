@@ -33,6 +33,7 @@ from sparsight.common import machine
 from sparsight.common.slices import row_slices
 from sparsight.common.work import Work
 from sparsight.config import Compute
+from sparsight.config.activations import StoredSite
 from sparsight.images import table
 from sparsight.images.manifest import Manifest, write_manifest
 from sparsight.images.preprocess import Preprocess
@@ -68,7 +69,7 @@ class Decoded(Split):
 def run_extraction(backbone: Backbone, split: Split, compute: Compute, batch_size: int, tokens: Any) -> float:
     """Seconds that one extraction takes."""
     site = f"blocks.{backbone.n_blocks - 1}.output"  # so that it computes as much as the bare model
-    section = config.Activations(sites=(site,), tokens=tokens, batch_size=batch_size)
+    section = config.Activations(sites=(StoredSite(site),), tokens=tokens, batch_size=batch_size)
     quiet = contextlib.redirect_stderr(io.StringIO())
     with tempfile.TemporaryDirectory() as folder, quiet, Work(Path(folder) / "work", "key") as work:
         begin = time.perf_counter()
@@ -188,7 +189,7 @@ def measure(n: int) -> None:
             "split": ["train"] * n,
         }
     )
-    section = config.Activations(sites=("blocks.1.output",), tokens="all", shard_images=512, batch_size=128)
+    section = config.Activations(sites=(StoredSite("blocks.1.output"),), tokens="all", shard_images=512, batch_size=128)
     with tempfile.TemporaryDirectory() as folder, Work(Path(folder) / "work", "key") as work:
         path = Path(folder) / "manifest.parquet"
         table.write(path, [digits], [], {"source": "mnist-5000", "path": None, "classes": ["only"]})

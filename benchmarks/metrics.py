@@ -64,7 +64,8 @@ def _write(folder: Path, n: int, centres: np.ndarray, seed: int) -> np.ndarray:
     """A store of n activations around the centres of their classes; returns the classes."""
     folder.mkdir()
     width = centres.shape[1]
-    plan = Plan(n, {SITE: (width,), "embedding": (width,)}, "float16", 4096)
+    tokens = {SITE: "cls", "embedding": "embedding"}
+    plan = Plan(n, {SITE: (width,), "embedding": (width,)}, "float16", 4096, tokens)
     writer, generator, labels, records = (
         StoreWriter(folder / "store.zarr", plan, folder),
         np.random.default_rng(seed),
@@ -78,7 +79,7 @@ def _write(folder: Path, n: int, centres: np.ndarray, seed: int) -> np.ndarray:
             site: (centres[labels[-1]] + own).astype(np.float16) for site, own in zip(plan.shapes, noise, strict=True)
         }
         records[shard] = writer.write(shard, values, [])
-    about = {"split": "train", "tokens": "cls", "token_positions": {"class": [0], "register": [], "patches": [1, 2]}}
+    about = {"split": "train", "token_positions": {"class": [0], "register": [], "patches": [1, 2]}}
     part = folder / "store.part-0.json"
     part.write_text(
         json.dumps({"plan": dataclasses.asdict(plan), "about": about | {"backbone": "vit"}, "shards": records})

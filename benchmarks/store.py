@@ -84,10 +84,10 @@ class Bench:
     def write_store(self) -> None:
         """Ours, with checksums, digests and manifest."""
         shutil.rmtree(self.folder / "store", ignore_errors=True)
-        plan = Plan(self.n, {SITE: (self.width,)}, "float16", SHARD)
+        plan = Plan(self.n, {SITE: (self.width,)}, "float16", SHARD, {SITE: "cls"})
         writer = StoreWriter(self.folder / "store" / "train.zarr", plan, self.folder)
         records = {number: writer.write(number, {SITE: self.x[s]}, []) for number, s in enumerate(self.shards)}
-        about = {"tokens": "cls", "token_positions": {"class": [0], "register": [], "patches": [1, 1]}}
+        about = {"token_positions": {"class": [0], "register": [], "patches": [1, 1]}}
         content = {"plan": dataclasses.asdict(plan), "about": about, "shards": records}
         write_json(self.folder / "part.json", content)
         finish_store(writer.path, [self.folder / "part.json"], self.folder / "store" / "train.json")

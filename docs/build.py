@@ -61,7 +61,7 @@ def _kind(hint: Any) -> str:
         return f"keys to {_kind(arguments[1])}"
     if arguments:  # X | None
         return "null or " + " or ".join(_kind(a) for a in arguments if a is not type(None))
-    return str(hint.__name__)
+    return str(getattr(hint, "form", hint.__name__))
 
 
 def _plain(value: object) -> str:

@@ -165,7 +165,9 @@ def write_store(
 ) -> Path:
     """A store of random numbers, ``folder/train.zarr``; its second token, where there are several, is a register."""
     folder.mkdir(parents=True, exist_ok=True)
-    made = Plan(n, shapes, plan.get("dtype", "float16"), plan.get("shard_images", shard_size(n, 4)))
+    tokens_by_site = {site: site if site == "embedding" else tokens for site in shapes}
+    shard_images = plan.get("shard_images", shard_size(n, 4))
+    made = Plan(n, shapes, plan.get("dtype", "float16"), shard_images, tokens_by_site)
     writer, generator = StoreWriter(folder / "train.zarr", made, folder), np.random.default_rng(seed)
     records = {}
     for shard, images in enumerate(made.shards):
@@ -174,7 +176,7 @@ def write_store(
         records[shard] = writer.write(shard, values, [])
     n_tokens = max(shape[0] for shape in shapes.values()) if tokens == "all" else 2
     positions = {"class": [0], "register": [1], "patches": [2, n_tokens]}
-    about = {"split": "train", "tokens": tokens, "token_positions": positions, "backbone": "vit"}
+    about = {"split": "train", "token_positions": positions, "backbone": "vit"}
     part = folder / "train.part-0.json"
     part.write_text(json.dumps({"plan": dataclasses.asdict(made), "about": about, "shards": records}))
     finish_store(folder / "train.zarr", [part], folder / "train.json")

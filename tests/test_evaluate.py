@@ -58,7 +58,9 @@ def stores(tmp_path_factory: pytest.TempPathFactory) -> Stores:
 
 
 def random_sae(seed: int) -> SAE:
-    return sae.create("topk", D, F, K, seed=seed).requires_grad_(False)
+    one = sae.create("topk", D, F, K, seed=seed).requires_grad_(False)
+    one.about = {"tokens": "all"}
+    return one
 
 
 def random_chain(train: ActivationStore) -> ReSAE:
@@ -243,7 +245,7 @@ def test_saes_evaluated_together_get_the_files_that_each_gets_alone(split: Split
     store = real_store(backbone, split, tmp_path)
     saes = {f"s{seed}": random_sae(seed) for seed in range(2)}
     for one in saes.values():
-        one.about = {"site": SITES[0]}
+        one.about["site"] = SITES[0]
 
     def evaluated(saes: Mapping[str, SAE], name: str) -> Path:
         with Work(tmp_path / f"work-{name}", "key") as work:
@@ -271,6 +273,7 @@ def test_a_chain_of_perfect_saes_changes_nothing_whatever_the_way_back(split: Sp
         one = sae.create("topk", D, 2 * D, D).requires_grad_(False)
         one.W_dec.copy_(torch.cat([torch.eye(D), -torch.eye(D)]))
         one.W_enc.copy_(one.W_dec.T)
+        one.about = {"tokens": "all"}
         chain.saes[site] = one
     with Work(tmp_path / "work", "key") as work:
         evaluate_chain(chain, backbone, dict.fromkeys(SPLITS, store), dict.fromkeys(SPLITS, split), 0, work, {})

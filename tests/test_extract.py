@@ -18,6 +18,7 @@ from sparsight.activations.writer import StoreWriter, finish_store
 from sparsight.common.errors import SparsightError
 from sparsight.common.work import Work
 from sparsight.config import Compute
+from sparsight.config.activations import StoredSite
 from sparsight.images.manifest import Manifest, write_manifest
 from sparsight.images.split import Split
 
@@ -88,7 +89,7 @@ def test_an_embedding_of_another_width_than_the_residual_stream_is_stored(split:
     sizes = {"vision.image_size": 16, "vision.patch_size": 8, "vision.width": 24, "vision.head_width": 8}
     small = {"vision.layers": 2, "vision.attn_pooler_heads": 2, "text.width": 16, "text.heads": 2, "text.layers": 1}
     backbone = backbones.load("open_clip/coca_ViT-B-32", None, embed_dim=16, **sizes, **small)
-    section = config.Activations(sites=("blocks.1.input", "embedding"), batch_size=8)
+    section = config.Activations(sites=(StoredSite("blocks.1.input"), StoredSite("embedding")), batch_size=8)
     with Work(tmp_path / "work", "key") as work:
         extract(backbone, split, section, Compute(), work, tmp_path / "train.zarr", 0, {})
         work.finish(tmp_path)

@@ -109,8 +109,8 @@ def test_options_reach_the_tables(
     x_train = stream(backbone, manifest)[:, 0].numpy()
 
     class Store:
-        def rows(self, site: str) -> np.ndarray:
-            assert site == SITE
+        def rows(self, site: str, tokens: str) -> np.ndarray:
+            assert (site, tokens) == (SITE, "cls")
             return x_train
 
     section = config.Steering(sae="topk", latents=M, strengths=(0.0, 30.0), **options)

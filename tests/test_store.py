@@ -66,7 +66,8 @@ def test_layout_on_disk_follows_the_contract(path: Path) -> None:
 
 @pytest.mark.parametrize(("n", "shard", "chunk"), [(16, 4, 2), (17, 8, 4), (5, 4, 4), (1, 1, 1)])
 def test_shards_are_what_zarr_itself_would_read_and_write(tmp_path: Path, n: int, shard: int, chunk: int) -> None:
-    plan = Plan(n, {"embedding": (3,), "blocks.0.mlp": (2, 3)}, "float32", shard)
+    tokens = {"embedding": "embedding", "blocks.0.mlp": "patches"}
+    plan = Plan(n, {"embedding": (3,), "blocks.0.mlp": (2, 3)}, "float32", shard, tokens)
     for layout in plan.layouts.values():
         object.__setattr__(layout, "chunk_images", chunk)
     values = {site: np.random.default_rng(n).random(lay.shape, np.float32) for site, lay in plan.layouts.items()}
@@ -316,7 +317,8 @@ def test_values_that_are_not_finite_are_refused_by_site_and_image(tmp_path: Path
         ("float32", np.inf, f"{nan} {where}; check the weights"),
         ("float16", 1e6, f"float16 overflow {where}: more than 65504; set activations.dtype: float32"),
     ):
-        writer = StoreWriter(tmp_path / "z.zarr", Plan(4, {"embedding": (4,)}, dtype, 2), tmp_path)
+        plan = Plan(4, {"embedding": (4,)}, dtype, 2, {"embedding": "embedding"})
+        writer = StoreWriter(tmp_path / "z.zarr", plan, tmp_path)
         x = np.zeros((2, 4), np.float32)
         x[1, 2] = value
         with np.errstate(over="ignore"), pytest.raises(SparsightError, match=message):

@@ -39,9 +39,9 @@ class Array:
         metadata = dataclasses.replace(array.metadata, fill_value=array.dtype.type(np.nan))
         self._array = zarr.Array(zarr.AsyncArray(metadata, array.store_path))
         self.folder, self.shape, self.dtype, self.chunk_images = folder, array.shape, array.dtype, array.chunks[0]
-        self._shard_images = (array.shards or array.chunks)[0]
+        self.shard_images = (array.shards or array.chunks)[0]
         chunk_bytes = int(np.prod(array.chunks)) * array.dtype.itemsize
-        self._piece = self.chunk_images * max(1, _PIECE_BYTES // chunk_bytes)
+        self.piece_images = self.chunk_images * max(1, _PIECE_BYTES // chunk_bytes)
 
     def read(self, first: int, last: int, out: np.ndarray | None = None) -> np.ndarray:
         """Images ``first`` to ``last`` - 1, (last - first, ...), written to ``out`` if given.
@@ -52,8 +52,8 @@ class Array:
         if out is None:
             out = np.empty((last - first, *self.shape[1:]), self.dtype)
         images = out.reshape(-1, *self.shape[1:])
-        for start in range(first // self.chunk_images * self.chunk_images, last, self._piece):
-            begin, end = max(first, start), min(last, start + self._piece)
+        for start in range(first // self.chunk_images * self.chunk_images, last, self.piece_images):
+            begin, end = max(first, start), min(last, start + self.piece_images)
             images[begin - first : end - first] = self._chunks(start, end)[begin - start :]
         return out
 
@@ -80,7 +80,7 @@ class Array:
         return x
 
     def _damaged(self, image: int, why: str) -> str:
-        shard, place = divmod(image, self._shard_images)
+        shard, place = divmod(image, self.shard_images)
         file = self.folder / shard_file(shard, len(self.shape))
         return damaged(file, f"chunk {place // self.chunk_images} {why}")
 

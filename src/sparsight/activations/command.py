@@ -31,6 +31,6 @@ def _verify(path: Path) -> None:
 
 def _info(store: ActivationStore) -> None:
     for site, array in store.manifest["sites"].items():
-        print(f"{site}  {array['dtype']}  {array['shape']}  rms {array['rms']:.4g}")
+        print(f"{site}  {array['tokens']}  {array['dtype']}  {array['shape']}  rms {array['rms']:.4g}")
     files, size = store.manifest["files"], sum(store.manifest["sizes"].values())
-    print(f"tokens {store.tokens}, {len(files)} files, {size / 1e6:.1f} MB, digest {store.manifest['digest']}")
+    print(f"{len(files)} files, {size / 1e6:.1f} MB, digest {store.manifest['digest']}")

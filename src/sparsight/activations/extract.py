@@ -24,6 +24,7 @@ from sparsight.common.errors import SparsightError
 from sparsight.common.files import write_atomic, write_json
 from sparsight.common.progress import Progress
 from sparsight.common.slices import row_slices
+from sparsight.common.tokens import EMBEDDING
 from sparsight.common.work import Work
 from sparsight.config import Activations, Compute
 from sparsight.images.split import Split
@@ -40,7 +41,8 @@ def extract(
     shards with matching checksums are kept.
 
     Args:
-        store: ``<split>.zarr``. An existing manifest of it is removed first.
+        store: ``<split>.zarr``. An existing store is no longer readable from the start, and is replaced shard by
+            shard.
         part: this part's number, below ``section.parts``.
         about: entries of the manifest about images and backbone.
 
@@ -49,10 +51,10 @@ def extract(
             disk space, an image that cannot be read, or a value that cannot be stored.
     """
     plan = _plan(backbone, section, len(split))
-    store.with_suffix(".json").unlink(missing_ok=True)
     writer = StoreWriter(store, plan, work.state)
     records = _records(writer, work, part, section.parts)
     todo = [shard for shard, record in records.items() if record is None]
+    writer.make_way(todo, others=part == 0)
     _check_space(plan, todo, store)
     windows = {shard: _inside(plan.shards[shard], section.batch_size) for shard in todo}
     pixels = stream(
@@ -79,9 +81,9 @@ def extract(
             buffers, start = free.pop(), plan.shards[shard].start
             for rows in windows[shard]:
                 with precision(compute, backbone.device):
-                    taps = backbone.taps(next(images), section.sites)
+                    taps = backbone.taps(next(images), list(plan.shapes))
                 for site, x in taps.items():
-                    stored = _pick(x, section.tokens, backbone.n_prefix).to(getattr(torch, section.dtype))
+                    stored = _pick(x, plan.tokens[site], backbone.n_prefix).to(getattr(torch, section.dtype))
                     buffers[site][rows.start - start : rows.stop - start].copy_(stored, non_blocking=True)
                 progress(rows.stop - rows.start)
             if backbone.device.type == "cuda":
@@ -99,7 +101,7 @@ def extract(
     }
     result = {
         "plan": dataclasses.asdict(plan),
-        "about": {"tokens": section.tokens, "token_positions": positions, **about},
+        "about": {"token_positions": positions, **about},
         "shards": records,
     }
     write_json(work.out / f"{store.stem}.part-{part}.json", result)
@@ -124,14 +126,17 @@ def _normalized(backbone: Backbone, batches: Iterator[np.ndarray]) -> Iterator[T
 
 
 def _plan(backbone: Backbone, section: Activations, n_images: int) -> Plan:
-    for site in section.sites:
+    n_tokens = {"patches": backbone.n_patches, "all": backbone.n_prefix + backbone.n_patches}
+    shapes: dict[str, tuple[int, ...]] = {}
+    for site, tokens in section.tokens_by_site.items():
         sites.check(site, backbone.n_blocks, "activations.sites")
-    if section.tokens == "cls" and not backbone.class_positions:
-        raise SparsightError("activations.tokens: the backbone has no class token; use patches, all or mean")
-    n_tokens = {"patches": backbone.n_patches, "all": backbone.n_prefix + backbone.n_patches}.get(section.tokens)
-    token = (backbone.d_in,) if n_tokens is None else (n_tokens, backbone.d_in)
-    shapes = {site: (backbone.d_embedding,) if site == "embedding" else token for site in section.sites}
-    return Plan(n_images, shapes, section.dtype, shard_size(n_images, section.shard_images))
+        if tokens == "cls" and not backbone.class_positions:
+            raise SparsightError(
+                f"activations: {site} cannot store cls, the backbone has no class token; use patches, all or mean"
+            )
+        width = backbone.d_embedding if tokens == EMBEDDING else backbone.d_in
+        shapes[site] = (n_tokens[tokens], width) if tokens in n_tokens else (width,)
+    return Plan(n_images, shapes, section.dtype, shard_size(n_images, section.shard_images), section.tokens_by_site)
 
 
 def _records(writer: StoreWriter, work: Work, part: int, parts: int) -> dict[int, dict[str, Any] | None]:
@@ -150,7 +155,6 @@ def _record_path(work: Work, shard: int) -> Path:
 
 
 def _check_space(plan: Plan, todo: list[int], store: Path) -> None:
-    store.mkdir(parents=True, exist_ok=True)
     needed = len(todo) * plan.shard_images * plan.image_bytes
     free = shutil.disk_usage(store).free
     if needed > free:
@@ -175,7 +179,7 @@ def _buffers(plan: Plan, device: torch.device) -> dict[str, Tensor]:
 
 def _pick(x: Tensor, tokens: str, n_prefix: int) -> Tensor:
     """The tokens to store of (B, T, D); ``embedding`` is (B, D) already."""
-    if x.ndim == 2 or tokens == "all":
+    if tokens in ("all", EMBEDDING):
         return x
     if tokens == "cls":
         return x[:, 0]

@@ -16,6 +16,23 @@ import google_crc32c
 import numpy as np
 
 _MISSING = 2**64 - 1  # offset and length of a chunk that is not in the shard
+_CHUNK_BYTES = 2**21
+
+
+def power_of_two(limit: int) -> int:
+    """The largest power of two up to ``limit``, at least 1."""
+    return 1 << (max(1, limit).bit_length() - 1)
+
+
+def chunk_size(shape: tuple[int, ...], dtype: np.dtype[Any], shard_images: int) -> int:
+    """Images in a chunk, C: a power of two, for chunks of about 2 MB.
+
+    Args:
+        shape: shape of one image's activations.
+        dtype: type of the values.
+        shard_images: S.
+    """
+    return min(shard_images, power_of_two(_CHUNK_BYTES // (int(np.prod(shape)) * dtype.itemsize)))
 
 
 def shard_file(shard: int, n_dims: int) -> str:

@@ -15,11 +15,15 @@ from typing import Any
 import numpy as np
 
 from sparsight.activations.array import Array
+from sparsight.activations.shards import chunk_size
+from sparsight.activations.statistics import Statistics, combined, sums
 from sparsight.common.digests import digest, file_digest
 from sparsight.common.errors import SparsightError, reason
 from sparsight.common.slices import row_slices
+from sparsight.common.tokens import EMBEDDING, READABLE
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+_ONE_FOR_ALL = 1  # an earlier version, in which all sites store the same tokens
 NO_CHECKSUM = "0" * 64
 """Placeholder for the manifest's checksum while it is computed."""
 
@@ -29,27 +33,51 @@ class Rows:
 
     Index with a slice, an array of row numbers, or a mask of all rows (IndexError for any other). A row is one (image,
     token) pair: row r is token r % tokens_per_image of image r // tokens_per_image.
+
+    Args:
+        array: the stored array.
+        tokens: the tokens to read, along the array's token axis.
+        mean: read the mean over these tokens instead, float32.
     """
 
-    def __init__(self, array: Array, tokens: slice) -> None:
-        self._array, self._tokens = array, tokens
-        self.dtype, self.chunk_images = array.dtype, array.chunk_images
-        self.tokens_per_image = 1 if len(array.shape) == 2 else len(range(*tokens.indices(array.shape[1])))
-        self._every_token = len(array.shape) == 2 or self.tokens_per_image == array.shape[1]
+    def __init__(self, array: Array, tokens: slice, mean: bool = False) -> None:
+        self._array, self._tokens, self._mean = array, tokens, mean
+        n_stored = 1 if len(array.shape) == 2 else array.shape[1]
+        n_picked = len(range(*tokens.indices(n_stored)))
+        self._as_stored = n_picked == n_stored and not mean
+        self.dtype: np.dtype[Any] = np.dtype(np.float32) if mean else array.dtype
+        self.tokens_per_image = 1 if mean else n_picked
         self.shape = (array.shape[0] * self.tokens_per_image, array.shape[-1])
+        self.shard_images, self.chunk_images = array.shard_images, array.chunk_images
+        if not self._as_stored:  # the chunks of a store of these tokens alone, so that both are read in the same order
+            alone = chunk_size((self.tokens_per_image, self.shape[1]), self.dtype, self.shard_images)
+            self.chunk_images = max(self.chunk_images, alone)
 
     def __len__(self) -> int:
         return self.shape[0]
 
     def images(self, first: int, last: int, out: np.ndarray | None = None) -> np.ndarray:
         """The rows of images ``first`` to ``last`` - 1, (rows, D), written to ``out`` if given."""
-        if self._every_token:
+        if self._as_stored:
             return self._array.read(first, last, out).reshape(-1, self.shape[1])
-        picked = self._array.read(first, last)[:, self._tokens].reshape(-1, self.shape[1])
         if out is None:
-            return picked
-        out[:] = picked
+            out = np.empty(((last - first) * self.tokens_per_image, self.shape[1]), self.dtype)
+        for part in row_slices(last - first, self._array.piece_images):
+            x = self._array.read(first + part.start, first + part.stop)[:, self._tokens]
+            if self._mean:
+                x = x.astype(np.float32).mean(axis=1)
+            rows = slice(part.start * self.tokens_per_image, part.stop * self.tokens_per_image)
+            out[rows] = x.reshape(-1, self.shape[1])
         return out
+
+    def statistics(self) -> Statistics:
+        """Mean and root mean square, in one pass."""
+        n_images, shards = self._array.shape[0], []
+        for shard in row_slices(n_images, self.shard_images):
+            chunks = row_slices(shard.stop - shard.start, self.chunk_images)
+            read = (self.images(shard.start + chunk.start, shard.start + chunk.stop) for chunk in chunks)
+            shards.append(sums(read, self.shape[1]))
+        return combined(shards, len(self))
 
     def __getitem__(self, key: int | slice | np.ndarray | Sequence[int]) -> np.ndarray:
         if isinstance(key, int | np.integer):
@@ -68,7 +96,7 @@ class Rows:
         out = np.empty((len(rows), self.shape[1]), self.dtype)
         images, tokens = np.divmod(rows, self.tokens_per_image)
         order = np.argsort(images, kind="stable")
-        for part in np.split(order, np.flatnonzero(np.diff(images[order] // self.chunk_images)) + 1):
+        for part in np.split(order, np.flatnonzero(np.diff(images[order] // self._array.chunk_images)) + 1):
             if len(part):  # the images of one chunk, which is read once
                 first = int(images[part[0]])
                 block = self.images(first, int(images[part[-1]]) + 1)
@@ -125,43 +153,74 @@ class ActivationStore:
         """The sites that are stored."""
         return list(self.manifest["sites"])
 
-    @property
-    def tokens(self) -> str:
-        """Which tokens are stored: ``cls``, ``patches``, ``all`` or ``mean``."""
-        return str(self.manifest["tokens"])
-
-    def token_groups(self, site: str) -> dict[str, list[int]]:
-        """Positions along a site's token axis by kind: ``cls``, ``registers``, ``patches``.
-
-        ``embedding``, and a store of other tokens than ``all``, have a single kind, named after what is stored.
+    def tokens_of(self, site: str) -> str:
+        """What a site stores: ``cls``, ``patches``, ``all`` or ``mean``; ``embedding`` of the site ``embedding``.
 
         Raises:
             SparsightError: a site that the store does not hold.
         """
-        n_tokens = self.rows(site).tokens_per_image
-        if self.tokens != "all" or site == "embedding":
-            return {"embedding" if site == "embedding" else self.tokens: list(range(n_tokens))}
+        if site not in self._arrays:
+            raise SparsightError(f"{self.path}: no site {site!r}; stored: {', '.join(self.sites)}")
+        return str(self.manifest["sites"][site]["tokens"])
+
+    def token_groups(self, site: str, tokens: str | None = None) -> dict[str, list[int]]:
+        """Positions along the token axis of :meth:`rows` by kind: ``cls``, ``registers``, ``patches``.
+
+        ``embedding``, and other tokens than ``all``, have a single kind, named after what is read.
+
+        Raises:
+            SparsightError: a site or tokens that the store does not hold.
+        """
+        read = self._read_as(site, tokens)
+        if read != "all":
+            return {read: list(range(self.rows(site, tokens).tokens_per_image))}
         positions = self.manifest["token_positions"]
         patches = list(range(*positions["patches"]))
         kinds = {"cls": positions["class"], "registers": positions["register"], "patches": patches}
         return {kind: indices for kind, indices in kinds.items() if indices}
 
     def rows(self, site: str, tokens: str | None = None) -> Rows:
-        """Activations of a site, (rows, D); ``tokens`` selects ``cls`` or ``patches`` from a store of all tokens.
+        """Activations of a site, (rows, D).
+
+        Args:
+            site: the site.
+            tokens: of a site that stores ``all``: ``cls``, ``patches`` or ``mean``; of one that stores ``patches``:
+                ``mean``. The mean is over the stored patches, float32. None reads what is stored.
 
         Raises:
             SparsightError: a site or tokens that the store does not hold.
         """
-        if site not in self._arrays:
-            raise SparsightError(f"{self.path}: no site {site!r}; stored: {', '.join(self.sites)}")
-        tokens = tokens or self.tokens
-        if tokens == self.tokens or site == "embedding":
-            return Rows(self._arrays[site], slice(None))
+        stored, read, array = self.tokens_of(site), self._read_as(site, tokens), self._arrays[site]
+        if read == stored:
+            return Rows(array, slice(None))
         positions = self.manifest["token_positions"]
-        if self.tokens != "all" or tokens not in ("cls", "patches") or (tokens == "cls" and not positions["class"]):
-            raise SparsightError(f"{self.path}: holds tokens {self.tokens!r}, not {tokens!r}; extract them first")
-        first, last = (positions["class"][0], positions["class"][0] + 1) if tokens == "cls" else positions["patches"]
-        return Rows(self._arrays[site], slice(first, last))
+        if read == "cls":
+            first = positions["class"][0]
+            return Rows(array, slice(first, first + 1))
+        patches = slice(*positions["patches"]) if stored == "all" else slice(None)
+        return Rows(array, patches, mean=read == "mean")
+
+    def statistics(self, site: str, tokens: str | None = None) -> Statistics:
+        """Mean and root mean square of :meth:`rows`: from the manifest, or of tokens that it does not list in one pass.
+
+        Raises:
+            SparsightError: a site or tokens that the store does not hold.
+        """
+        if self._read_as(site, tokens) == self.tokens_of(site):
+            entry = self.manifest["sites"][site]
+            return Statistics(np.array(entry["mean"]), entry["rms"])
+        return self.rows(site, tokens).statistics()
+
+    def _read_as(self, site: str, tokens: str | None) -> str:
+        """What ``tokens`` mean at a site. The site ``embedding`` has only one thing to read."""
+        stored = self.tokens_of(site)
+        if tokens is None or stored == EMBEDDING:
+            return stored
+        if tokens not in READABLE[stored]:
+            raise SparsightError(f"{self.path}: {site!r} holds tokens {stored!r}, not {tokens!r}; extract them first")
+        if tokens == "cls" and stored == "all" and not self.manifest["token_positions"]["class"]:
+            raise SparsightError(f"{self.path}: the model has no class token; read patches or mean of {site!r}")
+        return tokens
 
     def at(self, site: str, images: Sequence[int] | np.ndarray, tokens: Sequence[int] | np.ndarray) -> np.ndarray:
         """Activations of (image, token) pairs, (n, D); ``tokens`` count along the stored token axis."""
@@ -227,7 +286,10 @@ def _read_manifest(path: Path) -> tuple[bytes, dict[str, Any]]:
     except ValueError as error:
         raise SparsightError(f"{path}: not JSON ({error}); {_again(path)}") from None
     version = manifest.get("format_version") if isinstance(manifest, dict) else None
-    if version != FORMAT_VERSION:
+    if version == _ONE_FOR_ALL:
+        for site, entry in manifest["sites"].items():
+            entry["tokens"] = EMBEDDING if site == EMBEDDING else manifest["tokens"]
+    elif version != FORMAT_VERSION:
         raise SparsightError(f"{path}: format_version {version}, this sparsight reads {FORMAT_VERSION}")
     return text, manifest
 

@@ -3,6 +3,7 @@
 Shapes: N images, T tokens, D width.
 """
 
+import errno
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -14,25 +15,22 @@ from typing import Any
 
 import numpy as np
 
-from sparsight.activations.shards import Layout, shard_file, write_shard
+from sparsight.activations.shards import Layout, chunk_size, power_of_two, shard_file, write_shard
+from sparsight.activations.statistics import Sums, combined, sums
 from sparsight.activations.store import FORMAT_VERSION, NO_CHECKSUM, checksum, files_of, problems_of
 from sparsight.common.digests import digest, file_digest
 from sparsight.common.errors import SparsightError, reason
-from sparsight.common.files import write_atomic, write_json
+from sparsight.common.files import remove, write_atomic, write_json
 from sparsight.common.slices import row_slices
 
-_CHUNK_BYTES = 2**21
 _MIN_SHARDS = 8
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _GROUP = {"attributes": {}, "node_type": "group", "zarr_format": 3}
 
 
 def shard_size(n_images: int, most: int) -> int:
     """Images per shard: a power of two, at most ``most``, and small enough for 8 shards."""
-    return _power_of_two(min(most, n_images // _MIN_SHARDS))
-
-
-def _power_of_two(limit: int) -> int:
-    return 1 << (max(1, limit).bit_length() - 1)
+    return power_of_two(min(most, n_images // _MIN_SHARDS))
 
 
 @dataclass(frozen=True)
@@ -47,18 +45,15 @@ class Plan:
     """``float16`` or ``float32``."""
     shard_images: int
     """Images per shard, a power of two."""
+    tokens: Mapping[str, str]
+    """Per site what it stores: ``cls``, ``patches``, ``all``, ``mean``, or ``embedding``."""
 
     @cached_property
     def layouts(self) -> dict[str, Layout]:
         """Per site, the layout of its array."""
-        item = np.dtype(self.dtype).itemsize
+        size, dtype = self.shard_images, np.dtype(self.dtype)
         return {
-            site: Layout(
-                (self.n_images, *shape),
-                self.dtype,
-                self.shard_images,
-                min(self.shard_images, _power_of_two(_CHUNK_BYTES // (int(np.prod(shape)) * item))),
-            )
+            site: Layout((self.n_images, *shape), self.dtype, size, chunk_size(shape, dtype, size))
             for site, shape in self.shapes.items()
         }
 
@@ -89,6 +84,30 @@ class StoreWriter:
     def __init__(self, path: Path, plan: Plan, aside: Path) -> None:
         self.path, self.plan, self._aside = path, plan, aside
 
+    def make_way(self, shards: Sequence[int], others: bool) -> None:
+        """Remove what an earlier store has left where ``shards`` will be, so that no value of it is mixed in.
+
+        From now on the store does not look finished: the manifest goes first, then the metadata without which no Zarr
+        reader opens it, and values only after them. Several writers of one store may do this at the same time.
+
+        Args:
+            shards: numbers of this writer's shards that are still to be written.
+            others: also remove sites and shards that the new store does not have; for one of the writers.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        self.path.with_suffix(".json").unlink(missing_ok=True)
+        for metadata in (self.path / "zarr.json", *self.path.glob("*/zarr.json")):
+            metadata.unlink(missing_ok=True)
+        places = [self.path / site / "c" for site in self.plan.shapes]
+        former = [place / str(shard) for place in places for shard in shards]
+        if others:
+            kept = {str(shard) for shard in range(len(self.plan.shards))}
+            former += [site for site in self.path.iterdir() if site.name not in self.plan.shapes]
+            former += [shard for place in places for shard in place.glob("*") if shard.name not in kept]
+        for path in former:
+            if path.exists():
+                remove(path)
+
     def write(self, shard: int, values: Mapping[str, np.ndarray], uris: Sequence[str]) -> dict[str, Any]:
         """Write one shard of every site; returns its record for :func:`finish_store`.
 
@@ -106,18 +125,13 @@ class StoreWriter:
             parts = dict(zip(files, results, strict=True))
         return {
             "files": {files[site]: part["sha256"] for site, part in parts.items()},
-            "sum": {site: part["sum"] for site, part in parts.items()},
-            "square": {site: part["square"] for site, part in parts.items()},
+            "sums": {site: part["sums"] for site, part in parts.items()},
         }
 
     def _write_site(self, site: str, name: str, x: np.ndarray, uris: Sequence[str]) -> dict[str, Any]:
         layout = self.plan.layouts[site]
-        total, square = np.zeros(x.shape[-1]), 0.0
-        for window in row_slices(len(x), layout.chunk_images):
-            wide = x[window].astype(np.float64).reshape(-1, x.shape[-1])
-            total += wide.sum(axis=0)
-            square += float(np.square(wide, out=wide).sum())
-        if not np.isfinite(square):
+        found = sums((x[window] for window in row_slices(len(x), layout.chunk_images)), x.shape[-1])
+        if not np.isfinite(found.square):
             row = int(np.flatnonzero(~np.isfinite(x).reshape(len(x), -1).all(axis=1))[0])
             if np.isnan(x[row]).any() or layout.dtype == "float32":
                 raise SparsightError(
@@ -133,11 +147,12 @@ class StoreWriter:
             os.replace(temporary, target)
         except OSError as error:
             temporary.unlink(missing_ok=True)
+            advice = "make room" if error.errno in _FULL else "free the name or mend its permissions"
             raise SparsightError(
-                f"{target}: cannot be written ({reason(error)}); make room and give the same command again,"
+                f"{target}: cannot be written ({reason(error)}); {advice} and give the same command again,"
                 " finished shards are kept"
             ) from None
-        return {"sha256": sha256, "sum": total.tolist(), "square": square}
+        return {"sha256": sha256, "sums": {"total": found.total.tolist(), "square": found.square}}
 
     def verified(self, record: Mapping[str, Any]) -> bool:
         """Whether the shard that ``record`` describes is complete and unchanged on disk."""
@@ -172,20 +187,15 @@ def finish_store(path: Path, parts: Sequence[Path], manifest_path: Path) -> None
         raise SparsightError(f"{path}: {problems[0]}; delete {names} and give the same command again")
     sites = {}
     for site, layout in plan.layouts.items():
-        entries = int(np.prod(layout.shape))
-        total = np.sum([record["sum"][site] for record in records], axis=0)
-        sites[site] = {
-            "dtype": layout.dtype,
-            "shape": list(layout.shape),
-            "mean": (total / (entries // layout.shape[-1])).tolist(),
-            "rms": float(np.sqrt(np.sum([record["square"][site] for record in records]) / entries)),
-        }
-    metadata = {"zarr.json": _GROUP} | {f"{site}/zarr.json": layout.metadata() for site, layout in plan.layouts.items()}
+        found = combined([Sums(**record["sums"][site]) for record in records], int(np.prod(layout.shape[:-1])))
+        about = {"dtype": layout.dtype, "shape": list(layout.shape), "tokens": plan.tokens[site]}
+        sites[site] = {**about, "mean": found.mean.tolist(), "rms": found.rms}
+    metadata = {f"{site}/zarr.json": layout.metadata() for site, layout in plan.layouts.items()} | {"zarr.json": _GROUP}
+    for name in files_of(path) - files.keys() - metadata.keys():  # nothing that make_way leaves
+        (path / name).unlink()
     for name, value in metadata.items():
         write_atomic(path / name, partial(write_json, value=value))
         files[name] = file_digest(path / name)
-    for name in files_of(path) - files.keys():  # left over from another configuration
-        (path / name).unlink()
     manifest = {
         "format_version": FORMAT_VERSION,
         "sites": sites,

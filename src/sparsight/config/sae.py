@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from sparsight.common import sites
 from sparsight.common.errors import SparsightError
+from sparsight.common.tokens import Tokens
 from sparsight.config.bounds import Count, CountOrZero, NotNegative, Positive, PositiveShare
 from sparsight.config.checks import Section, only_if
 
@@ -20,6 +21,9 @@ class Sae(Section):
     """One of activations.sites, for a single SAE. Give either this or ``sites``."""
     sites: tuple[str, ...] = ()
     """Two or more of activations.sites, in the order of the model: a ReSAE chain, one SAE per site (docs/sae.md)."""
+    tokens: Tokens | None = None
+    """Tokens of the site that the SAE is trained and evaluated on: ``cls``, ``patches`` or ``mean`` of a site that
+    stores ``all``, ``mean`` of one that stores ``patches``. null takes what the site stores."""
     affine: Literal["full", "diagonal", "identity", "zero"] = "full"
     """Only for ``sites``: the affine map that predicts a site from the previous one; the SAE learns the residual.
     Controls: a ``diagonal`` matrix, the ``identity`` (only the mean shifts), or ``zero`` (no map: plain SAEs)."""

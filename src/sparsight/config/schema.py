@@ -30,7 +30,7 @@ def parse(cls: type[T], section: Any, where: str) -> T:
 
     Args:
         cls: a frozen dataclass whose annotations are int, float, bool, str, Literal, ``X | None``,
-            ``tuple[X, ...]`` or ``dict[str, X]``.
+            ``tuple[X, ...]``, ``dict[str, X]``, or a kind of str that reads its own values (``read``).
         section: the section as read from YAML; ``None`` (an empty section) means all defaults.
         where: dotted path of the section, for messages.
 
@@ -65,6 +65,8 @@ def check_keys(section: Mapping[str, Any], known: Mapping[str, Any], where: str)
 
 def _convert(hint: Any, value: Any, where: str) -> Any:
     origin, arguments = get_origin(hint), get_args(hint)
+    if hasattr(hint, "read"):
+        return hint.read(value, where)
     if origin in (Union, types.UnionType):
         if value is None and type(None) in arguments:
             return None

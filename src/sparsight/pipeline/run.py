@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sparsight import sae
-from sparsight.common import sites
+from sparsight.common import sites, tokens
 from sparsight.common.errors import SparsightError
 from sparsight.config import Activations, Backbone, Compute, Images, Policy, Pruning, Report, Sae, Steering
 from sparsight.config.bounds import CountOrZero, bounds_of, check
@@ -66,6 +66,18 @@ class Run:
     def chains(self) -> dict[str, Sae]:
         """The section of every ReSAE chain, by the name of its folder (<section>-s<seed>)."""
         return {f"{name}-s{seed}": s for name, s in self.saes.items() if s.sites for seed in s.seeds}
+
+    def tokens_of(self, name: str) -> str:
+        """The tokens that the SAEs of a section read.
+
+        Raises:
+            SparsightError: a site that does not hold them.
+        """
+        section, stored = self.saes[name], self.activations.tokens_by_site
+        try:
+            return tokens.chosen(section.tokens, {site: stored[site] for site in section.places})
+        except SparsightError as error:
+            raise SparsightError(f"saes.{name}.{error}") from None
 
     @cached_property
     def repeated(self) -> list[str]:
@@ -181,7 +193,7 @@ def _check_links(run: Run) -> None:
                 f"configuration: the name {name!r} becomes a folder; use letters, digits, '-', '_', '.'"
             )
     for name, backbone in run.backbones.items():
-        for site in run.activations.sites:
+        for site in run.activations.tokens_by_site:
             if backbone.depth is not None:
                 sites.check(site, backbone.depth, f"activations.sites (backbone {name!r})")
     variants = sae.names()
@@ -190,10 +202,11 @@ def _check_links(run: Run) -> None:
             raise SparsightError(f"saes.{name}.kind: there is no SAE {section.kind!r}; known: {', '.join(variants)}")
         known(section.backbone, run.backbones, f"saes.{name}.backbone")
         for site in section.places:
-            if site not in run.activations.sites:
+            if site not in run.activations.tokens_by_site:
                 raise SparsightError(
                     f"saes.{name}: activations.sites has no {site!r}; add it there, or set saes.{name} to null"
                 )
+        run.tokens_of(name)
     for name, policy in run.policies.items():
         known(policy.backbone, run.backbones, f"policies.{name}.backbone")
     for name, steering in run.steering.items():
@@ -206,13 +219,14 @@ def _check_links(run: Run) -> None:
                 f"steering.{name}.sae: {steering.sae!r} reads {section.site!r}; steering edits the residual stream, "
                 "blocks.<i>.input or .output"
             )
-        if run.activations.tokens != "cls":
+        if run.tokens_of(steering.sae) != "cls":
             raise SparsightError(
-                f"steering.{name}.sae: steers the class token; activations.tokens is {run.activations.tokens}, not cls"
+                f"steering.{name}.sae: steers the class token; {steering.sae!r} reads {run.tokens_of(steering.sae)}, "
+                "not cls"
             )
         if steering.neighbour_backbone is not None:
             known(steering.neighbour_backbone, run.backbones, f"steering.{name}.neighbour_backbone")
-        if steering.kind == "vs2++" and "embedding" not in run.activations.sites:
+        if steering.kind == "vs2++" and "embedding" not in run.activations.tokens_by_site:
             raise SparsightError(f"steering.{name}: kind vs2++ compares embeddings; add embedding to activations.sites")
         if steering.kind == "class-latents" and 2 * steering.latents > section.d_sae:
             raise SparsightError(

@@ -47,12 +47,13 @@ def evaluate(
         images: the same splits' images.
         seed: the run's seed, from which those of the baselines are derived.
     """
-    (site,) = {sae.about["site"] for sae in saes.values()}
+    ((site, tokens),) = {(sae.about["site"], sae.about["tokens"]) for sae in saes.values()}
     labels, test = {name: split.labels for name, split in images.items()}, images["test"]
-    results = measure(list(saes.values()), site, stores, labels, len(test.classes), seed)
+    results = measure(list(saes.values()), site, stores, labels, len(test.classes), seed, tokens=tokens)
     modes = {name: partial(_decoded, sae) for name, sae in saes.items()}
-    floor = {"mean_instead": lambda _: _means(stores["train"], [site])}
-    in_model = spliced(backbone, test, [site], _positions(stores["test"], site, backbone), {**modes, **floor})
+    means = _means(stores["train"], [site], tokens)
+    positions = _positions(stores["test"], site, tokens, backbone)
+    in_model = spliced(backbone, test, [site], positions, {**modes, "mean_instead": lambda _: means})
     for name, result in zip(saes, results, strict=True):
         metrics = {**result.metrics, **in_model.metrics({name: "spliced", "mean_instead": "mean_instead"})}
         (work.out / name).mkdir(exist_ok=True)
@@ -78,10 +79,11 @@ def evaluate_chain(
     * ``online``: one forward pass, in which every SAE encodes what arrives at its site;
     * ``mean_instead``: the train mean replaces every activation.
     """
-    by_site, errors = {}, chain_errors(chain, stores["test"])
+    (tokens,) = {sae.about["tokens"] for sae in chain.saes.values()}
+    by_site, errors = {}, chain_errors(chain, stores["test"], tokens)
     labels, test = {name: split.labels for name, split in images.items()}, images["test"]
     for m, (site, sae) in enumerate(chain.saes.items()):
-        (result,) = measure([sae], site, stores, labels, len(test.classes), seed, chain)
+        (result,) = measure([sae], site, stores, labels, len(test.classes), seed, chain, tokens)
         site_metrics = {("fvu_residual" if key == "fvu" else key): value for key, value in result.metrics.items()}
         by_site[site] = {**site_metrics, **errors[site], **(redundancies(chain, m, seed) if m else {})}
         (work.out / site).mkdir(exist_ok=True)
@@ -96,25 +98,27 @@ def evaluate_chain(
         }
         return lambda m, group, h, before: rebuilt[group][chain.sites[m]]
 
+    means = _means(stores["train"], chain.sites, tokens)
     modes = {
         "forced": lambda clean: forced(clean, True),
         "unchained": lambda clean: forced(clean, False),
         "online": lambda _: lambda m, group, h, before: chain.replace(m, h, before, group),
-        "mean_instead": lambda _: _means(stores["train"], chain.sites),
+        "mean_instead": lambda _: means,
     }
     metrics: dict[str, float] = {"n": len(test)}
     for key in _AVERAGED:
         if values := [row[key] for row in by_site.values() if key in row]:
             metrics[key] = float(np.mean(values))
-    in_model = spliced(backbone, test, chain.sites, _positions(stores["test"], chain.sites[0], backbone), modes)
+    positions = _positions(stores["test"], chain.sites[0], tokens, backbone)
+    in_model = spliced(backbone, test, chain.sites, positions, modes)
     metrics |= in_model.metrics({mode: mode for mode in modes})
     write_json(work.out / "metrics.json", {**metrics, "record": record})
     log(_line(metrics))
 
 
 @torch.no_grad()
-def chain_errors(chain: ReSAE, store: ActivationStore) -> dict[str, dict[str, float]]:
-    """Reconstruction errors of a chain on the activations of a store, by site.
+def chain_errors(chain: ReSAE, store: ActivationStore, tokens: str | None = None) -> dict[str, dict[str, float]]:
+    """Reconstruction errors of a chain on the activations of a store, by site; ``tokens`` None takes what is stored.
 
     ``fvu`` is the FVU of the teacher-forced reconstruction, with earlier reconstructions sent through the maps.
     ``fvu_unchained`` is the same with clean activations sent through the maps. ``fvu_affine`` is the FVU of the map's
@@ -122,7 +126,8 @@ def chain_errors(chain: ReSAE, store: ActivationStore) -> dict[str, dict[str, fl
     """
     activations = {site: Moments([site]) for site in chain.sites}
     errors = {site: dict.fromkeys(("fvu", "fvu_unchained", "fvu_affine"), 0.0) for site in chain.sites}
-    for groups in by_group(store, chain.sites, next(iter(chain.saes.values())).W_dec.device):
+    device = next(iter(chain.saes.values())).W_dec.device
+    for groups in by_group(store, chain.sites, device, tokens=tokens):
         for group, rows in groups.items():
             residuals = chain.residuals(rows, group)
             rebuilt = {
@@ -175,19 +180,19 @@ def _write_tables(found: Measured, folder: Path) -> None:
         tables.write(folder / f"{name}.parquet", getattr(found, name))
 
 
-def _positions(store: ActivationStore, site: str, backbone: Backbone) -> dict[str, list[int]]:
-    """Positions of the stored tokens in the model, by group. ``mean`` and ``embedding`` are no tokens and have none."""
+def _positions(store: ActivationStore, site: str, tokens: str, backbone: Backbone) -> dict[str, list[int]]:
+    """Positions of the tokens in the model, by group. ``mean`` and ``embedding`` are no tokens and have none."""
     patches = list(range(*backbone.patch_positions))
     kinds = {"cls": backbone.class_positions, "registers": backbone.register_positions, "patches": patches}
-    groups = store.token_groups(site)
-    return {group: kinds[group][: len(tokens)] for group, tokens in groups.items() if group in kinds}
+    groups = store.token_groups(site, tokens)
+    return {group: kinds[group][: len(rows)] for group, rows in groups.items() if group in kinds}
 
 
 def _decoded(sae: SAE, clean: Clean) -> Replacement:
     return lambda m, group, h, before: sae(h)
 
 
-def _means(store: ActivationStore, sites: list[str]) -> Replacement:
+def _means(store: ActivationStore, sites: list[str], tokens: str) -> Replacement:
     """Replace every activation by the mean of the stored ones."""
-    means = [torch.tensor(store.manifest["sites"][site]["mean"]) for site in sites]
+    means = [torch.from_numpy(store.statistics(site, tokens).mean).float() for site in sites]
     return lambda m, group, h, before: means[m].to(h).expand_as(h)

@@ -17,6 +17,7 @@ from sparsight import config
 from sparsight.activations.store import ActivationStore
 from sparsight.common.errors import SparsightError
 from sparsight.common.seeds import derive_seed
+from sparsight.common.tokens import chosen
 from sparsight.common.work import Work
 from sparsight.config.checks import only_if
 from sparsight.sae import resae
@@ -47,15 +48,19 @@ def fit(
         labels: int (N,), the class of every stored image, for the PASS term; None without it.
 
     Raises:
-        SparsightError: a setting that this kind of SAE does not have, a site that the store does not hold, no
+        SparsightError: a setting that this kind of SAE does not have, a site or tokens that the store does not hold, no
             activations, activations that are constant or not finite, or training that diverges.
     """
-    rows = {site: store.rows(site) for site in section.places}
+    tokens = chosen(section.tokens, {site: store.tokens_of(site) for site in section.places})
+    rows = {site: store.rows(site, tokens) for site in section.places}
     for site, site_rows in rows.items():
         if len(site_rows) == 0:
             raise SparsightError(f"{store.path}: site {site!r} holds no activations; extract a split that has images")
     names = [f"{name}-s{number}" for number in section.seeds]
-    chain, statistics = _chain(section, store, device) if section.sites else (None, _moments(store, section.places[0]))
+    if section.sites:
+        chain, statistics = _chain(section, store, tokens, device)
+    else:
+        chain, statistics = None, _moments(store, section.places[0], tokens)
     grid: dict[str, tuple[str, SAE]] = {}
     """Site and SAE by folder."""
     for seed_name in names:
@@ -70,13 +75,13 @@ def fit(
     order = derive_seed(seed, "sae", name)
     batches = StoreBatches(rows, section.batch_size, order, section.memory_mb * 2**20, device=device)
     scales = {site: scale for site, (_, scale) in statistics.items()}
-    inputs = _Inputs(store, chain, scales, labels)
+    inputs = _Inputs(store.token_groups(section.places[0], tokens), chain, scales, labels)
     log_path = work.state / "training.jsonl"  # joint log of all SAEs, beside the checkpoint that it belongs to
     loop.train(_Training(section, grid, inputs), batches, section.epochs, order, work.state, log_path)
     _split_log(log_path, work.out, grid)
     metadata = {
         "backbone": section.backbone,
-        "tokens": store.tokens,
+        "tokens": tokens,
         "training": dataclasses.asdict(section),
         "store_digest": store.manifest["digest"],
         "record": record,
@@ -97,23 +102,22 @@ def _create(section: config.Sae, d_in: int, seed: int) -> SAE:
     return sae
 
 
-def _chain(section: config.Sae, store: ActivationStore, device: torch.device) -> tuple[ReSAE, _Statistics]:
+def _chain(section: config.Sae, store: ActivationStore, tokens: str, device: torch.device) -> tuple[ReSAE, _Statistics]:
     """A chain with its maps, without SAEs yet, and the statistics of its SAEs' inputs."""
-    moments = fit_moments(by_group(store, section.sites, device), section.sites)
+    moments = fit_moments(by_group(store, section.sites, device, tokens=tokens), section.sites)
     chain = ReSAE(list(section.sites), {}, resae.fit_maps(section.sites, moments, section.affine, section.ridge))
     return chain, {site: (mean.cpu().numpy(), scale) for site, (mean, scale) in chain.statistics(moments).items()}
 
 
-def _moments(store: ActivationStore, site: str) -> _Statistics:
-    """From the manifest, the mean (D,) of a site and the standard deviation around it over all dimensions.
+def _moments(store: ActivationStore, site: str, tokens: str) -> _Statistics:
+    """The mean (D,) of a site and the standard deviation around it over all dimensions.
 
     Raises:
         SparsightError: activations that are constant or not finite.
     """
-    entry = store.manifest["sites"][site]
-    mean = np.array(entry["mean"])
-    variance = entry["rms"] ** 2 - float(np.square(mean).mean())
-    if not np.isfinite(variance) or variance <= 1e-10 * entry["rms"] ** 2:  # less is rounding error
+    mean, rms = store.statistics(site, tokens)
+    variance = rms**2 - float(np.square(mean).mean())
+    if not np.isfinite(variance) or variance <= 1e-10 * rms**2:  # less is rounding error
         raise SparsightError(f"{store.path}: site {site!r} is constant or not finite; there is nothing to learn")
     return {site: (mean, float(np.sqrt(variance)))}
 
@@ -132,10 +136,10 @@ class _Inputs:
     """Turns a batch of the store into the SAEs' inputs: scaled activations or, in a chain, scaled residuals."""
 
     def __init__(
-        self, store: ActivationStore, chain: ReSAE | None, scales: Mapping[str, float], labels: np.ndarray | None
-    ) -> None:
+        self, groups: Mapping[str, list[int]], chain: ReSAE | None, scales: Mapping[str, float],
+        labels: np.ndarray | None,
+    ) -> None:  # fmt: skip
         self.chain, self.scales, self.labels = chain, scales, labels
-        groups = store.token_groups(next(iter(scales)))
         self.groups = list(groups)
         self.group_of_token = np.zeros(sum(map(len, groups.values())), np.int64)
         for number, tokens in enumerate(groups.values()):

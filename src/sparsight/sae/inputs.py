@@ -18,17 +18,21 @@ class SaeInputs:
         site: the SAE's site.
         device: device of the returned rows.
         chain: the chain that the SAE belongs to, if any.
+        tokens: the tokens that the SAE reads; None takes what the site stores.
 
     Raises:
-        SparsightError: the store lacks the site or, with a chain, the site before it.
+        SparsightError: the store lacks the tokens, the site or, with a chain, the site before it.
     """
 
-    def __init__(self, store: ActivationStore, site: str, device: torch.device, chain: ReSAE | None = None) -> None:
-        self.rows, self.device = store.rows(site), device
+    def __init__(
+        self, store: ActivationStore, site: str, device: torch.device, chain: ReSAE | None = None,
+        tokens: str | None = None,
+    ) -> None:  # fmt: skip
+        self.rows, self.device = store.rows(site, tokens), device
         self.tokens = self.rows.tokens_per_image
-        self.groups = store.token_groups(site)
+        self.groups = store.token_groups(site, tokens)
         self._chain, self._place = chain, chain.sites.index(site) if chain else 0
-        self._before = store.rows(chain.sites[self._place - 1]) if chain and self._place else None
+        self._before = store.rows(chain.sites[self._place - 1], tokens) if chain and self._place else None
 
     @property
     def residual(self) -> bool:

@@ -65,10 +65,13 @@ class Moments:
 
 
 def by_group(
-    store: ActivationStore, sites: Sequence[str], device: torch.device, rows: int = 8192
+    store: ActivationStore, sites: Sequence[str], device: torch.device, rows: int = 8192, tokens: str | None = None
 ) -> Iterator[dict[str, dict[str, Tensor]]]:
-    """Batches of a store in order, of about ``rows`` rows each: {token group: {site: float32 (N, D)}}."""
-    groups, sources = store.token_groups(sites[0]), {site: store.rows(site) for site in sites}
+    """Batches of a store in order, of about ``rows`` rows each: {token group: {site: float32 (N, D)}}.
+
+    ``tokens`` are those of every site; None takes what is stored.
+    """
+    groups, sources = store.token_groups(sites[0], tokens), {site: store.rows(site, tokens) for site in sites}
     n_tokens = sum(map(len, groups.values()))
     for images in row_slices(len(sources[sites[0]]) // n_tokens, max(1, rows // n_tokens)):
         blocks = {

@@ -54,8 +54,8 @@ def steer(
     if section.kind == "class-latents":
         ranking = section.ranking
         ranked = class_latents.find(
-            sae, stores["train"].rows(sae.about["site"]), splits["train"].labels, len(manifest.classes),
-            section.latents, derive_seed(seed, "random"),
+            sae, stores["train"].rows(sae.about["site"], sae.about["tokens"]), splits["train"].labels,
+            len(manifest.classes), section.latents, derive_seed(seed, "random"),
             intervention.attribution(runner.place, sae, splits["train"], len(manifest.classes))
             if ranking == "attribution" else ranking,
         )  # fmt: skip

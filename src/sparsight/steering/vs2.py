@@ -53,13 +53,14 @@ class Calibration:
     @torch.no_grad()
     def of(cls, sae: SAE, store: ActivationStore, seed: int) -> "Calibration":
         """Compute from the stored train split, in two passes."""
-        site, device = sae.about["site"], sae.W_dec.device
+        site, tokens, device = sae.about["site"], sae.about["tokens"], sae.W_dec.device
         moments = Moments([site])
-        for groups in by_group(store, [site], device):
+        for groups in by_group(store, [site], device, tokens=tokens):
             moments.update(groups["cls"])
         covariance, mean, _ = moments.covariance(site, site)
         mean_D = mean.float()
-        blocks = [sample_fvu(sae, groups["cls"][site], mean_D) for groups in by_group(store, [site], device)]
+        rows = by_group(store, [site], device, tokens=tokens)
+        blocks = [sample_fvu(sae, groups["cls"][site], mean_D) for groups in rows]
         generator = np.random.default_rng(derive_seed(seed, "permutation"))
         return cls(
             mean=mean_D,

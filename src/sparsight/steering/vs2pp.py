@@ -82,7 +82,8 @@ class NeighbourSteering:
         )
         self.found[split] = neighbours
         train = self.stores["train"]
-        site_rows, embeddings = train.rows(self.sae.about["site"]), train.rows("embedding")
+        site_rows = train.rows(self.sae.about["site"], self.sae.about["tokens"])
+        embeddings = train.rows("embedding")
         at_site: dict[tuple[str, str], Tensor] = {}
         at_embedding, votes = {}, {}
         for labels, of_train, of_queries in (

@@ -59,7 +59,7 @@ class Browser:
         """
         sae = load(folder).to(device)
         rows = tables.read(folder / "latents.parquet")
-        inputs = SaeInputs(store, sae.about["site"], device, chain)
+        inputs = SaeInputs(store, sae.about["site"], device, chain, sae.about["tokens"])
         values_FK, images_FK = top_images(sae, inputs, len(self.split), self.n_images)
         limit, shown = self._bytes + share * _BYTES, []
         fires = [row for row in rows if not np.isnan(row["selectivity"])]
@@ -133,7 +133,7 @@ def top_images(one: SAE, seen: SaeInputs, n: int, k: int) -> tuple[np.ndarray, n
 
 
 def _codes(one: SAE, seen: SaeInputs, images: slice) -> Tensor:
-    """Codes of every stored token of some images, (B, T, F)."""
+    """Codes of every token of some images that the SAE reads, (B, T, F)."""
     return one.encode(seen.images(images)).dense().unflatten(0, (-1, seen.tokens))
 
 

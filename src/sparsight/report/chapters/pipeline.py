@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from sparsight.common.tokens import EMBEDDING
 from sparsight.images.manifest import Manifest
 
 
@@ -73,7 +74,9 @@ def _backbone(name: str, about: dict[str, Any]) -> Part:
 
 
 def _store(name: str, about: dict[str, Any]) -> Part:
-    return Part(name, f"{', '.join(about['sites'])}; tokens: {about['tokens']}", f"images, {name}")
+    sites = (f"{site} ({entry['tokens']})" for site, entry in about["sites"].items() if site != EMBEDDING)
+    whole = [EMBEDDING] if EMBEDDING in about["sites"] else []
+    return Part(name, ", ".join([*sites, *whole]), f"images, {name}")
 
 
 def _sae(name: str, section: dict[str, Any]) -> Part:

@@ -47,7 +47,7 @@ class Measured:
 @torch.no_grad()
 def measure(
     saes: Sequence[SAE], site: str, stores: Mapping[str, ActivationStore], labels: Mapping[str, np.ndarray],
-    n_classes: int, seed: int, chain: ReSAE | None = None,
+    n_classes: int, seed: int, chain: ReSAE | None = None, tokens: str | None = None,
 ) -> list[Measured]:  # fmt: skip
     """Measure SAEs on the test split. Baselines and probes are fitted on train, quantisation steps on val.
 
@@ -59,19 +59,20 @@ def measure(
         n_classes: number of classes.
         seed: seed of the random dictionary and of k-means.
         chain: the chain that the SAE belongs to, if any; the inputs are then residuals at the site.
+        tokens: the tokens that the SAEs read; None takes what the site stores.
 
     Returns:
         The results of each SAE, the same as if it had been measured alone.
 
     Raises:
-        SparsightError: constant activations, or stores and labels of different length.
+        SparsightError: constant activations, tokens that are not stored, or stores and labels of different length.
     """
     assert len({(sae.d_in, sae.d_sae, sae.k) for sae in saes}) == 1, "baselines have the shape of the SAEs"
     on_train, on_val, on_test = (
-        SplitRows(stores[split], site, labels[split], saes[0], chain) for split in ("train", "val", "test")
+        SplitRows(stores[split], site, labels[split], saes[0], chain, tokens) for split in ("train", "val", "test")
     )
     fitted = _fit(saes, on_train, n_classes, seed)
-    head, tokens = on_val.head(_SAMPLE), on_test.tokens
+    head, per_image = on_val.head(_SAMPLE), on_test.tokens
     moments = Moments(["x"])
     references = [at_own_error(method, head, on_test.d_embedding) for method in fitted.baselines]
     trials = []
@@ -86,18 +87,18 @@ def measure(
         features: dict[str, Any] = dict.fromkeys(("neurons", "pca", "activation"), window.images)
         for baseline in references:
             z = baseline.method.encode(window.x)
-            images = pooled(z, tokens)
+            images = pooled(z, per_image)
             baseline.update(x, z, images, window.embedding)
             if baseline.method.name == "random":
                 features["random"] = images
         for probe in fitted.probes:
             probe.update(features[probe.method], window.labels)
         components = fitted.all_components.encode(window.x)
-        image_components = pooled(components, tokens)
+        image_components = pooled(components, per_image)
         for trial in trials:
             trial.all_components.update(x, components, image_components, window.embedding)
             z = trial.board.method.encode(window.x)
-            images = pooled(z, tokens)
+            images = pooled(z, per_image)
             trial.board.update(x, z, images, window.embedding)
             trial.firing.update(z)
             trial.codes.update(images, window.labels)

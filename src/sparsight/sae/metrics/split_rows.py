@@ -41,9 +41,10 @@ class SplitRows:
     """
 
     def __init__(
-        self, store: ActivationStore, site: str, labels: np.ndarray, like: SAE, chain: ReSAE | None = None
-    ) -> None:
-        self._seen, self.labels = SaeInputs(store, site, like.W_dec.device, chain), labels
+        self, store: ActivationStore, site: str, labels: np.ndarray, like: SAE, chain: ReSAE | None = None,
+        tokens: str | None = None,
+    ) -> None:  # fmt: skip
+        self._seen, self.labels = SaeInputs(store, site, like.W_dec.device, chain, tokens), labels
         self.tokens = self._seen.tokens
         self.embedding_site = "embedding" if "embedding" in store.sites else site
         self.embedding = store.rows(self.embedding_site)
