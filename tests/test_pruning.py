@@ -173,7 +173,7 @@ def test_in_stream_steering_equals_editing_the_input_of_the_last_block(manifest:
         tokens = "cls"
         path = tmp_path
 
-        def rows(self, site: str) -> np.ndarray:
+        def rows(self, site: str, tokens: str) -> np.ndarray:
             assert site == "blocks.2.input"
             return x_train
 
