@@ -69,7 +69,7 @@ class Run:
         """The section of every ReSAE chain, by the name of its folder (<section>-s<seed>)."""
         return {f"{name}-s{seed}": s for name, s in self.saes.items() if s.sites for seed in s.seeds}
 
-    def tokens_of(self, section: Sae) -> str:
+    def tokens_of(self, name: str) -> str:
         """The tokens that the SAEs of a section read."""
         return self.activations.tokens
 
@@ -248,7 +248,7 @@ def _check_links(run: Run) -> None:
             f"pruning.steering: {run.pruning.steering!r} has layers, but heads are steered at the last block's input "
             "alone; name a section without layers"
         )
-    if (tokens := run.tokens_of(read)) not in ("cls", "mean"):
+    if (tokens := run.tokens_of(steering.sae)) not in ("cls", "mean"):
         raise SparsightError(
             f"pruning.steering: its SAE reads tokens {tokens}; head policies read cls, or mean in a model without a "
             "class token; name a section of such an SAE"
@@ -280,7 +280,7 @@ def _check_steered(run: Run, where: str, steering: Steering, name: str) -> None:
         raise SparsightError(
             f"{where}: {name!r} reads {section.site!r}; steering edits the residual stream, blocks.<i>.input or .output"
         )
-    own = run.tokens_of(section)
+    own = run.tokens_of(name)
     if (steering.tokens or own) not in steerable(own):
         raise SparsightError(
             f"{where}: {name!r} reads tokens {own} and cannot steer tokens {steering.tokens}; name an SAE that reads "
