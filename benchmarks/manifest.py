@@ -24,6 +24,7 @@ from sparsight.activations.writer import shard_size
 from sparsight.common import machine
 from sparsight.common.slices import row_slices
 from sparsight.config import Activations
+from sparsight.config.activations import StoredSite
 from sparsight.images import table
 from sparsight.images.manifest import Manifest
 from sparsight.images.preprocess import Preprocess
@@ -72,7 +73,7 @@ def made(n_rows: int) -> Iterator[pa.Table]:
 def measure(path: Path) -> None:
     """Stream one part's images, and print what that took."""
     SOURCES["mnist-5000"] = Names  # type: ignore[assignment]  # it lists no images
-    section, pixel = Activations(sites=("embedding",)), Preprocess((1, 1), 1, (0.5,), (0.5,))
+    section, pixel = Activations(sites=(StoredSite("embedding"),)), Preprocess((1, 1), 1, (0.5,), (0.5,))
     before, begin = machine.peak_memory(), time.perf_counter()
     split = Manifest(path).split("train")
     opened, shards = time.perf_counter(), list(row_slices(len(split), shard_size(len(split), section.shard_images)))

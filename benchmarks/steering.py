@@ -23,6 +23,7 @@ from sparsight.pipeline.stage import prepare_torch
 from sparsight.steering import vs2
 from sparsight.steering.edits import keep_norm
 from sparsight.steering.evaluate import cost
+from sparsight.steering.intervention import place
 
 _STRENGTHS = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0)
 
@@ -40,6 +41,7 @@ def main() -> None:
     backbone = backbones.load("open_clip/ViT-B-32").eval()
     backbone.use_prompts([f"thing {i}" for i in range(100)], ("a photo of a {}.",))
     one = sae.create("topk", backbone.d_in, 3072, 64)
+    one.about = {"site": f"blocks.{backbone.n_blocks - 1}.output", "tokens": "cls"}
     images = torch.randn(arguments.batch, 3, *backbone.tower.image_size)
     depth, site = backbone.n_blocks, backbone.n_blocks - 3
 
@@ -67,7 +69,7 @@ def main() -> None:
         arguments.rounds,
         {"VS2's edit": lambda: steered(last_BTD, 1.0), "encoder": lambda: forward(backbone.tokens(images), 0)},
     )
-    macs = cost(one, backbone)
+    macs = cost([place(one, backbone)], backbone)
     print(f"edit over encoder: {edit / encoder:.4f} of the time, {macs['share']:.6f} of the multiply-accumulates\n")
     assert torch.equal(naive(), shared())
     ours, theirs = _race(

@@ -66,7 +66,7 @@ class Study:
         self.backbone, self.policy, self.manifest = two_classes(**options), random_policy(), manifest
         self.saes = {f"sae-s{seed}": random_sae(seed) for seed in range(saes)}
         train = last_block_inputs(self.backbone, self.policy, manifest.split("train"), 7)
-        self.train, self.probe = train, linear_probe.fit(train.cls_ND, train.labels, 2)
+        self.train, self.probe = train, linear_probe.fit(train.read_ND, train.labels, 2)
         self.routes_train = evaluate._routes(self.probe, train)
         self.strategies = evaluate._strategies(SECTION, self.policy, self.saes, train, self.routes_train, 2, 0)
         self.test = last_block_inputs(self.backbone, self.policy, manifest.split("test"), 7)

@@ -101,8 +101,8 @@ def test_gradients_reach_a_float_mask(backbone: Backbone) -> None:
 
 def test_policy_decides_from_the_class_token_at_each_block_s_input(backbone: Backbone) -> None:
     class ByNorm:
-        def decide(self, block: int, cls_BD: Tensor) -> Tensor | None:
-            return None if block == 0 else cls_BD[:, :6] > 0
+        def decide(self, block: int, read_BD: Tensor) -> Tensor | None:
+            return None if block == 0 else read_BD[:, :6] > 0
 
     x, masks_seen = backbone.run_blocks(backbone.tokens(images()), 0, 3, ByNorm(), "gathered")
     whole = torch.ones(7, 3, 6, dtype=torch.bool)

@@ -147,7 +147,7 @@ def test_thresholds_without_bounds_steer_nobody_and_everybody() -> None:
     outcomes = {NONE: none, steered: one}
     for bound, expected, share in ((-np.inf, none, 0.0), (np.inf, one, 1.0)):
         found = vs2.Calibration(torch.zeros(1), torch.zeros(1, 1), torch.tensor([bound]), torch.zeros(1))
-        (line,), gated = gate_curve([1.0], found, steered, outcomes, fvu)
+        (line,), gated = gate_curve([1.0], [found], steered, outcomes, [fvu])
         assert line["threshold"] == bound and line["steered"] == share
         assert (gated[1.0].hits == expected.hits).all() and (gated[1.0].top5 == expected.top5).all()
 

@@ -203,7 +203,7 @@ class Fixed:
 
     mask_BLH: Tensor
 
-    def decide(self, block: int, cls_BD: Tensor) -> Tensor:
+    def decide(self, block: int, read_BD: Tensor) -> Tensor:
         return self.mask_BLH[:, block]
 
 

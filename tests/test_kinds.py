@@ -27,6 +27,7 @@ from sparsight.sae.metrics.stability import write_stability
 from sparsight.sae.moments import by_group, fit_moments
 from sparsight.sae.resae import ReSAE
 from sparsight.steering.evaluate import cost, steer
+from sparsight.steering.intervention import place
 
 D, F, K, EXPERTS = 48, 64, 8, 2
 SITES = ["blocks.1.input", "blocks.2.input"]
@@ -143,7 +144,7 @@ def test_steering(
         assert finite(rows, "accuracy", "lo", "hi", "delta", "delta_lo", "delta_hi")
         assert len({row["method"] for row in rows}) > 4
     encoder = D * (EXPERTS + F // EXPERTS) if kind == "switch" else D * F
-    assert cost(one, backbone)["edit_macs"] == encoder + K * D
+    assert cost([place(one, backbone)], backbone)["edit_macs"] == encoder + K * D
 
 
 @every_kind

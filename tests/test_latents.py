@@ -50,7 +50,7 @@ def stream(backbone: Backbone, manifest: Manifest, split: str = "train") -> Tens
 
 def test_attribution_is_the_slope_of_the_class_logit_along_each_latent(backbone: Backbone, manifest: Manifest) -> None:
     one, train = make_sae(), manifest.split("train")
-    got = attribution(Intervention(one, backbone), one, train, 2)
+    (got,) = attribution(Intervention([one], backbone), train, 2)
     double, x = make_backbone(classes=2).double(), stream(backbone, manifest).double()
     labels, z = torch.from_numpy(train.labels).long(), one.encode(x[:, 0].float()).dense().double()
 
@@ -121,7 +121,7 @@ def test_options_reach_the_tables(
     found = class_latents.ClassLatents.load(tmp_path / "out" / "s.safetensors", torch.device("cpu"))
     ranking: Any = options["ranking"]
     if ranking == "attribution":
-        ranking = attribution(Intervention(make_sae(), backbone), make_sae(), manifest.split("train"), 2)
+        (ranking,) = attribution(Intervention([make_sae()], backbone), manifest.split("train"), 2)
     assert torch.equal(found.latents, find(backbone, manifest, ranking).latents)
     edit = controls.edits(make_sae(), found, section.edit)["class-latents"]
     x, truth = stream(backbone, manifest, "val"), torch.from_numpy(manifest.split("val").labels).long()

@@ -26,6 +26,7 @@ from sparsight.images.manifest import Manifest
 from sparsight.sae import SAE
 from sparsight.steering.edits import Batch
 from sparsight.steering.evaluate import steer
+from sparsight.steering.intervention import place
 from sparsight.steering.vs2pp import NeighbourSteering
 
 D, F, K = 48, 96, 6
@@ -74,7 +75,8 @@ def make_sae() -> SAE:
 
 def around(n: int, backbone: Backbone, stores: Stores, manifest: Manifest) -> NeighbourSteering:
     labels = {split: manifest.split(split).labels for split in SPLITS}
-    return NeighbourSteering(n, make_sae(), backbone, stores, stores, labels, derive_seed(0, "steering", "n-s0"))
+    seeds = [derive_seed(0, "steering", "n-s0")]
+    return NeighbourSteering(n, [place(make_sae(), backbone)], backbone, stores, stores, labels, seeds)
 
 
 def nearest(stores: Stores, n: int) -> np.ndarray:
@@ -92,7 +94,7 @@ def test_one_neighbour_with_its_true_label_is_the_vector_by_hand(
     backbone: Backbone, stores: Stores, manifest: Manifest
 ) -> None:
     """With one neighbour the positives are that neighbour and there are no negatives: v = W_dec^T c of it."""
-    edits, one = around(1, backbone, stores, manifest).edits("test"), make_sae()
+    edits, one = around(1, backbone, stores, manifest).edits("test")[0], make_sae()
     nearest_one = nearest(stores, 1)[:, 0]
     code = one.encode(torch.from_numpy(stores["train"].rows(SITE)[nearest_one])).dense()
     x = torch.from_numpy(stores["test"].rows(SITE)[:])
@@ -107,7 +109,7 @@ def test_one_neighbour_with_its_true_label_is_the_vector_by_hand(
 def test_edits_are_their_definitions(backbone: Backbone, stores: Stores, manifest: Manifest) -> None:
     n, alpha, rows = 5, 2.0, slice(3, 12)
     found, one = around(n, backbone, stores, manifest), make_sae()
-    edits = found.edits("test")
+    (edits,) = found.edits("test")
     index = nearest(stores, n)[rows]
     x, embedding = (torch.from_numpy(stores["test"].rows(site)[:])[rows] for site in (SITE, "embedding"))
     z = one.encode(torch.from_numpy(stores["train"].rows(SITE)[:])).dense()
@@ -137,7 +139,9 @@ def test_edits_are_their_definitions(backbone: Backbone, stores: Stores, manifes
         positive = near == np.array(top)[:, None]
         plain = torch.stack([difference(train_x, positive[q], q) for q in range(len(x))])
         plain = plain / plain.norm(dim=1, keepdim=True) * size
-        shuffled = torch.stack([difference(z, positive[q], q) for q in range(len(x))]) @ one.W_dec[found.permutation]
+        shuffled = (
+            torch.stack([difference(z, positive[q], q) for q in range(len(x))]) @ one.W_dec[found.permutations[0]]
+        )
         shuffled = shuffled / shuffled.norm(dim=1, keepdim=True) * size
         for method, v in (("mean-difference", plain), ("random-latents", shuffled)):
             got = edits[method].apply(Batch(x, labels=labels, images=rows), alpha)
@@ -155,7 +159,7 @@ def test_edits_are_their_definitions(backbone: Backbone, stores: Stores, manifes
 
 
 def test_strength_zero_changes_no_bit(backbone: Backbone, stores: Stores, manifest: Manifest) -> None:
-    edits = around(5, backbone, stores, manifest).edits("test")
+    (edits,) = around(5, backbone, stores, manifest).edits("test")
     for method, edit in edits.items():
         x = torch.from_numpy(stores["test"].rows("embedding" if edit.at == "embedding" else SITE)[:])
         for labels in edit.labels:
@@ -181,7 +185,7 @@ def test_tables_say_what_the_model_says_of_edited_images(
     expected = {(m, labels) for m in (*two, "nearest-neighbours") for labels in ("predicted", "oracle")}
     expected |= {(m, "none") for m in ("none", "reconstruct", "retrieval")}
     assert {(row["method"], row["labels"]) for row in rows} == expected and len(rows) == len(expected)
-    edits = around(5, backbone, stores, manifest).edits("test")
+    (edits,) = around(5, backbone, stores, manifest).edits("test")
     x = images(backbone, manifest, "test")
     stream, truth = backbone.run_blocks(backbone.tokens(x), 0, 3)[0], torch.from_numpy(manifest.split("test").labels)
     for row in rows:

@@ -165,7 +165,7 @@ def test_a_policy_of_the_last_block_leaves_the_others_whole(manifest: Manifest, 
 class AtBlock2(FixedMask):
     """Masks for block 2 alone."""
 
-    def decide(self, block: int, cls_BD: Tensor) -> Tensor | None:  # type: ignore[override]
+    def decide(self, block: int, read_BD: Tensor) -> Tensor | None:  # type: ignore[override]
         return self.keep_BH if block == 2 else None
 
 

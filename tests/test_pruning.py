@@ -170,6 +170,9 @@ def test_in_stream_steering_equals_editing_the_input_of_the_last_block(manifest:
     x_train = last_inputs(backbone, manifest, "train")[:, 0].numpy()
 
     class Store:
+        tokens = "cls"
+        path = tmp_path
+
         def rows(self, site: str, tokens: str) -> np.ndarray:
             assert (site, tokens) == ("blocks.2.input", "cls")
             return x_train

@@ -96,7 +96,7 @@ def test_edited_class_tokens_are_seen_by_the_last_block(
 
 def test_class_latents_are_those_of_the_largest_mean_difference(manifest: Manifest) -> None:
     study = Study(manifest)
-    train, x, one = manifest.split("train"), study.train.cls_ND, random_sae(0)
+    train, x, one = manifest.split("train"), study.train.read_ND, random_sae(0)
     z = one.encode(x).dense().numpy()
     found = class_latents.find(one, x.numpy(), train.labels, 2, 5, 0)
     ranked = study.strategies.effects_by_sae["sae-s0"].found.latents
@@ -151,7 +151,7 @@ def by_definition(study: Study, row: Row, cls: Tensor, c: int) -> tuple[Tensor, 
     if row.strategy == "reconstruct":
         return study.policy.logits(2, own.sae(cls))[0], torch.zeros(48)
     m, A = row.latents, study.policy.weight[1] @ own.sae.W_dec.T
-    train_z = own.sae.encode(study.train.cls_ND).dense()
+    train_z = own.sae.encode(study.train.read_ND).dense()
     inside = torch.from_numpy(study.train.labels == c)
     ranked = (train_z[inside].mean(dim=0) - train_z[~inside].mean(dim=0)).argsort(descending=True)
     chosen = ranked[:m].tolist()
@@ -249,10 +249,10 @@ def test_the_control_of_random_latents_weighs_images_alike_with_and_without_prun
     """Classes of unequal size: the random latents' mean activation is over images, not over class means."""
     study = Study(manifest, saes=1)
     one, keep = study.saes["sae-s0"], np.flatnonzero((study.train.labels == 0) | (np.arange(len(study.train)) % 3 == 0))
-    labels, x = study.train.labels[keep], study.train.cls_ND[torch.from_numpy(keep)]
+    labels, x = study.train.labels[keep], study.train.read_ND[torch.from_numpy(keep)]
     assert (labels == 0).sum() > 2 * (labels == 1).sum()
     found = class_latents.find(one, x.numpy(), labels, 2, 4, 0)
-    z, classes = one.encode(study.test.cls_ND).dense(), torch.from_numpy(study.routes["oracle"])
+    z, classes = one.encode(study.test.read_ND).dense(), torch.from_numpy(study.routes["oracle"])
     size_N = class_latents.class_edit(one, z, classes, found).norm(dim=1)
     mean_F = one.encode(x).dense().mean(dim=0)
     direction = torch.stack([mean_F[latents] @ one.W_dec[latents] for latents in found.random_latents])
@@ -266,7 +266,7 @@ def test_the_control_of_random_latents_weighs_images_alike_with_and_without_prun
 
 def test_the_closed_form_is_the_measured_change_of_the_head_logits(manifest: Manifest) -> None:
     study = Study(manifest, saes=1)
-    one, x = study.strategies.effects_by_sae["sae-s0"], study.test.cls_ND
+    one, x = study.strategies.effects_by_sae["sae-s0"], study.test.read_ND
     z, classes = one.encode(x), torch.from_numpy(study.routes["oracle"])
     gain = torch.ones_like(z)
     for n, c in enumerate(classes):

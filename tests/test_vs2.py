@@ -23,7 +23,7 @@ from sparsight.sae import SAE
 from sparsight.steering import vs2
 from sparsight.steering.edits import Batch, keep_norm
 from sparsight.steering.evaluate import steer
-from sparsight.steering.intervention import check_site
+from sparsight.steering.intervention import place
 
 D, F, K = 48, 96, 6
 SITE = "blocks.2.output"
@@ -60,7 +60,7 @@ def make_sae(seed: int = 0, **about: Any) -> SAE:
 def test_alpha_zero_changes_no_bit(store: ActivationStore) -> None:
     x = torch.from_numpy(store.rows(SITE)[:])
     one = make_sae()
-    for name, edit in vs2.edits(one, vs2.Calibration.of(one, store, 0)).items():
+    for name, edit in vs2.edits(one, vs2.Calibration.of(one, store.rows(SITE), 0)).items():
         assert torch.equal(edit.apply(Batch(x), 0.0), x), name
         assert not torch.equal(edit.apply(Batch(x), 0.1), x), name
 
@@ -80,7 +80,7 @@ def test_proposition_3_1_holds_in_float64(gamma: float, lam: float, seed: int) -
 
 def test_edits_are_their_definitions(store: ActivationStore) -> None:
     one, alpha = make_sae(), 0.7
-    found = vs2.Calibration.of(one, store, 0)
+    found = vs2.Calibration.of(one, store.rows(SITE), 0)
     x = torch.from_numpy(store.rows(SITE)[:])
     z, mean = one.encode(x).dense(), x.mean(dim=0)
     basis = torch.linalg.svd(x - mean)[2][:K]
@@ -131,7 +131,7 @@ def test_tables_say_what_each_image_does_alone(manifest: Manifest, store: Activa
     one, backbone = make_sae(), make_backbone(classes=2)
     out = run(tmp_path, store, manifest, one)
     rows, summary = tables.read(out / "vs2-s0.parquet"), json.loads((out / "vs2-s0.json").read_text())
-    edits = vs2.edits(one, vs2.Calibration.of(one, store, 0))
+    edits = vs2.edits(one, vs2.Calibration.of(one, store.rows(SITE), 0))
     x, labels = at_site(backbone, manifest, "val"), torch.from_numpy(manifest.split("val").labels)
 
     def hits(cls: Tensor) -> Tensor:
@@ -163,7 +163,7 @@ def test_the_gate_leaves_alone_what_is_badly_reconstructed(
     out = run(tmp_path, store, manifest, one, quantiles=(0.1, 0.5, 1.0))
     curve = json.loads((out / "vs2-s0.json").read_text())["gate"]
     rows = tables.read(out / "vs2-s0.parquet")
-    found = vs2.Calibration.of(one, store, 0)
+    found = vs2.Calibration.of(one, store.rows(SITE), 0)
     x = at_site(backbone, manifest, "test")[:, 0]
     fvu = ((one(x) - x).square().sum(dim=1) / (x - found.mean).square().sum(dim=1)).numpy()
     assert [line["split"] for line in curve] == ["val"] * 3 + ["test"] * 3
@@ -180,19 +180,18 @@ def test_the_gate_leaves_alone_what_is_badly_reconstructed(
 @pytest.mark.parametrize(
     ("about", "message"),
     [
-        ({"site": "blocks.1.mlp"}, "the SAE reads blocks.1.mlp, tokens cls; it must read blocks"),
-        ({"tokens": "all"}, "the SAE reads blocks.2.output, tokens all; it must read"),
+        ({"site": "blocks.1.mlp"}, "the SAE reads blocks.1.mlp; it must read blocks"),
         ({"site": "blocks.7.input"}, "'blocks.7.input' does not exist; the blocks are numbered 0 to 2"),
     ],
 )
 def test_an_sae_of_another_place_is_refused(about: dict[str, Any], message: str) -> None:
     with pytest.raises(SparsightError, match=message):
-        check_site(make_sae(**about), make_backbone(classes=2))
+        place(make_sae(**about), make_backbone(classes=2))
 
 
 def test_an_sae_of_another_width_is_refused() -> None:
     with pytest.raises(SparsightError, match=r"reads activations of width 48, .* has 24; take the SAE"):
-        check_site(make_sae(), make_backbone(classes=2, embed_dim=24))
+        place(make_sae(), make_backbone(classes=2, embed_dim=24))
 
 
 @pytest.mark.parametrize(

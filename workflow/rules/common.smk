@@ -26,12 +26,18 @@ def policy_section(wildcards):
 
 
 # Sections of SAEs that steering and pruning depend on: they run first, so that fewer cores are idle at the end.
-STEERED = {sae.rpartition("-s")[0] for sae in RUN.steering_names.values()}
+STEERED = {name for section in RUN.steering.values() for name in (section.sae, *section.layers)}
 
 
 def steered_sae(wildcards):
     """The SAE that a steering result uses."""
     return RUN.steering_names[f"{wildcards.steering}-s{wildcards.seed}"]
+
+
+def layers_of_steering(wildcards):
+    """The weights of the SAEs that steer at further sites."""
+    layers = RUN.layer_names[f"{wildcards.steering}-s{wildcards.seed}"]
+    return expand(f"{R}/saes/{{sae}}/sae.safetensors", sae=layers)
 
 
 def sae_section(wildcards):
@@ -96,3 +102,13 @@ def variant(section):
 
 def code_of_sae(script, *extra):
     return lambda wildcards: code(script, variant(sae_section(wildcards)), *extra)
+
+
+def code_of_steering(script):
+    """As :func:`code_of_sae`, with the variants of a steering section's layers."""
+
+    def files(wildcards):
+        layers = {variant(RUN.saes[name]) for name in steering_section(wildcards).layers}
+        return code_of_sae(script, *sorted(layers - {variant(sae_section(wildcards))}))(wildcards)
+
+    return files

@@ -11,7 +11,8 @@ rule steering:
         stores=stores_of_steering,
         finder=stores_of_finder,
         sae=lambda wildcards: f"{R}/saes/{steered_sae(wildcards)}/sae.safetensors",
-        mark=mark("steering-{steering}-s{seed}", code_of_sae("steering.py"), steering_section),
+        layers=layers_of_steering,
+        mark=mark("steering-{steering}-s{seed}", code_of_steering("steering.py"), steering_section),
     output:
         vectors=f"{R}/steering/{{steering}}-s{{seed}}.safetensors",
         table=f"{R}/steering/{{steering}}-s{{seed}}.parquet",
@@ -29,11 +30,11 @@ rule steering:
     params:
         out=subpath(output[0], parent=True),
         work=f"{R}/.work/steering-{{steering}}-s{{seed}}",
-        flags=flags(code_of_sae("steering.py"), steering_section),
+        flags=flags(code_of_steering("steering.py"), steering_section),
     shell:
         "python {SCRIPTS}/steering.py --from-images {input.images} --from-backbone {input.backbone}"
         " --from-stores {input.stores} --from-finder {input.finder} --from-sae {input.sae}"
-        " --name {wildcards.steering}-s{wildcards.seed}"
+        " --from-layers {input.layers} --name {wildcards.steering}-s{wildcards.seed}"
         " --out {params.out} --work {params.work} --record {output.record}"
         " {params.flags} > {log} 2>&1"
 
@@ -44,9 +45,10 @@ rule steering_elsewhere:
         images=rules.other_images.output.manifest,
         backbone=backbone_of_sae,
         sae=lambda wildcards: f"{R}/saes/{steered_sae(wildcards)}/sae.safetensors",
+        layers=layers_of_steering,
         vectors=rules.steering.output.vectors,
         home=rules.steering.output.summary,
-        mark=mark("steering-{steering}-s{seed}-{other}", code_of_sae("steering_elsewhere.py")),
+        mark=mark("steering-{steering}-s{seed}-{other}", code_of_steering("steering_elsewhere.py")),
     output:
         table=f"{R}/steering/{{steering}}-s{{seed}}/{{other}}.parquet",
         summary=f"{R}/steering/{{steering}}-s{{seed}}/{{other}}.json",
@@ -61,9 +63,10 @@ rule steering_elsewhere:
     params:
         out=subpath(output[0], parent=True),
         work=f"{R}/.work/steering-{{steering}}-s{{seed}}-{{other}}",
-        flags=flags(code_of_sae("steering_elsewhere.py")),
+        flags=flags(code_of_steering("steering_elsewhere.py")),
     shell:
         "python {SCRIPTS}/steering_elsewhere.py --from-images {input.images} --from-backbone {input.backbone}"
-        " --from-sae {input.sae} --from-vectors {input.vectors} --from-home {input.home} --name {wildcards.other}"
+        " --from-sae {input.sae} --from-layers {input.layers} --from-vectors {input.vectors} --from-home {input.home}"
+        " --name {wildcards.other}"
         " --out {params.out} --work {params.work} --record {output.record}"
         " {params.flags} > {log} 2>&1"

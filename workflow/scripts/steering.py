@@ -13,12 +13,15 @@ def main(job: stage.Stage) -> None:
 
     device = job.device
     backbone, _ = open_folder(job.inputs["backbone"].parent)
-    one = load(job.inputs["sae"].parent).to(device)
+    one, *layers = (load(weights.parent).to(device) for weights in (job.inputs["sae"], *job.inputs["layers"]))
     stores, finder = (
         {path.stem: ActivationStore.open(path) for path in job.inputs[name]} for name in ("stores", "finder")
     )
     manifest = Manifest(job.inputs["images"])
-    steer(job.config, one, backbone.to(device), stores, finder, manifest, job.name, job.seed, job.work, job.record())
+    steer(
+        job.config, one, backbone.to(device), stores, finder, manifest, job.name, job.seed, job.work, job.record(),
+        layers,
+    )  # fmt: skip
 
 
 if __name__ == "__main__":
@@ -31,4 +34,5 @@ if __name__ == "__main__":
         stores=["train.json of the backbone; for kind vs2++ also val.json and test.json"],
         finder=["for kind vs2++: train.json, val.json and test.json of the model that finds neighbours"],
         sae="sae.safetensors of the sae stage",
+        layers=["sae.safetensors of every SAE that steers at a further site"],
     )

@@ -13,11 +13,12 @@ def main(job: stage.Stage) -> None:
 
     device = job.device
     backbone, about = open_folder(job.inputs["backbone"].parent)
-    one = load(job.inputs["sae"].parent).to(device)
+    one, *layers = (load(weights.parent).to(device) for weights in (job.inputs["sae"], *job.inputs["layers"]))
     home, manifest = json.loads(job.inputs["home"].read_text()), Manifest(job.inputs["images"])
     steer_elsewhere(
-        one, backbone.to(device), about, home, job.inputs["vectors"], manifest, job.name, job.work, job.record()
-    )
+        one, backbone.to(device), about, home, job.inputs["vectors"], manifest, job.name, job.work, job.record(),
+        layers,
+    )  # fmt: skip
 
 
 if __name__ == "__main__":
@@ -27,6 +28,7 @@ if __name__ == "__main__":
         images="manifest.parquet of the other images",
         backbone="model.safetensors of the backbone stage",
         sae="sae.safetensors of the sae stage",
+        layers=["sae.safetensors of every SAE that steers at a further site"],
         vectors="safetensors of the steering stage, of kind vs2",
         home="json of the steering stage",
     )

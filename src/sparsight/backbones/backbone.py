@@ -6,15 +6,15 @@ C channels of a head, E joint embedding of images and texts.
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
-from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
 from sparsight.backbones import attention
 from sparsight.backbones.attention import HeadMode
+from sparsight.backbones.preprocessing import published
 from sparsight.backbones.towers import Tower, timm_tower
 from sparsight.common import sites
 from sparsight.common.errors import SparsightError
@@ -25,8 +25,8 @@ from sparsight.images.preprocess import Preprocess
 class BlockPolicy(Protocol):
     """Decides, block by block, which heads an image uses."""
 
-    def decide(self, block: int, cls_BD: Tensor) -> Tensor | None:
-        """Bool (B, H) for one block from the class token at its input; None keeps every head."""
+    def decide(self, block: int, read_BD: Tensor) -> Tensor | None:
+        """Bool (B, H) for one block from :meth:`Backbone.policy_input` at its input; None keeps every head."""
 
 
 class Backbone(Module):
@@ -51,7 +51,7 @@ class Backbone(Module):
         super().__init__()
         self.name = name
         self.tower = _tower(model)
-        self.model, self.preprocess = model.eval(), preprocess or _preprocess(model, self.tower)
+        self.model, self.preprocess = model.eval(), preprocess or published(model, self.tower.image_size)
         self.class_names: list[str] | None = None
         """Names of the output classes, if the backbone stage recorded them."""
         self.couples_mlp = False
@@ -104,6 +104,20 @@ class Backbone(Module):
     def patch_positions(self) -> tuple[int, int]:
         """First patch and the position after the last."""
         return self.n_prefix, self.n_prefix + self.n_patches
+
+    @property
+    def policy_tokens(self) -> Literal["cls", "mean"]:
+        """What head policies read of the stream: the (first) class token, without one the mean over the patches."""
+        return "cls" if self.class_positions else "mean"
+
+    @property
+    def policy_positions(self) -> slice:
+        """Positions of the tokens that :meth:`policy_input` reads."""
+        return slice(0, 1) if self.class_positions else slice(*self.patch_positions)
+
+    def policy_input(self, x_BTD: Tensor) -> Tensor:
+        """What head policies read of the stream, (B, D); see :attr:`policy_tokens`."""
+        return x_BTD[:, 0] if self.class_positions else x_BTD[:, self.policy_positions].mean(dim=1)
 
     @property
     def n_classes(self) -> int | None:
@@ -217,7 +231,7 @@ class Backbone(Module):
         masks: dict[int, Tensor] = {}
         blocks, shared = self.tower.blocks, self.tower.shared()
         for i in range(start, stop):
-            keep_BH = None if policy is None else policy.decide(i, x_BTD[:, 0])
+            keep_BH = None if policy is None else policy.decide(i, self.policy_input(x_BTD))
             if keep_BH is None:
                 x_BTD = blocks[i](x_BTD, **shared[i])
                 continue
@@ -314,7 +328,7 @@ class _Fixed:
 
     mask_BLH: Tensor
 
-    def decide(self, block: int, cls_BD: Tensor) -> Tensor:
+    def decide(self, block: int, read_BD: Tensor) -> Tensor:
         return self.mask_BLH[:, block]
 
 
@@ -324,20 +338,3 @@ def _tower(model: nn.Module) -> Tower:
 
         return tower(model)
     return timm_tower(model)
-
-
-def _preprocess(model: Any, tower: Tower) -> Preprocess:
-    if hasattr(model, "visual"):
-        data: dict[str, Any] = dict(model.visual.preprocess_cfg)
-        squash = data["resize_mode"] == "squash"
-        return Preprocess(
-            tower.image_size, 3, tuple(data["mean"]), tuple(data["std"]), data["interpolation"], squash=squash
-        )
-    data = resolve_model_data_config(model)
-    mean, std = tuple(data["mean"]), tuple(data["std"])
-    if model.in_chans == 1:  # timm gives RGB statistics whatever in_chans is
-        mean, std = (sum(mean) / len(mean),), (sum(std) / len(std),)
-    original_size = tower.image_size == tuple(data["input_size"][-2:])
-    crop_pct = data["crop_pct"] if original_size else 1.0
-    squash = data.get("crop_mode") == "squash"
-    return Preprocess(tower.image_size, model.in_chans, mean, std, data["interpolation"], crop_pct, squash)

@@ -1,4 +1,4 @@
-"""Steering along an SAE's latents."""
+"""Steering along the latents of SAEs."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -14,13 +14,23 @@ _ONLY = {
 """By kind, the fields that only this kind reads."""
 
 
+def steerable(tokens: str) -> tuple[str, ...]:
+    """Tokens that an SAE which reads ``tokens`` can steer."""
+    return ("cls", "patches", "all") if tokens == "all" else (tokens,)
+
+
 @dataclass(frozen=True)
 class Steering(Section):
     """Edits of activations along an SAE's latents, and their controls."""
 
     sae: str
-    """Name of the SAE section whose latents steer; every seed is used. The SAEs must read the class token in the
-    residual stream."""
+    """Name of the SAE section whose latents steer; every seed is used. The SAEs must read the residual stream."""
+    layers: tuple[str, ...] = ()
+    """Further SAE sections that steer in the same pass with the same strength: of the same backbone, with the same
+    seeds, at later sites in the order of the model."""
+    tokens: Literal["cls", "patches", "all"] | None = None
+    """Tokens that are steered. null: those that each SAE reads; one of the mean over patches moves every patch. An SAE
+    of all tokens can steer any of them, another SAE only its own."""
     kind: Literal["class-latents", "vs2", "vs2++"] = "class-latents"
     """``class-latents`` amplifies latents of the predicted (or known) class. ``vs2`` amplifies every image's own active
     latents, without labels (arXiv 2506.01247). ``vs2++`` steers along the difference between the image's neighbours of

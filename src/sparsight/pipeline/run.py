@@ -1,6 +1,7 @@
 """A run: every section of the configuration, checked by itself and against other sections."""
 
 import dataclasses
+import itertools
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from sparsight.common.errors import SparsightError
 from sparsight.config import Activations, Backbone, Compute, Images, Policy, Pruning, Report, Sae, Steering
 from sparsight.config.bounds import CountOrZero, bounds_of, check
 from sparsight.config.schema import check_keys, parse
+from sparsight.config.steering import steerable
 
 
 @dataclass(frozen=True)
@@ -104,6 +106,14 @@ class Run:
         }
 
     @cached_property
+    def layer_names(self) -> dict[str, list[str]]:
+        """Every steering result (<section>-s<seed>) and the SAE folders of its layers."""
+        return {
+            name: [f"{layer}-s{name.rpartition('-s')[2]}" for layer in self.steering[name.rpartition("-s")[0]].layers]
+            for name in self.steering_names
+        }
+
+    @cached_property
     def steered(self) -> list[str]:
         """Folders in ``saes`` of the SAEs that pruning steers with."""
         section = self.pruning.steering if self.pruning else None
@@ -161,7 +171,7 @@ def load_run(config: Mapping[str, Any]) -> Run:
 _READS = {
     "saes": {"backbone": "backbones"},
     "policies": {"backbone": "backbones"},
-    "steering": {"sae": "saes", "neighbour_backbone": "backbones"},
+    "steering": {"sae": "saes", "layers": "saes", "neighbour_backbone": "backbones"},
 }
 """By kind of section, the keys that name another section, and the kind of that section."""
 
@@ -174,11 +184,16 @@ def _left(kind: str, config: Mapping[str, Any], dropped: dict[str, set[str]]) ->
         if section is None
         or (
             isinstance(section, Mapping)
-            and any(section.get(key) in dropped[target] for key, target in _READS.get(kind, {}).items())
+            and any(_names(section.get(key)) & dropped[target] for key, target in _READS.get(kind, {}).items())
         )
     }
     dropped[kind] = removed
     return {name: section for name, section in config[kind].items() if name not in removed}
+
+
+def _names(value: Any) -> set[Any]:
+    """The section or sections that a key names; a value of a wrong type is left to the parser."""
+    return {name for name in (value if isinstance(value, list | tuple) else [value]) if isinstance(name, str)}
 
 
 def _check_links(run: Run) -> None:
@@ -211,28 +226,15 @@ def _check_links(run: Run) -> None:
         known(policy.backbone, run.backbones, f"policies.{name}.backbone")
     for name, steering in run.steering.items():
         known(steering.sae, run.saes, f"steering.{name}.sae")
-        section = run.saes[steering.sae]
-        if section.site is None:
-            raise SparsightError(f"steering.{name}.sae: {steering.sae!r} is a chain; steering takes an SAE of one site")
-        if sites.parse(section.site)[1] not in ("input", "output"):
-            raise SparsightError(
-                f"steering.{name}.sae: {steering.sae!r} reads {section.site!r}; steering edits the residual stream, "
-                "blocks.<i>.input or .output"
-            )
-        if run.tokens_of(steering.sae) != "cls":
-            raise SparsightError(
-                f"steering.{name}.sae: steers the class token; {steering.sae!r} reads {run.tokens_of(steering.sae)}, "
-                "not cls"
-            )
+        for layer in steering.layers:
+            known(layer, run.saes, f"steering.{name}.layers")
+        for key, layer in (("sae", steering.sae), *(("layers", layer) for layer in steering.layers)):
+            _check_steered(run, f"steering.{name}.{key}", steering, layer)
+        _check_layers(run, f"steering.{name}.layers", steering)
         if steering.neighbour_backbone is not None:
             known(steering.neighbour_backbone, run.backbones, f"steering.{name}.neighbour_backbone")
         if steering.kind == "vs2++" and "embedding" not in run.activations.tokens_by_site:
             raise SparsightError(f"steering.{name}: kind vs2++ compares embeddings; add embedding to activations.sites")
-        if steering.kind == "class-latents" and 2 * steering.latents > section.d_sae:
-            raise SparsightError(
-                f"steering.{name}.latents: {steering.latents} latents and as many random others do not fit into "
-                f"d_sae = {section.d_sae}; lower latents"
-            )
     if run.other_images and not run.transfers:
         raise SparsightError(
             "other_images: only steering of kind vs2 on an open_clip model is tried on them; add one, or leave them out"
@@ -250,6 +252,16 @@ def _check_links(run: Run) -> None:
             "class-latents, amplify, mean-difference; name such a section"
         )
     read = run.saes[steering.sae]
+    if steering.layers:
+        raise SparsightError(
+            f"pruning.steering: {run.pruning.steering!r} has layers, but heads are steered at the last block's input "
+            "alone; name a section without layers"
+        )
+    if (own := run.tokens_of(steering.sae)) not in ("cls", "mean"):
+        raise SparsightError(
+            f"pruning.steering: its SAE reads tokens {own}; head policies read cls, or mean in a model without a "
+            "class token; name a section of such an SAE"
+        )
     steered, depth = read.backbone, run.backbones[read.backbone].depth
     if depth is not None and read.site != f"blocks.{depth - 1}.input":
         raise SparsightError(
@@ -266,6 +278,41 @@ def _check_links(run: Run) -> None:
             raise SparsightError(
                 f"policies.{name}.backbone: {policy.backbone!r} is not {steered!r}, whose SAE pruning.steering uses"
             )
+
+
+def _check_steered(run: Run, where: str, steering: Steering, name: str) -> None:
+    """Check that the SAEs of a section can steer."""
+    section = run.saes[name]
+    if section.site is None:
+        raise SparsightError(f"{where}: {name!r} is a chain; steering takes an SAE of one site")
+    if sites.parse(section.site)[1] not in ("input", "output"):
+        raise SparsightError(
+            f"{where}: {name!r} reads {section.site!r}; steering edits the residual stream, blocks.<i>.input or .output"
+        )
+    own = run.tokens_of(name)
+    if (steering.tokens or own) not in steerable(own):
+        raise SparsightError(
+            f"{where}: {name!r} reads tokens {own} and cannot steer tokens {steering.tokens}; name an SAE that reads "
+            f"{steering.tokens} or all, or set tokens to null"
+        )
+    if steering.kind == "class-latents" and 2 * steering.latents > section.d_sae:
+        raise SparsightError(
+            f"{where.rpartition('.')[0]}.latents: {steering.latents} latents and as many random others do not fit into "
+            f"d_sae = {section.d_sae} of {name!r}; lower latents"
+        )
+
+
+def _check_layers(run: Run, where: str, steering: Steering) -> None:
+    """Check that SAEs which steer in the same pass fit together."""
+    first, *others = (run.saes[name] for name in (steering.sae, *steering.layers))
+    for name, section in zip(steering.layers, others, strict=True):
+        if section.backbone != first.backbone:
+            raise SparsightError(f"{where}: {name!r} is of backbone {section.backbone!r}, not of {first.backbone!r}")
+        if missing := sorted(set(first.seeds) - set(section.seeds)):
+            raise SparsightError(f"{where}: {name!r} has no seed {missing[0]}, which {steering.sae!r} has; add it")
+    order = [str(section.site) for section in (first, *others)]
+    if any(sites.depth(a) >= sites.depth(b) for a, b in itertools.pairwise(order)):
+        raise SparsightError(f"{where}: the sites are {', '.join(order)}; give each once, in the order of the model")
 
 
 def check_writable(folder: Path) -> None:

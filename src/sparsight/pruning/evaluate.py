@@ -1,8 +1,9 @@
 """The effect of steering on the head policy: accuracy and head usage per strategy, beside controls.
 
-Routing is policy-only: the steered class token decides which heads of the last block are kept, and the block runs on
-the unsteered residual stream. So a strategy acts through its masks alone. The one exception is
-``class-latents-in-stream``, which also edits the stream; it runs the block once per row.
+The policy reads the class token, or in a model without one the mean over the patches. Routing is policy-only: this
+activation, steered, decides which heads of the last block are kept, and the block runs on the unsteered residual
+stream. So a strategy acts through its masks alone. The one exception is ``class-latents-in-stream``, which also edits
+the stream; it runs the block once per row.
 
 Everything is chosen on val: strengths, numbers of latents, targets, frontiers, classes. Test is evaluated once.
 
@@ -50,7 +51,7 @@ def evaluate(
     """Write the tables of docs/pruning.md, ``head_latents.safetensors`` and ``metrics.json`` to ``work.out``.
 
     Args:
-        saes: SAEs of the class token at the last block's input, by name.
+        saes: SAEs of what the policy reads at the last block's input, by name.
         n_parallel: passes of the last block that run at the same time; no result depends on it.
 
     Raises:
@@ -65,7 +66,7 @@ def evaluate(
         last_block_inputs(backbone, policy, manifest.split(part), section.batch_size, n_parallel)
         for part in ("train", "val", "test")
     )
-    probe = linear_probe.fit(train.cls_ND, train.labels, len(names))
+    probe = linear_probe.fit(train.read_ND, train.labels, len(names))
     strategies = _strategies(section, policy, saes, train, _routes(probe, train), len(names), seed)
     on_val, targets, groups, chosen, frontiers = _choices(section, strategies, val, _routes(probe, val))
     routes = _routes(probe, test)
@@ -116,25 +117,26 @@ def evaluate(
 
 
 def _check_site(sae: SAE, backbone: Backbone) -> None:
-    site, tokens, wanted = sae.about["site"], sae.about["tokens"], f"blocks.{backbone.n_blocks - 1}.input"
-    if (site, tokens) != (wanted, "cls"):
+    read = sae.about["site"], sae.about["tokens"]
+    wanted = f"blocks.{backbone.n_blocks - 1}.input", backbone.policy_tokens
+    if read != wanted:
         raise SparsightError(
-            f"pruning: the SAE reads {site}, tokens {tokens}; heads are steered at {wanted}, tokens cls"
+            "pruning: the SAE reads {}, tokens {}; heads are steered at {}, tokens {}".format(*read, *wanted)
         )
 
 
 def _routes(linear: linear_probe.LinearProbe, inputs: LastBlockInputs) -> dict[str, np.ndarray]:
     """The class of each image, (N,), by kind of label."""
     unsteered = inputs.predict(inputs.unsteered[None])[0]
-    return {"predicted": unsteered, "probe": linear(inputs.cls_ND), "oracle": inputs.labels.astype(np.int64)}
+    return {"predicted": unsteered, "probe": linear(inputs.read_ND), "oracle": inputs.labels.astype(np.int64)}
 
 
 def _strategies(
     section: config.Pruning, policy: HeadPolicy, saes: Mapping[str, SAE], train: LastBlockInputs,
     routes: dict[str, np.ndarray], n_classes: int, seed: int,
 ) -> Strategies:  # fmt: skip
-    """Fit everything that decides masks, on the class tokens of train in the pruned model."""
-    x_ND, n_latents = train.cls_ND.cpu().numpy(), section.latents[-1]
+    """Fit everything that decides masks, on what the policy reads of train in the pruned model."""
+    x_ND, n_latents = train.read_ND.cpu().numpy(), section.latents[-1]
 
     def effects(sae: SAE, *about: str) -> LatentEffects:
         drawn = derive_seed(seed, "random-latents", *about)
@@ -226,7 +228,7 @@ def _other_ways(
 
 @torch.no_grad()
 def _fvu(sae: SAE, inputs: LastBlockInputs) -> float:
-    """FVU of an SAE on the class tokens at the last block's input, when the policy prunes the earlier blocks."""
-    x = inputs.cls_ND
+    """FVU of an SAE on what the policy reads at the last block's input, when the policy prunes the earlier blocks."""
+    x = inputs.read_ND
     error = (x - sae(x)).double().square().sum()
     return float(error / (x - x.double().mean(dim=0)).double().square().sum())

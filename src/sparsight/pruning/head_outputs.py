@@ -62,9 +62,9 @@ class HeadOutputs:
         return HeadOutputs(self.backbone, self.x_NRD[rows], self.projected_HNRD[:, rows])
 
     @property
-    def cls_ND(self) -> Tensor:
-        """The class tokens at the block's input."""
-        return self.x_NRD[:, 0]
+    def read_ND(self) -> Tensor:
+        """What a head policy reads at the block's input."""
+        return self.backbone.policy_input(self.x_NRD)
 
     def logits(self, keep_NH: Tensor) -> Tensor:
         """Class logits (N, classes) under a mask per image; a float mask gets gradients."""

@@ -34,8 +34,8 @@ class LastBlockInputs:
 
     labels: np.ndarray
     """(N,) the true classes."""
-    cls_ND: Tensor
-    """The class token at the last block's input."""
+    read_ND: Tensor
+    """What the policy reads at the last block's input: the class token, or the mean over the patches."""
     logits_NH: Tensor
     """The policy's head logits for the last block."""
     before: np.ndarray
@@ -58,7 +58,10 @@ class LastBlockInputs:
         return np.take_along_axis(self.table, codes_SN.T, axis=1).T
 
     def predict_edited(self, codes_SN: np.ndarray, edits_SND: Tensor) -> np.ndarray:
-        """Predicted classes (S, N) under masks, with edits added to the class token at the block's input."""
+        """Predicted classes (S, N) under masks, with edits in the stream of what the policy reads at the block's input.
+
+        An edit of the mean over patches is added to every patch.
+        """
         return self.runs.edited(codes_SN, edits_SND)
 
     @property
@@ -85,23 +88,23 @@ def last_block_inputs(
         n_parallel: edits of a batch that later run through the last block at the same time; no result depends on it.
     """
     last, tabulated = backbone.n_blocks - 1, affordable(backbone)
-    cls, kept, skipped, table = [], [], [], []
+    read, kept, skipped, table = [], [], [], []
     with Progress(len(split), "images") as progress:
         for x_BTD, before in _prefixes(backbone, policy, split, batch_size):
             whole = torch.ones(len(x_BTD), backbone.n_heads, dtype=torch.bool, device=x_BTD.device)
             kept.append(torch.stack([before.get(block, whole) for block in range(last)], dim=1).cpu().numpy())
-            cls.append(x_BTD[:, 0])
+            read.append(backbone.policy_input(x_BTD))
             skipped.append(backbone.classify(x_BTD).argmax(dim=1).cpu().numpy())
             if tabulated:
                 predictions = [logits.argmax(dim=2) for logits in HeadOutputs.of(backbone, x_BTD).every()]
                 table.append(torch.cat(predictions, dim=1).to(torch.int32).cpu().numpy())
             progress(len(x_BTD))
-    cls_ND = torch.cat(cls)
+    read_ND = torch.cat(read)
     # Coupled MLPs are narrowed in the model itself, so only one pass can run at a time.
     n_parallel = 1 if backbone.couples_mlp else n_parallel
     runs = _BlockRunner(backbone, policy, split, batch_size, ThreadPoolExecutor(n_parallel))
     return LastBlockInputs(
-        split.labels, cls_ND, policy.logits(last, cls_ND), np.concatenate(kept), np.concatenate(skipped),
+        split.labels, read_ND, policy.logits(last, read_ND), np.concatenate(kept), np.concatenate(skipped),
         np.concatenate(table) if tabulated else None, runs,
     )  # fmt: skip
 
@@ -149,7 +152,7 @@ class _BlockRunner:
     @torch.no_grad()  # needed in each thread
     def _edited(self, x_BTD: Tensor, codes_B: np.ndarray, edit_BD: Tensor) -> np.ndarray:
         backbone, x_BTD = self.backbone, x_BTD.clone()
-        x_BTD[:, 0] += edit_BD
+        x_BTD[:, backbone.policy_positions] += edit_BD[:, None]
         if backbone.tower.n_read * backbone.n_heads > x_BTD.shape[1]:  # more rows than the whole stream
             return self._last(x_BTD, codes_B, "masked")
         keep_BH = torch.from_numpy(unpack(codes_B, backbone.n_heads)).to(x_BTD.device)

@@ -21,7 +21,7 @@ class LatentEffects:
     """What strategies need from an SAE, the policy's last block and the train split.
 
     Args:
-        sae: an SAE of the class token at the last block's input.
+        sae: an SAE of what the policy reads at the last block's input.
         weight_HD: the policy's weights for the last block, W_head.
         found: the class latents on train, in the stream that the policy sees.
     """
@@ -34,11 +34,11 @@ class LatentEffects:
         self.alive = np.flatnonzero((found.mean_code > 0).cpu().numpy())
         """Latents that fire on train."""
 
-    def encode(self, cls_ND: Tensor) -> Tensor:
+    def encode(self, read_ND: Tensor) -> Tensor:
         """Codes (N, F). The latest result is cached, because many rows use the same activations."""
-        if self._encoded is None or self._encoded[0] is not cls_ND:
-            parts = [self.sae.encode(cls_ND[rows]).dense() for rows in row_slices(len(cls_ND), _ROWS)]
-            self._encoded = cls_ND, torch.cat(parts)
+        if self._encoded is None or self._encoded[0] is not read_ND:
+            parts = [self.sae.encode(read_ND[rows]).dense() for rows in row_slices(len(read_ND), _ROWS)]
+            self._encoded = read_ND, torch.cat(parts)
         return self._encoded[1]
 
     def class_change(self, z_NF: Tensor, classes_N: Tensor, m: int) -> Tensor:
@@ -47,7 +47,7 @@ class LatentEffects:
         return (z_NF.gather(1, latents_NM)[:, :, None] * self.push_HF.T[latents_NM]).sum(dim=1)
 
     def class_edit(self, z_NF: Tensor, classes_N: Tensor, m: int) -> Tensor:
-        """The edit (N, D) of the class token that causes :meth:`class_change`, sum z_i d_i."""
+        """The edit (N, D) of what the policy reads that causes :meth:`class_change`, sum z_i d_i."""
         latents_NM = self.found.latents[classes_N, :m]
         picked_NF = torch.zeros_like(z_NF).scatter(1, latents_NM, z_NF.gather(1, latents_NM))
         return picked_NF @ self.sae.W_dec

@@ -1,4 +1,4 @@
-"""A linear probe that predicts the class from the class token at the last block's input.
+"""A linear probe that predicts the class from what the policy reads at the last block's input.
 
 Only routing by its prediction can save work of the last block, because it needs no pass through that block.
 

@@ -34,7 +34,7 @@ def run(
 ) -> Iterator[tuple[Row, Outcome]]:
     """Each row with its outcome. ``routes`` is, by kind of label, the class whose configuration an image gets."""
     waiting: dict[bool, list[Decided]] = {False: [], True: []}  # by whether the row edits the stream
-    limits = {False: _AT_A_TIME // len(inputs), True: _AT_A_TIME // inputs.cls_ND.numel()}
+    limits = {False: _AT_A_TIME // len(inputs), True: _AT_A_TIME // inputs.read_ND.numel()}
     for decided in strategies.codes(rows, inputs, routes):
         edited = decided.edit_ND is not None
         waiting[edited].append(decided)

@@ -23,7 +23,7 @@ _BACKBONE = "backbone."  # prefix of the names of fine-tuned weights
 
 
 class HeadPolicy(Module):
-    """A linear map of the class token at each block's input to one logit per head; logit > 0 keeps the head.
+    """A linear map of :meth:`Backbone.policy_input` at each block's input to one logit per head; logit > 0 keeps it.
 
     AdaViT decides in every block but the first, which always runs whole.
 
@@ -51,17 +51,17 @@ class HeadPolicy(Module):
             sizes = [f"width {d}, {h} heads, {n} blocks" for d, h, n in (expected, actual)]
             raise SparsightError(f"the head policy is for another model ({sizes[0]}) than this one ({sizes[1]})")
 
-    def logits(self, block: int, cls_BD: Tensor) -> Tensor:
+    def logits(self, block: int, read_BD: Tensor) -> Tensor:
         """Head logits (B, H) of one block."""
         d_in = self.weight.shape[2]
-        if cls_BD.shape[1] != d_in:
-            raise SparsightError(f"the head policy is for a model of width {d_in}, not {cls_BD.shape[1]}")
+        if read_BD.shape[1] != d_in:
+            raise SparsightError(f"the head policy is for a model of width {d_in}, not {read_BD.shape[1]}")
         p = self.blocks.index(block)
-        return cls_BD @ self.weight[p].T + self.bias[p]
+        return read_BD @ self.weight[p].T + self.bias[p]
 
-    def decide(self, block: int, cls_BD: Tensor) -> Tensor | None:
+    def decide(self, block: int, read_BD: Tensor) -> Tensor | None:
         """Bool (B, H); None for a block without a policy."""
-        return self.logits(block, cls_BD) > 0 if block in self.blocks else None
+        return self.logits(block, read_BD) > 0 if block in self.blocks else None
 
     def own(self, backbone: Backbone) -> Backbone:
         """The model that the policy was trained with, derived from ``backbone``, which is not changed.
@@ -112,6 +112,6 @@ class FixedMask:
 
     keep_BH: Tensor
 
-    def decide(self, block: int, cls_BD: Tensor) -> Tensor:
+    def decide(self, block: int, read_BD: Tensor) -> Tensor:
         """Bool (B, H)."""
         return self.keep_BH

@@ -22,7 +22,7 @@ class Passes(Protocol):
     """What training needs from train and val."""
 
     def statistics(self) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation over train of the class token at each decided block's input, (P, D) each."""
+        """Mean and standard deviation over train of the policy's input at each decided block, (P, D) each."""
 
     def logits(self, rows: np.ndarray, policy: BlockPolicy) -> Tensor:
         """Class logits (B, classes) of some train images under a policy, with gradients."""
@@ -45,8 +45,8 @@ class Whole:
         total = square = torch.zeros((), dtype=torch.float64)
         for images in _images(self.backbone, self.train, self.batch_size):
             taps = self.backbone.taps(images, names)
-            cls = torch.stack([taps[name][:, 0].double() for name in names])
-            total, square = total + cls.sum(dim=1), square + cls.square().sum(dim=1)
+            read = torch.stack([self.backbone.policy_input(taps[name]).double() for name in names])
+            total, square = total + read.sum(dim=1), square + read.square().sum(dim=1)
         mean = total / len(self.train)
         variance = (square / len(self.train) - mean.square()).clamp(min=1e-12)
         return mean.float(), variance.sqrt().float()
@@ -79,19 +79,19 @@ class AtLastBlock:
         return numbers * torch.float32.itemsize <= _STORED
 
     def statistics(self) -> tuple[Tensor, Tensor]:
-        cls_ND = self.train.cls_ND.double()
-        variance = cls_ND.var(dim=0, correction=0).clamp(min=1e-12)
-        return cls_ND.mean(dim=0)[None].float(), variance.sqrt()[None].float()
+        read_ND = self.train.read_ND.double()
+        variance = read_ND.var(dim=0, correction=0).clamp(min=1e-12)
+        return read_ND.mean(dim=0)[None].float(), variance.sqrt()[None].float()
 
     def logits(self, rows: np.ndarray, policy: BlockPolicy) -> Tensor:
         images = self.train[torch.from_numpy(rows).to(self.train.x_NRD.device)]
-        keep_BH = policy.decide(self.block, images.cls_ND)
+        keep_BH = policy.decide(self.block, images.read_ND)
         assert keep_BH is not None
         return images.logits(keep_BH)
 
     @torch.no_grad()
     def on_val(self, policy: BlockPolicy) -> tuple[np.ndarray, np.ndarray]:
-        keep_NH = policy.decide(self.block, self.val.cls_ND)
+        keep_NH = policy.decide(self.block, self.val.read_ND)
         assert keep_NH is not None
         predicted_N = self.val.logits(keep_NH).argmax(dim=1)
         return predicted_N.cpu().numpy(), keep_NH.float().mean(dim=1).cpu().numpy()

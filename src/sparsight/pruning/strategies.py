@@ -1,6 +1,6 @@
 """How each strategy changes the policy's head logits, in closed form.
 
-The policy is linear: amplifying latents of the class token, x' = x + sum (g_i - 1) z_i d_i, changes the logit of head h
+The policy is linear: amplifying latents of what it reads, x' = x + sum (g_i - 1) z_i d_i, changes the logit of head h
 by sum (g_i - 1) z_i <w_h, d_i>. So W_head W_dec holds the effect of every latent on every head. Latents are ranked for
 a head without running them, and another strength costs one product.
 
@@ -89,7 +89,7 @@ class Decided(NamedTuple):
     codes: np.ndarray
     """(N,) codes of the masks."""
     edit_ND: Tensor | None = None
-    """Edit that is added to the class token in the stream, or None."""
+    """Edit of what the policy reads that is made in the stream, or None."""
 
 
 def every_row(section: config.Pruning, n_heads: int, effects_by_sae: dict[str, LatentEffects]) -> list[Row]:
@@ -143,7 +143,7 @@ class Strategies:
             change_NH, edit_ND = self._change(unit, inputs, classes), None
             if unit.strategy == IN_STREAM:
                 effects = self.effects_by_sae[unit.sae]
-                edit_ND = effects.class_edit(effects.encode(inputs.cls_ND), classes, unit.latents)
+                edit_ND = effects.class_edit(effects.encode(inputs.read_ND), classes, unit.latents)
             for row in group:
                 factor = row.strength - (row.strategy != "logit-bias")
                 codes = pack(inputs.logits_NH + factor * change_NH > 0)
@@ -158,7 +158,7 @@ class Strategies:
             offset_N = self.controls.offsets[row.labels, row.strength][torch.from_numpy(classes_N)]
             return pack(inputs.logits_NH + offset_N[:, None].to(inputs.logits_NH) > 0)
         if strategy == "reconstruct":
-            x_hat_ND = self.effects_by_sae[row.sae].sae(inputs.cls_ND)
+            x_hat_ND = self.effects_by_sae[row.sae].sae(inputs.read_ND)
             return pack(self.policy.logits(self.policy.blocks[-1], x_hat_ND) > 0)
         if strategy == "none":
             return inputs.unsteered
@@ -173,7 +173,7 @@ class Strategies:
         effects = (self.scrambled if strategy == "random-sae" else self.effects_by_sae)[unit.sae]
         if strategy == "logit-bias-matched":
             return effects.mean_change(m)[classes_N]
-        z_NF = effects.encode(inputs.cls_ND)
+        z_NF = effects.encode(inputs.read_ND)
         if strategy == "uniform":
             return z_NF @ effects.push_HF.T
         if strategy == "sample-top":

@@ -1,6 +1,6 @@
 """Training of the head policy, on a frozen backbone or together with its weights.
 
-The loss is AdaViT's, with two changes that the docs list as ours. The class token is centred and scaled, because its
+The loss is AdaViT's, with two changes that the docs list as ours. The policy's input is centred and scaled, because its
 large constant part would make the policy nearly the same for every image; this is folded into the saved weights. The
 usage loss is about the evaluated (thresholded) usage, because the sampled usage differs from it.
 
@@ -41,10 +41,8 @@ def fit(
             depends on it.
 
     Raises:
-        SparsightError: a backbone without a class token, or whose heads cannot be switched.
+        SparsightError: a backbone whose heads cannot be switched.
     """
-    if not backbone.class_positions:
-        raise SparsightError(f"policies.{name}: the backbone has no class token for the policy to read")
     finetuned = section.backbone_lr is not None
     backbone.requires_grad_(finetuned)
     train, val = manifest.split("train"), manifest.split("val")
@@ -151,7 +149,7 @@ class _Training:
 
     @torch.no_grad()
     def folded(self) -> HeadPolicy:
-        """The policy on raw class tokens: w.(x - mean)/std + b = (w/std).x + (b - (w/std).mean)."""
+        """The policy on what it reads, unscaled: w.(x - mean)/std + b = (w/std).x + (b - (w/std).mean)."""
         raw = HeadPolicy(self.backbone.d_in, self.backbone.n_heads, self.policy.blocks).to(self.mean_PD.device)
         raw.couples_mlp = self.policy.couples_mlp
         weight = self.policy.weight / self.std_PD[:, None]
@@ -161,7 +159,7 @@ class _Training:
 
 
 class _Sampled:
-    """The policy in training: straight-through samples (Gumbel-sigmoid) on standardised class tokens.
+    """The policy in training: straight-through samples (Gumbel-sigmoid) on standardised inputs.
 
     Args:
         training: the training that it belongs to.
@@ -174,12 +172,12 @@ class _Sampled:
         self.evaluated: list[Tensor] = []
         """Masks (B, H) per decided block: ``sampled`` as used, without gradients; ``evaluated`` as in evaluation."""
 
-    def decide(self, block: int, cls_BD: Tensor) -> Tensor | None:
+    def decide(self, block: int, read_BD: Tensor) -> Tensor | None:
         policy, tau = self.training.policy, self.training.section.temperature
         if block not in policy.blocks:
             return None
         p = policy.blocks.index(block)
-        logits = policy.logits(block, (cls_BD - self.training.mean_PD[p]) / self.training.std_PD[p])
+        logits = policy.logits(block, (read_BD - self.training.mean_PD[p]) / self.training.std_PD[p])
         mask = _straight_through(torch.sigmoid((logits + self.noise_BPH[:, p]) / tau))
         self.sampled.append(mask.detach())
         self.evaluated.append(_straight_through(torch.sigmoid(logits / tau)))

@@ -2,7 +2,8 @@
 
 The strategy is that of arXiv 2603.26743. The rankings are our choice, because the paper's is not public.
 
-Shapes: B batch, N rows, D width (d_in), F latents (d_sae), C classes, M latents per class.
+Shapes: R edited rows, N images, S stored tokens of an image, D width (d_in), F latents (d_sae), C classes, M latents of
+a class.
 """
 
 from dataclasses import dataclass
@@ -11,19 +12,21 @@ from typing import Literal
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sparsight.activations.store import Rows
-from sparsight.common.slices import row_slices
 from sparsight.sae.base import SAE
+from sparsight.steering import stored, vectors
 
 _ROWS = 4096
 
 
 @dataclass(frozen=True)
 class ClassLatents:
-    """What steering needs from the train split, by class."""
+    """What steering needs from the train split, by class.
+
+    An image of which several tokens are steered counts with the means of its codes and activations over these tokens.
+    """
 
     latents: Tensor
     """(C, M) int64: the class's latents, the highest ranked first."""
@@ -40,14 +43,10 @@ class ClassLatents:
     vectors: Tensor
     """(C, M, D) steering vectors: the m-th is the sum of mean z_i times W_dec_i over the class's first m latents."""
 
-    def save(self, path: Path) -> None:
-        """Write a safetensors file with these fields."""
-        save_file({name: value.contiguous() for name, value in vars(self).items()}, path)
-
     @classmethod
-    def load(cls, path: Path, device: torch.device) -> "ClassLatents":
-        """Read what :meth:`save` wrote."""
-        return cls(**load_file(path, device=str(device)))
+    def load(cls, path: Path, device: torch.device, further: str | None = None) -> "ClassLatents":
+        """Read the vectors of a section's first site, or of a further one, that the steering stage wrote."""
+        return cls(**vectors.load(path, device, further))
 
 
 @torch.no_grad()
@@ -58,7 +57,7 @@ def find(
     """Rank the latents of every class on training activations.
 
     Args:
-        rows: activations of the train split, one row per image.
+        rows: activations of the train split, with one or several tokens of every image.
         labels: int (N,), classes of the images.
         n_latents: M, at most half of F.
         seed: seed of the random latents.
@@ -68,11 +67,11 @@ def find(
     device = sae.W_dec.device
     total_CF = torch.zeros(n_classes, sae.d_sae, dtype=torch.float64, device=device)
     sum_CD = torch.zeros(n_classes, sae.d_in, dtype=torch.float64, device=device)
-    for window in row_slices(len(rows), _ROWS):
-        x_BD = torch.from_numpy(rows[window]).to(device)
-        onehot_CB = torch.from_numpy(labels[window] == np.arange(n_classes)[:, None]).to(device).double()
-        total_CF += onehot_CB @ sae.encode(x_BD).dense().double()
-        sum_CD += onehot_CB @ x_BD.double()
+    for window, x_NSD in stored.images(rows, device, _ROWS):
+        onehot_CN = torch.from_numpy(labels[window] == np.arange(n_classes)[:, None]).to(device).double()
+        z_NSF = sae.encode(x_NSD.flatten(0, 1)).dense().unflatten(0, x_NSD.shape[:2])
+        total_CF += onehot_CN @ z_NSF.double().mean(dim=1)
+        sum_CD += onehot_CN @ x_NSD.double().mean(dim=1)
     count_C1 = torch.from_numpy(np.bincount(labels, minlength=n_classes)).to(device)[:, None]
     mean_CF = total_CF / count_C1
     other_mean_CF = (total_CF.sum(dim=0) - total_CF) / (len(labels) - count_C1).clamp(min=1)  # 0 for a single class
@@ -101,22 +100,22 @@ def find(
     )
 
 
-def class_edit(sae: SAE, codes_BF: Tensor, classes_B: Tensor, found: ClassLatents) -> Tensor:
-    """The edit for factor 2, (B, D): sum over the class's latents of z_i W_dec_i.
+def class_edit(sae: SAE, codes_RF: Tensor, classes_R: Tensor, found: ClassLatents) -> Tensor:
+    """The edit for factor 2, (R, D): sum over the class's latents of z_i W_dec_i.
 
     For factor gamma the edit is (gamma - 1) times this: x' = x + D(g z) - D(z), which keeps the SAE's error.
     """
-    latents_BM = found.latents[classes_B]
-    picked_BF = torch.zeros_like(codes_BF).scatter(1, latents_BM, codes_BF.gather(1, latents_BM))
-    return picked_BF @ sae.W_dec
+    latents_RM = found.latents[classes_R]
+    picked_RF = torch.zeros_like(codes_RF).scatter(1, latents_RM, codes_RF.gather(1, latents_RM))
+    return picked_RF @ sae.W_dec
 
 
-def clamp_edit(sae: SAE, codes_BF: Tensor, classes_B: Tensor, found: ClassLatents, factor: float) -> Tensor:
-    """The edit x' - x, (B, D), that sets the class's latents to ``factor`` times their mean activation in the class.
+def clamp_edit(sae: SAE, codes_RF: Tensor, classes_R: Tensor, found: ClassLatents, factor: float) -> Tensor:
+    """The edit x' - x, (R, D), that sets the class's latents to ``factor`` times their mean activation in the class.
 
-    The image's own codes of these latents are replaced; factor 0 ablates them. Like :func:`class_edit`, the edit keeps
+    The rows' own codes of these latents are replaced; factor 0 ablates them. Like :func:`class_edit`, the edit keeps
     the SAE's error.
     """
-    latents_BM = found.latents[classes_B]
-    wanted_BM = factor * found.mean_activation[classes_B].gather(1, latents_BM)
-    return torch.einsum("bm,bmd->bd", wanted_BM - codes_BF.gather(1, latents_BM), sae.W_dec[latents_BM])
+    latents_RM = found.latents[classes_R]
+    wanted_RM = factor * found.mean_activation[classes_R].gather(1, latents_RM)
+    return torch.einsum("rm,rmd->rd", wanted_RM - codes_RF.gather(1, latents_RM), sae.W_dec[latents_RM])

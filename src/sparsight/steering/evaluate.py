@@ -1,4 +1,4 @@
-"""Steering inside the model: edit the class token at the SAE's site and classify the images.
+"""Steering inside the model: edit tokens at the sites of SAEs and classify the images.
 
 No head is pruned here. A strength per method is chosen on val; only this strength is run on test.
 
@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from sparsight import config
 from sparsight.activations.store import ActivationStore
@@ -21,9 +22,11 @@ from sparsight.common.progress import log
 from sparsight.common.seeds import derive_seed
 from sparsight.common.work import Work
 from sparsight.images.manifest import Manifest
+from sparsight.images.split import Split
 from sparsight.sae.base import SAE
-from sparsight.steering import class_latents, controls, intervention, vs2
-from sparsight.steering.edits import Edit
+from sparsight.steering import class_latents, controls, intervention, vectors, vs2
+from sparsight.steering.edits import Edits
+from sparsight.steering.intervention import Place
 from sparsight.steering.runner import NONE, RECONSTRUCT, Outcome, Row, Runner, check_images
 from sparsight.steering.vs2pp import NeighbourSteering
 
@@ -32,59 +35,62 @@ Stores = Mapping[str, ActivationStore]
 
 def steer(
     section: config.Steering, sae: SAE, backbone: Backbone, stores: Stores, finder: Stores, manifest: Manifest,
-    name: str, seed: int, work: Work, record: dict[str, Any],
+    name: str, seed: int, work: Work, record: dict[str, Any], layers: Sequence[SAE] = (),
 ) -> None:  # fmt: skip
     """Write ``<name>.safetensors`` (the vectors), ``.parquet``, ``-classes.parquet`` and ``.json``.
 
     Args:
         stores: stores of the backbone by split: train, for kind ``vs2++`` also val and test.
         finder: for kind ``vs2++``, stores by split of the model whose embeddings find the neighbours.
+        layers: SAEs of later sites that steer in the same pass.
 
     Raises:
-        SparsightError: an SAE of another model, or not of the class token in the residual stream; images without
-            labels or with other classes than the model's.
+        SparsightError: an SAE that cannot steer these tokens (:func:`sparsight.steering.intervention.place`); images
+            without labels or with other classes than the model's.
     """
     splits = {split: manifest.split(split) for split in ("train", "val", "test")}
     for split, images in splits.items():
         check_images(backbone, images, split)
-    runner = Runner(sae, backbone)
+    runner = Runner([sae, *layers], backbone, section.tokens)
+    places = runner.where.places
     seed = derive_seed(seed, "steering", name)
-    gate = None
-    edits: Callable[[str], dict[str, Edit]]
+    seeds = [derive_seed(seed, place.site) if m else seed for m, place in enumerate(places)]
+    gates: list[vs2.Calibration] = []
+    edits: Callable[[str], Edits]
+    tensors: Callable[[], Sequence[Mapping[str, Tensor]]]
     if section.kind == "class-latents":
-        ranking = section.ranking
-        ranked = class_latents.find(
-            sae, stores["train"].rows(sae.about["site"], sae.about["tokens"]), splits["train"].labels,
-            len(manifest.classes), section.latents, derive_seed(seed, "random"),
-            intervention.attribution(runner.place, sae, splits["train"], len(manifest.classes))
-            if ranking == "attribution" else ranking,
-        )  # fmt: skip
-        by_name = controls.edits(sae, ranked, section.edit)
-        edits, save = lambda split: by_name, ranked.save
+        found = _rank(section, runner, stores["train"], splits["train"], len(manifest.classes), seeds)
+        by_site = [controls.edits(at.sae, own, section.edit) for at, own in zip(places, found, strict=True)]
+        edits, tensors = lambda split: by_site, lambda: [vars(own) for own in found]
     elif section.kind == "vs2":
-        gate = vs2.Calibration.of(sae, stores["train"], seed)
-        by_name = vs2.edits(sae, gate)
-        edits, save = lambda split: by_name, gate.save
+        gates = [
+            vs2.Calibration.of(at.sae, stores["train"].rows(at.site, at.tokens), own)
+            for at, own in zip(places, seeds, strict=True)
+        ]
+        vs2_by_site = vs2.edits_by_site(places, gates)
+        edits, tensors = lambda split: vs2_by_site, lambda: [vars(own) for own in gates]
     else:
         labels = {split: images.labels for split, images in splits.items()}
-        neighbours = NeighbourSteering(section.neighbours, sae, backbone, stores, finder, labels, seed)
-        edits, save = neighbours.edits, neighbours.save
+        neighbours = NeighbourSteering(section.neighbours, places, backbone, stores, finder, labels, seeds)
+        edits, tensors = neighbours.edits, neighbours.tensors
     val, test = splits["val"], splits["test"]
     val_edits = edits("val")
     rows = [
         Row(method, strength, labels)
-        for method, edit in val_edits.items()
+        for method, edit in val_edits[0].items()
         for labels in edit.labels
         for strength in (section.strengths if edit.strength is None else (edit.strength,))
     ]
     on_val = runner.run([NONE, RECONSTRUCT, *rows], val_edits, val)
     chosen = _choose(rows, on_val)
     on_test = runner.run([NONE, RECONSTRUCT, *chosen], edits("test"), test)
-    save(work.out / f"{name}.safetensors")
+    vectors.save({at.site: own for at, own in zip(places, tensors(), strict=True)}, work.out / f"{name}.safetensors")
     curve: list[dict[str, Any]] = []
-    if gate is not None:
-        val_curve, val_gated = gate_curve(section.quantiles, gate, chosen[0], on_val, runner.sample_fvu(val, gate))
-        test_curve, test_gated = gate_curve(section.quantiles, gate, chosen[0], on_test, runner.sample_fvu(test, gate))
+    if gates:
+        val_curve, val_gated = gate_curve(section.quantiles, gates, chosen[0], on_val, runner.sample_fvu(val, gates))
+        test_curve, test_gated = gate_curve(
+            section.quantiles, gates, chosen[0], on_test, runner.sample_fvu(test, gates)
+        )
         best = max(section.quantiles, key=lambda q: (val_gated[q].hits.mean(), -q))
         gated = chosen[0]._replace(method=f"{chosen[0].method}-gated")
         on_val[gated], on_test[gated] = val_gated[best], test_gated[best]
@@ -109,11 +115,13 @@ def steer(
     summary = {
         "format_version": 1,
         "sae": section.sae,
+        "layers": list(section.layers),
+        "tokens": section.tokens,
         "kind": section.kind,
         "chosen_on_val": [row._asdict() for row in chosen],
         "gate": curve,
         "against_controls": against_controls(chosen, on_test),
-        "cost": cost(sae, backbone),
+        "cost": cost(places, backbone),
         "record": record,
     }
     write_json(work.out / f"{name}.json", summary)
@@ -122,9 +130,29 @@ def steer(
             log(f"{line['method']} x{line['strength']:g} ({line['labels']} labels): accuracy {line['accuracy']:.4f}")
 
 
-def cost(sae: SAE, backbone: Backbone) -> dict[str, float]:
+def _rank(
+    section: config.Steering, runner: Runner, train: ActivationStore, images: Split, n_classes: int,
+    seeds: Sequence[int],
+) -> list[class_latents.ClassLatents]:  # fmt: skip
+    """The class latents at every site."""
+    places, ranking = runner.where.places, section.ranking
+    scores: Sequence[Any] = (
+        intervention.attribution(runner.where, images, n_classes)
+        if ranking == "attribution"
+        else [ranking] * len(places)
+    )
+    return [
+        class_latents.find(
+            at.sae, train.rows(at.site, at.tokens), images.labels, n_classes, section.latents,
+            derive_seed(seed, "random"), score,
+        )
+        for at, seed, score in zip(places, seeds, scores, strict=True)
+    ]  # fmt: skip
+
+
+def cost(places: Sequence[Place], backbone: Backbone) -> dict[str, float]:
     """Multiply-accumulates of steering one image (encode, and decode its active latents), and of the whole model."""
-    edit = sae.macs_encode + sae.k * sae.d_in
+    edit = sum(at.n_tokens * (at.sae.macs_encode + at.sae.k * at.sae.d_in) for at in places)
     whole = backbone.n_blocks * backbone.n_heads * macs.of_head(backbone) + macs.outside_heads(backbone)
     return {"edit_macs": edit, "encoder_macs": whole, "share": edit / whole}
 
@@ -152,25 +180,29 @@ def against_controls(chosen: Sequence[Row], outcomes: Mapping[Row, Outcome]) -> 
 
 
 def gate_curve(
-    quantiles: Sequence[float], found: vs2.Calibration, steered: Row, outcomes: Mapping[Row, Outcome], fvu: np.ndarray
-) -> tuple[list[dict[str, Any]], dict[float, Outcome]]:
+    quantiles: Sequence[float], found: Sequence[vs2.Calibration], steered: Row, outcomes: Mapping[Row, Outcome],
+    fvu: Sequence[np.ndarray],
+) -> tuple[list[dict[str, Any]], dict[float, Outcome]]:  # fmt: skip
     """The gate at each quantile on the images of a split: measures, and outcomes by quantile.
 
-    The gate steers images whose FVU is at most the threshold, at the strength chosen for VS2. All others keep the
-    unsteered prediction, so the gate needs no forward pass of its own.
+    The gate steers images whose FVU is at most the threshold at every site, at the strength chosen for VS2. All others
+    keep the unsteered prediction, so the gate needs no forward pass of its own.
 
     Args:
-        fvu: FVU of every image of the split, (n,).
+        found: the calibration of each site.
+        fvu: for each site, the FVU of every image of the split, (n,).
     """
     steered_outcome, unsteered = outcomes[steered], outcomes[NONE]
     curve, gated = [], {}
     for quantile in quantiles:
-        threshold = found.threshold(quantile)
-        steers = fvu <= threshold
+        thresholds = [at_site.threshold(quantile) for at_site in found]
+        steers = np.all([own <= most for own, most in zip(fvu, thresholds, strict=True)], axis=0)
         gated[quantile] = Outcome(
             np.where(steers, steered_outcome.hits, unsteered.hits),
             np.where(steers, steered_outcome.top5, unsteered.top5),
         )
-        setting = {"quantile": quantile, "threshold": threshold, "steered": float(steers.mean())}
+        setting: dict[str, Any] = {"quantile": quantile, "threshold": thresholds[0], "steered": float(steers.mean())}
+        if len(found) > 1:
+            setting["thresholds"] = thresholds
         curve.append({"strength": steered.strength, **setting, **gated[quantile].measures(unsteered)})
     return curve, gated

@@ -1,9 +1,11 @@
-"""Interventions at an SAE's site: the blocks before it run once, the blocks after it once per edit.
+"""Interventions at the sites of SAEs: the blocks before the first site run once, those after it once per edit.
 
-Shapes: B batch, T tokens, D width (d_in), C classes, F latents (d_sae).
+Shapes: B batch, T tokens, R edited rows of a batch (image by image), D width (d_in), C classes, F latents (d_sae).
 """
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -13,83 +15,170 @@ from sparsight.common import sites
 from sparsight.common.errors import SparsightError
 from sparsight.common.progress import Progress
 from sparsight.common.slices import row_slices
+from sparsight.config.steering import steerable
 from sparsight.images.split import Split
 from sparsight.sae.base import SAE
 
-_IMAGES = 125
+_IMAGES, _ROWS = 125, 4096  # at most so many images, and of several tokens so many edited rows, at a time
 
 
-class Intervention:
-    """Edits of the class token in the residual stream at an SAE's site.
+@dataclass(frozen=True)
+class Place:
+    """The tokens of the residual stream that an SAE steers."""
+
+    sae: SAE
+    start: int
+    """The block that reads the stream at the site; the number of blocks at the last block's output."""
+    tokens: str
+    """``cls``, ``patches``, ``all`` or ``mean``."""
+    positions: slice
+    """Of these tokens in the stream; for ``mean`` of the patches."""
+    n_tokens: int
+    """Rows that :meth:`read` gives for an image."""
+
+    @property
+    def site(self) -> str:
+        """The SAE's site."""
+        return str(self.sae.about["site"])
+
+    def read(self, x_BTD: Tensor) -> Tensor:
+        """The rows that are edited, (R, D)."""
+        picked_BSD = x_BTD[:, self.positions]
+        return picked_BSD.mean(dim=1) if self.tokens == "mean" else picked_BSD.flatten(0, 1)
+
+    def write(self, x_BTD: Tensor, rows_RD: Tensor) -> Tensor:
+        """The stream with edited rows. An edit of the mean over patches is added to every patch."""
+        edited_BTD = x_BTD.clone(memory_format=torch.contiguous_format)
+        if self.tokens == "mean":
+            edited_BTD[:, self.positions] += (rows_RD - self.read(x_BTD)).unsqueeze(1)
+        else:
+            edited_BTD[:, self.positions] = rows_RD.unflatten(0, (len(x_BTD), -1))
+        return edited_BTD
+
+
+def place(sae: SAE, backbone: Backbone, tokens: str | None = None) -> Place:
+    """Where an SAE steers a model.
+
+    Args:
+        tokens: ``cls``, ``patches`` or ``all``; None takes the tokens that the SAE reads.
 
     Raises:
-        SparsightError: an SAE of another model, or not of the class token in the residual stream.
+        SparsightError: an SAE of another model, not of the residual stream or of other tokens; ``cls`` in a model
+            without a class token.
     """
-
-    def __init__(self, sae: SAE, backbone: Backbone) -> None:
-        check_site(sae, backbone)
-        self.backbone = backbone
-        block, part = sites.parse(sae.about["site"])
-        assert block is not None
-        self._start = block + (part == "output")
-
-    @torch.no_grad()
-    def streams(self, split: Split) -> Iterator[tuple[slice, Tensor]]:
-        """In batches, the positions of the images in the split and the residual stream (B, T, D) at the site."""
-        windows = list(row_slices(len(split), _IMAGES))
-        pixels = split.stream(windows, self.backbone.preprocess, torch.get_num_threads())
-        with Progress(len(split), "images") as progress:
-            for images, block in zip(windows, pixels, strict=True):
-                x_BTD = self.backbone.tokens(self.backbone.normalize(block))
-                yield images, self.backbone.run_blocks(x_BTD, 0, self._start)[0]
-                progress(len(x_BTD))
-
-    def rest(self, x_BTD: Tensor, cls_BD: Tensor) -> Tensor:
-        """The stream after the last block, with ``cls_BD`` as the class token at the site."""
-        edited_BTD = torch.cat([cls_BD.unsqueeze(1), x_BTD[:, 1:]], dim=1)
-        return self.backbone.run_blocks(edited_BTD, self._start, self.backbone.n_blocks)[0]
-
-    def logits(self, x_BTD: Tensor, cls_BD: Tensor) -> Tensor:
-        """Class logits (B, C), with ``cls_BD`` as the class token at the site."""
-        return self.backbone.classify(self.rest(x_BTD, cls_BD))
-
-
-def check_site(sae: SAE, backbone: Backbone) -> None:
-    """Raise SparsightError unless the SAE reads the class token in this model's residual stream."""
-    site, tokens = sae.about["site"], sae.about["tokens"]
-    if tokens != "cls" or sites.parse(site)[1] not in ("input", "output"):
-        raise SparsightError(
-            f"steering: the SAE reads {site}, tokens {tokens}; it must read blocks.<i>.input or .output, tokens cls"
-        )
+    site, own = sae.about["site"], sae.about["tokens"]
+    block, part = sites.parse(site)
+    if block is None or part not in ("input", "output"):
+        raise SparsightError(f"steering: the SAE reads {site}; it must read blocks.<i>.input or .output")
     sites.check(site, backbone.n_blocks, "steering: the SAE's site")
+    tokens = tokens or own
+    if tokens not in steerable(own):
+        raise SparsightError(
+            f"steering: the SAE at {site} reads tokens {own}, which cannot steer {tokens}; train one on {tokens} or all"
+        )
+    if tokens == "cls" and not backbone.class_positions:
+        raise SparsightError(f"steering: {backbone.name} has no class token; steer its patches")
     if sae.d_in != backbone.d_in:
         raise SparsightError(
             f"steering: the SAE reads activations of width {sae.d_in}, {backbone.name} has {backbone.d_in}; "
             "take the SAE that was trained on this model"
         )
+    every, patches = slice(0, backbone.n_prefix + backbone.n_patches), slice(*backbone.patch_positions)
+    positions = {"cls": slice(0, 1), "patches": patches, "mean": patches, "all": every}[tokens]
+    n_tokens = 1 if tokens == "mean" else positions.stop - positions.start
+    return Place(sae, block + (part == "output"), tokens, positions, n_tokens)
 
 
-def attribution(place: Intervention, sae: SAE, split: Split, n_classes: int) -> Tensor:
-    """Attribution of each class's logit to each latent, to first order: (C, F).
+def unchanged(m: int, rows_RD: Tensor) -> Tensor:
+    """The edit that changes nothing."""
+    return rows_RD
 
-    It is the mean over the images of a class of z_i <d logit_c / d x, W_dec_i>, with the gradient at the class token of
-    the site. This linearises what the class's logit would lose without the latent (activation times gradient; for SAEs
+
+class Intervention:
+    """Edits of the residual stream at one or several sites in the same pass.
+
+    Args:
+        saes: SAEs of different sites, in the order of the model.
+        backbone: the model.
+        tokens: see :func:`place`.
+
+    Raises:
+        SparsightError: see :func:`place`; sites in another order.
+    """
+
+    def __init__(self, saes: Sequence[SAE], backbone: Backbone, tokens: str | None = None) -> None:
+        self.backbone, self.places = backbone, [place(sae, backbone, tokens) for sae in saes]
+        if any(first.start >= second.start for first, second in itertools.pairwise(self.places)):
+            names = ", ".join(where.site for where in self.places)
+            raise SparsightError(f"steering: the sites are {names}; give each once, in the order of the model")
+
+    @torch.no_grad()
+    def streams(self, split: Split) -> Iterator[tuple[slice, Tensor]]:
+        """In batches, the positions of the images in the split and the stream (B, T, D) at the first site."""
+        at_once = max(1, min(_IMAGES, _ROWS // max(where.n_tokens for where in self.places)))
+        windows = list(row_slices(len(split), at_once))
+        pixels = split.stream(windows, self.backbone.preprocess, torch.get_num_threads())
+        with Progress(len(split), "images") as progress:
+            for images, block in zip(windows, pixels, strict=True):
+                x_BTD = self.backbone.tokens(self.backbone.normalize(block))
+                yield images, self.backbone.run_blocks(x_BTD, 0, self.places[0].start)[0]
+                progress(len(x_BTD))
+
+    def rest(self, x_BTD: Tensor, edit: Callable[[int, Tensor], Tensor] = unchanged) -> Tensor:
+        """The stream after the last block.
+
+        Args:
+            x_BTD: the stream at the first site.
+            edit: from the number of a site and the rows (R, D) that arrive there, changed by the edits at earlier
+                sites, to the edited rows.
+        """
+        block = self.places[0].start
+        for m, where in enumerate(self.places):
+            x_BTD, _ = self.backbone.run_blocks(x_BTD, block, where.start)
+            x_BTD, block = where.write(x_BTD, edit(m, where.read(x_BTD))), where.start
+        return self.backbone.run_blocks(x_BTD, block, self.backbone.n_blocks)[0]
+
+    def logits(self, x_BTD: Tensor, edit: Callable[[int, Tensor], Tensor] = unchanged) -> Tensor:
+        """Class logits (B, C); arguments as for :meth:`rest`."""
+        return self.backbone.classify(self.rest(x_BTD, edit))
+
+
+def attribution(where: Intervention, split: Split, n_classes: int) -> list[Tensor]:
+    """Attribution of each class's logit to each latent, to first order: (C, F) for every site.
+
+    It is the mean over the images of a class of z_i <d logit_c / d x, W_dec_i>, summed over the edited tokens x of the
+    site. This linearises what the class's logit would lose without the latent (activation times gradient; for SAEs
     arXiv 2403.19647, equation 2).
 
     Args:
-        place: the SAE's site in the model.
-        sae: the SAE.
+        where: the sites in the model.
         split: labelled images, usually train.
         n_classes: C.
     """
-    total_CF = torch.zeros(n_classes, sae.d_sae, dtype=torch.float64, device=sae.W_dec.device)
-    for images, x_BTD in place.streams(split):
+    totals = [
+        torch.zeros(n_classes, at.sae.d_sae, dtype=torch.float64, device=at.sae.W_dec.device) for at in where.places
+    ]
+    for images, x_BTD in where.streams(split):
         labels_B = torch.from_numpy(split.labels[images]).long().to(x_BTD.device)
-        cls_BD = x_BTD[:, 0].clone().requires_grad_(True)
-        logit_sum = place.logits(x_BTD, cls_BD).gather(1, labels_B[:, None]).sum()
-        (gradient_BD,) = torch.autograd.grad(logit_sum, cls_BD)
+        arrived, gradients = _gradients(where, x_BTD, labels_B)
         with torch.no_grad():
-            effect_BF = sae.encode(x_BTD[:, 0]).dense() * (gradient_BD @ sae.W_dec.T)
-            total_CF += torch.nn.functional.one_hot(labels_B, n_classes).double().T @ effect_BF.double()
+            for at, rows_RD, gradient_RD, total_CF in zip(where.places, arrived, gradients, totals, strict=True):
+                effect_RF = at.sae.encode(rows_RD).dense() * (gradient_RD @ at.sae.W_dec.T)
+                effect_BF = effect_RF.unflatten(0, (-1, at.n_tokens)).sum(dim=1)
+                total_CF += torch.nn.functional.one_hot(labels_B, n_classes).double().T @ effect_BF.double()
     count_C = torch.bincount(torch.from_numpy(split.labels).long(), minlength=n_classes).clamp(min=1)
-    return (total_CF / count_C.to(total_CF.device)[:, None]).float()
+    return [(total_CF / count_C.to(total_CF.device)[:, None]).float() for total_CF in totals]
+
+
+def _gradients(where: Intervention, x_BTD: Tensor, labels_B: Tensor) -> tuple[list[Tensor], Sequence[Tensor]]:
+    """For each site, the rows that arrive there and the gradient of their image's logit of its class, (R, D) each."""
+    arrived: list[Tensor] = []
+    followed: list[Tensor] = []
+
+    def follow(m: int, rows_RD: Tensor) -> Tensor:
+        arrived.append(rows_RD.detach())
+        followed.append(rows_RD if rows_RD.requires_grad else rows_RD.clone().requires_grad_(True))
+        return followed[m]
+
+    logit_sum = where.logits(x_BTD, follow).gather(1, labels_B[:, None]).sum()
+    return arrived, torch.autograd.grad(logit_sum, followed)

@@ -3,7 +3,8 @@
 This is the headroom analysis of VS2 (arXiv 2506.01247, sections 3.3 and 4.2). Neighbours with one label are the
 positives, all others the negatives. The bank is the train split; it is read in slices, in order.
 
-Shapes: Q queries, B rows of the bank, N neighbours of a query, W rows of a slice of the bank, D width.
+Shapes: Q queries, B rows of the bank, N neighbours of a query, W rows of a slice of the bank, S tokens of a
+row's image, D width.
 """
 
 from collections.abc import Callable
@@ -15,8 +16,8 @@ from torch import Tensor
 from sparsight import kernels
 from sparsight.activations.store import Rows
 from sparsight.common.errors import SparsightError
-from sparsight.common.slices import row_slices
 from sparsight.sae.base import SAE
+from sparsight.steering import stored
 from sparsight.steering.nearest_neighbours import Neighbours
 
 _ENCODED = 4096  # rows encoded at a time; codes are dense for some SAEs
@@ -44,11 +45,12 @@ def contrast(
 ) -> Tensor:
     """W_dec^T (mean code of the positives - mean code of the negatives), (Q, D), in units of the activations.
 
-    The vector of VS2++ (section 3.3) is gamma - 1 times this. A side without neighbours contributes nothing.
+    The vector of VS2++ (section 3.3) is gamma - 1 times this. A side without neighbours contributes nothing. A
+    neighbour of which several tokens are stored counts with its mean code over them.
 
     Args:
         sae: the SAE of the steered site.
-        bank: activations (B, D) of that site, in the order of the searched bank.
+        bank: activations of that site, of one or several tokens of each image, in the order of the searched bank.
         neighbours: neighbours of the Q queries.
         positives_QN: see :func:`positives`.
         W_dec: a decoder (d_sae, D) to use instead of the SAE's, for controls.
@@ -69,7 +71,8 @@ def embedding_steering(bank: Rows | np.ndarray, neighbours: Neighbours, positive
     Section 4.2 calls it "CLIP steering". A side without neighbours contributes nothing.
 
     Args:
-        bank: embeddings (B, D) of the steered space, in the order of the searched bank.
+        bank: embeddings (B, D) of the steered space, in the order of the searched bank; of several tokens of an image
+            their mean is taken.
         neighbours: neighbours of the Q queries.
         positives_QN: see :func:`positives`.
 
@@ -112,14 +115,15 @@ def _difference_of_means(positives_QN: Tensor) -> Tensor:
 def _weighted(
     weights_QN: Tensor, neighbours: Neighbours, bank: Rows | np.ndarray, of: Callable[[Tensor], Tensor] = Tensor.float
 ) -> Tensor:
-    """For each query, the weighted sum of its neighbours' rows after applying ``of`` to them, (Q, D)."""
-    if (last := int(neighbours.indices.max())) >= len(bank):
+    """For each query, the weighted sum over its neighbours of their means over tokens after applying ``of``, (Q, D)."""
+    n_images = stored.count(bank)
+    if (last := int(neighbours.indices.max())) >= n_images:
         raise SparsightError(
-            f"retrieval: neighbour {last} in a bank of {len(bank)} rows; give the one that was searched"
+            f"retrieval: neighbour {last} in a bank of {n_images} rows; give the one that was searched"
         )
     total_QD = weights_QN.new_zeros(len(weights_QN), bank.shape[1])
-    for window in row_slices(len(bank), _ENCODED):
-        vectors_WD = of(torch.tensor(bank[window], device=weights_QN.device))
+    for window, x_WSD in stored.images(bank, weights_QN.device, _ENCODED):
+        vectors_WD = of(x_WSD.flatten(0, 1)).unflatten(0, x_WSD.shape[:2]).mean(dim=1)
         inside_QN = (neighbours.indices >= window.start) & (neighbours.indices < window.stop)
         weights, indices = weights_QN * inside_QN, (neighbours.indices - window.start) * inside_QN
         total_QD += kernels.decode(weights, indices, vectors_WD)

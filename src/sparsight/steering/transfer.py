@@ -4,6 +4,7 @@ The strengths are those chosen on val of the original data set. Nothing is chose
 split is used once. The model classifies its images by prompts with its class names.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from sparsight.steering.runner import NONE, RECONSTRUCT, Row, Runner, check_imag
 
 def steer_elsewhere(
     sae: SAE, backbone: Backbone, about: dict[str, Any], home: dict[str, Any], vectors: Path, manifest: Manifest,
-    name: str, work: Work, record: dict[str, Any],
+    name: str, work: Work, record: dict[str, Any], layers: Sequence[SAE] = (),
 ) -> None:  # fmt: skip
     """Write ``<name>.parquet`` (the rows of test) and ``<name>.json`` (the gate's curve).
 
@@ -32,6 +33,7 @@ def steer_elsewhere(
         home: ``<steering>.json`` of the original data set, of kind ``vs2``.
         vectors: ``<steering>.safetensors`` of the original data set, for the gate's thresholds.
         manifest: the manifest of the other images.
+        layers: SAEs of later sites that steered in the same pass.
 
     Raises:
         SparsightError: a model without a text tower, an SAE of another model, images without labels.
@@ -41,10 +43,12 @@ def steer_elsewhere(
     backbone.class_names = manifest.classes
     test = manifest.split("test")
     check_images(backbone, test, "test")
-    calibration = vs2.Calibration.load(vectors, sae.W_dec.device)
     chosen = [Row(**row) for row in home["chosen_on_val"]]
-    runner = Runner(sae, backbone)
-    outcomes = runner.run([NONE, RECONSTRUCT, *chosen], vs2.edits(sae, calibration), test)
+    runner = Runner([sae, *layers], backbone, home["tokens"])
+    places = runner.where.places
+    further = (None, *(at.site for at in places[1:]))
+    calibration = [vs2.Calibration.load(vectors, sae.W_dec.device, site) for site in further]
+    outcomes = runner.run([NONE, RECONSTRUCT, *chosen], vs2.edits_by_site(places, calibration), test)
     original_gate = [line for line in home["gate"] if line["split"] == "test"]
     quantiles = [line["quantile"] for line in original_gate]
     curve, gated = gate_curve(quantiles, calibration, chosen[0], outcomes, runner.sample_fvu(test, calibration))

@@ -6,34 +6,44 @@ eps with the SAE's error eps = x_hat - x, VS2 is x + alpha (x - b_dec) + alpha e
 extrapolates away from the mean, the second is the SAE's error. The control ``mean-extrapolation`` is the first part
 alone.
 
-Shapes: B batch, D width (d_in), F latents (d_sae), K components, n images.
+Shapes: R edited rows, D width (d_in), F latents (d_sae), K components, B images of S edited tokens each, n images of a
+split.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from sparsight.activations.store import ActivationStore
+from sparsight.activations.store import Rows
 from sparsight.common.seeds import derive_seed
 from sparsight.sae.base import SAE
-from sparsight.sae.moments import Moments, by_group
-from sparsight.steering.edits import Edit, keep_norm, of_size
+from sparsight.sae.moments import Moments
+from sparsight.steering import stored, vectors
+from sparsight.steering.edits import Edit, Edits, keep_norm, of_size
+from sparsight.steering.intervention import Place
+
+_ROWS = 8192
 
 
-def direction(sae: SAE, x_BD: Tensor) -> Tensor:
-    """W_dec c of each activation, (B, D): VS2's v for gamma = 2."""
-    return sae.encode(x_BD).combine(sae.W_dec)
+def direction(sae: SAE, x_RD: Tensor) -> Tensor:
+    """W_dec c of each activation, (R, D): VS2's v for gamma = 2."""
+    return sae.encode(x_RD).combine(sae.W_dec)
 
 
-def sample_fvu(sae: SAE, x_BD: Tensor, mean_D: Tensor) -> Tensor:
-    """||x_hat - x||^2 / ||x - mean||^2 of every activation, (B,) (section 4.3 of the paper)."""
-    return (sae(x_BD) - x_BD).square().sum(dim=1) / (x_BD - mean_D).square().sum(dim=1)
+def sample_fvu(sae: SAE, x_BSD: Tensor, mean_D: Tensor) -> Tensor:
+    """||x_hat - x||^2 / ||x - mean||^2 of every image, (B,) (section 4.3 of the paper).
+
+    Of several tokens, both sums are over the image's tokens.
+    """
+    error_RD = (sae(x_BSD.flatten(0, 1)) - x_BSD.flatten(0, 1)).square()
+    spread_RD = (x_BSD.flatten(0, 1) - mean_D).square()
+    error_B, spread_B = (part.sum(dim=1).unflatten(0, x_BSD.shape[:2]).sum(dim=1) for part in (error_RD, spread_RD))
+    return error_B / spread_B
 
 
 @dataclass(frozen=True)
@@ -41,7 +51,7 @@ class Calibration:
     """What VS2 and its controls take from the train split, without its labels."""
 
     mean: Tensor
-    """(D,): mean activation of the train images."""
+    """(D,): mean activation over the edited tokens of the train images."""
     components: Tensor
     """(K, D): the K = k principal components, as unit rows."""
     fvu: Tensor
@@ -51,16 +61,15 @@ class Calibration:
 
     @classmethod
     @torch.no_grad()
-    def of(cls, sae: SAE, store: ActivationStore, seed: int) -> "Calibration":
-        """Compute from the stored train split, in two passes."""
-        site, tokens, device = sae.about["site"], sae.about["tokens"], sae.W_dec.device
+    def of(cls, sae: SAE, rows: Rows, seed: int) -> "Calibration":
+        """Compute from the stored rows of the train split, in two passes."""
+        site, device = sae.about["site"], sae.W_dec.device
         moments = Moments([site])
-        for groups in by_group(store, [site], device, tokens=tokens):
-            moments.update(groups["cls"])
+        for _, x_BSD in stored.images(rows, device, _ROWS):
+            moments.update({site: x_BSD.float().flatten(0, 1)})
         covariance, mean, _ = moments.covariance(site, site)
         mean_D = mean.float()
-        rows = by_group(store, [site], device, tokens=tokens)
-        blocks = [sample_fvu(sae, groups["cls"][site], mean_D) for groups in rows]
+        blocks = [sample_fvu(sae, x_BSD.float(), mean_D) for _, x_BSD in stored.images(rows, device, _ROWS)]
         generator = np.random.default_rng(derive_seed(seed, "permutation"))
         return cls(
             mean=mean_D,
@@ -69,14 +78,10 @@ class Calibration:
             permutation=torch.from_numpy(generator.permutation(sae.d_sae)).to(device),
         )
 
-    def save(self, path: Path) -> None:
-        """Write a safetensors file with these fields."""
-        save_file({name: value.contiguous() for name, value in vars(self).items()}, path)
-
     @classmethod
-    def load(cls, path: Path, device: torch.device) -> "Calibration":
-        """Read what :meth:`save` wrote."""
-        return cls(**load_file(path, device=str(device)))
+    def load(cls, path: Path, device: torch.device, further: str | None = None) -> "Calibration":
+        """Read the vectors of a section's first site, or of a further one, that the steering stage wrote."""
+        return cls(**vectors.load(path, device, further))
 
     def threshold(self, quantile: float) -> float:
         """The FVU that the share ``quantile`` of the train images does not exceed."""
@@ -87,16 +92,16 @@ def edits(sae: SAE, found: Calibration) -> dict[str, Edit]:
     """VS2 (``vs2-pass`` if the SAE was trained with the PASS term) and its controls, by name.
 
     ``mean-extrapolation`` is x + alpha (x - mean). ``pca-extrapolation`` is the same along the K principal components,
-    a reconstruction as sparse as the SAE's. ``random-latents`` puts the image's codes on randomly permuted latents, at
+    a reconstruction as sparse as the SAE's. ``random-latents`` puts a token's codes on randomly permuted latents, at
     the length of VS2's edit. All keep the length of x, as VS2 does.
     """
 
-    def random(x_BD: Tensor) -> Tensor:
-        shuffled_BD = sae.encode(x_BD).combine(sae.W_dec[found.permutation])
-        return of_size(shuffled_BD, direction(sae, x_BD).norm(dim=1))
+    def random(x_RD: Tensor) -> Tensor:
+        shuffled_RD = sae.encode(x_RD).combine(sae.W_dec[found.permutation])
+        return of_size(shuffled_RD, direction(sae, x_RD).norm(dim=1))
 
-    def pca(x_BD: Tensor) -> Tensor:
-        return (x_BD - found.mean) @ found.components.T @ found.components
+    def pca(x_RD: Tensor) -> Tensor:
+        return (x_RD - found.mean) @ found.components.T @ found.components
 
     directions: dict[str, Callable[[Tensor], Tensor]] = {
         "vs2-pass" if sae.about["training"]["prototype_weight"] else "vs2": lambda x: direction(sae, x),
@@ -109,3 +114,9 @@ def edits(sae: SAE, found: Calibration) -> dict[str, Edit]:
         return Edit(lambda batch, alpha: keep_norm(batch.x, alpha * unit(batch.x)))
 
     return {name: along(unit) for name, unit in directions.items()}
+
+
+def edits_by_site(places: Sequence[Place], found: Sequence[Calibration]) -> Edits:
+    """The edits at every site, under the names of the first: an SAE with PASS may steer beside one without."""
+    by_site = [edits(at.sae, own) for at, own in zip(places, found, strict=True)]
+    return [dict(zip(by_site[0], own.values(), strict=True)) for own in by_site]

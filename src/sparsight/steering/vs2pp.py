@@ -2,33 +2,35 @@
 
 The neighbours of an image are train images, found by the embeddings of any model. Neighbours with one label are the
 positives, all others the negatives. The steering vector is v = W_dec^T (mean code of the positives - mean code of the
-negatives). As in VS2, x' = x + alpha v, scaled back to the length of x, with alpha = lambda (gamma - 1). The two
+negatives). Every edited token of the image gets the same vector; the code of a neighbour is then the mean over its
+tokens. As in VS2, x' = x + alpha v, scaled back to the length of x, with alpha = lambda (gamma - 1). The two
 sections disagree on the label: it is the most frequent one among the neighbours (``vs2++-majority``, the default) or
 the query's own (``vs2++-query``).
 
 Shapes: Q queries, N neighbours of a query, B rows of the bank (train images), D width (d_in), C classes.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from sparsight.activations.store import ActivationStore, Rows
 from sparsight.backbones.backbone import Backbone
 from sparsight.common.errors import SparsightError
 from sparsight.common.slices import row_slices
-from sparsight.sae.base import SAE
 from sparsight.steering import retrieval
 from sparsight.steering.edits import Batch, Edit, keep_norm, of_size
+from sparsight.steering.intervention import Place
 from sparsight.steering.nearest_neighbours import Neighbours, nearest
 
 _ROWS = 4096
 _LABELS = ("predicted", "oracle")
+
+_Sides = dict[str, tuple[Tensor, Tensor]]
+"""By kind of label, which neighbours are positives, bool (Q, N), for ``vs2++-majority`` and ``vs2++-query``."""
 
 
 class NeighbourSteering:
@@ -36,24 +38,24 @@ class NeighbourSteering:
 
     Args:
         n: neighbours per image (the paper's N = 50).
-        sae: the SAE whose codes are compared.
+        places: where it steers; the codes of the SAEs there are compared.
         backbone: the steered model.
-        stores: stores of the steered model by split, with the SAE's site and ``embedding``.
+        stores: stores of the steered model by split, with the sites and ``embedding``.
         finder: stores by split of the model whose ``embedding`` finds the neighbours.
         labels: true classes by split, int (n,), for rows with ``oracle`` labels.
-        seed: seed of the permutation for ``random-latents``.
+        seeds: for each place, the seed of the permutation for ``random-latents``.
 
     Raises:
         SparsightError: a store without an embedding or with other images, or more neighbours than train images.
     """
 
     def __init__(
-        self, n: int, sae: SAE, backbone: Backbone, stores: Mapping[str, ActivationStore],
-        finder: Mapping[str, ActivationStore], labels: Mapping[str, np.ndarray], seed: int,
+        self, n: int, places: Sequence[Place], backbone: Backbone, stores: Mapping[str, ActivationStore],
+        finder: Mapping[str, ActivationStore], labels: Mapping[str, np.ndarray], seeds: Sequence[int],
     ) -> None:  # fmt: skip
-        self.n, self.sae, self.backbone = n, sae, backbone
+        self.n, self.places, self.backbone = n, places, backbone
         self.stores, self.finder = stores, finder
-        self.device = sae.W_dec.device
+        self.device = places[0].sae.W_dec.device
         for split, store in stores.items():
             for source in (store, finder[split]):
                 if len(source.rows("embedding")) != len(labels[split]):
@@ -65,12 +67,14 @@ class NeighbourSteering:
             split: torch.from_numpy(split_labels).long().to(self.device) for split, split_labels in labels.items()
         }
         self.pseudo = {split: self._predict(store.rows("embedding")) for split, store in stores.items()}
-        generator = np.random.default_rng(seed)
-        self.permutation = torch.from_numpy(generator.permutation(sae.d_sae)).to(self.device)
+        self.permutations = [
+            torch.from_numpy(np.random.default_rng(seed).permutation(place.sae.d_sae)).to(self.device)
+            for place, seed in zip(places, seeds, strict=True)
+        ]
         self.found: dict[str, Neighbours] = {}
 
-    def edits(self, split: str) -> dict[str, Edit]:
-        """VS2++ and its controls for the images of a split, by name.
+    def edits(self, split: str) -> list[dict[str, Edit]]:
+        """VS2++ and its controls for the images of a split, by name, for every place.
 
         ``mean-difference`` is the mean activation of the positives minus that of the negatives, without an SAE.
         ``random-latents`` puts the codes on randomly permuted latents. Both have the length of ``vs2++-majority``.
@@ -81,10 +85,8 @@ class NeighbourSteering:
             self.finder[split].rows("embedding"), self.finder["train"].rows("embedding"), self.n, self.device
         )
         self.found[split] = neighbours
-        train = self.stores["train"]
-        site_rows = train.rows(self.sae.about["site"], self.sae.about["tokens"])
-        embeddings = train.rows("embedding")
-        at_site: dict[tuple[str, str], Tensor] = {}
+        embeddings = self.stores["train"].rows("embedding")
+        sides: _Sides = {}
         at_embedding, votes = {}, {}
         for labels, of_train, of_queries in (
             ("predicted", self.pseudo["train"], self.pseudo[split]),
@@ -92,21 +94,11 @@ class NeighbourSteering:
         ):
             labels_QN = of_train[neighbours.indices]
             majority_QN, query_QN = retrieval.positives(labels_QN), retrieval.positives(labels_QN, of_queries)
-            contrast = partial(retrieval.contrast, self.sae, site_rows, neighbours)
-            main = contrast(majority_QN)
-            at_site["vs2++-majority", labels], size_Q = main, main.norm(dim=1)
-            at_site["vs2++-query", labels] = contrast(query_QN)
-            plain = retrieval.embedding_steering(site_rows, neighbours, majority_QN)
-            at_site["mean-difference", labels] = of_size(plain, size_Q)
-            shuffled = contrast(majority_QN, self.sae.W_dec[self.permutation])
-            at_site["random-latents", labels] = of_size(shuffled, size_Q)
+            sides[labels] = majority_QN, query_QN
             at_embedding[labels] = retrieval.embedding_steering(embeddings, neighbours, majority_QN)
             votes[labels] = self._votes(labels_QN, majority_QN)
         queries_QD = torch.from_numpy(self.stores[split].rows("embedding")[:]).to(self.device).float()
         retrieved_QD = retrieval.weighted_retrieval(queries_QD, embeddings, neighbours, 0.0)
-
-        def along(method: str) -> Edit:
-            return Edit(lambda b, s: keep_norm(b.x, s * at_site[method, b.labels][b.images]), _LABELS)
 
         def towards(batch: Batch, s: float) -> Tensor:  # a q + (1 - a) r with a = 1 / (1 + s)
             return (batch.x + s * retrieved_QD[batch.images]) / (1 + s)
@@ -117,19 +109,40 @@ class NeighbourSteering:
         def voted(batch: Batch, s: float) -> Tensor:
             return votes[batch.labels][batch.images]
 
-        return {
-            **{method: along(method) for method, labels in at_site if labels == "predicted"},
+        elsewhere = {
             "retrieval": Edit(towards, at="embedding"),
             "embedding-steering": Edit(shifted, _LABELS, at="embedding"),
             "nearest-neighbours": Edit(voted, _LABELS, at="logits", strength=1.0),
         }
+        first, *others = (self._at_site(m, neighbours, sides) for m in range(len(self.places)))
+        return [first | elsewhere, *others]
 
-    def save(self, path: Path) -> None:
-        """Write a safetensors file: ``<split>.neighbours`` (Q, N), ``<split>.similarity`` (Q, N), ``permutation``."""
-        tensors = {"permutation": self.permutation}
+    def _at_site(self, m: int, neighbours: Neighbours, sides: _Sides) -> dict[str, Edit]:
+        """The methods that edit the stream at one place."""
+        sae, vectors = self.places[m].sae, dict[tuple[str, str], Tensor]()
+        rows = self.stores["train"].rows(self.places[m].site, self.places[m].tokens)
+        for labels, (majority_QN, query_QN) in sides.items():
+            contrast = partial(retrieval.contrast, sae, rows, neighbours)
+            main = contrast(majority_QN)
+            vectors["vs2++-majority", labels], size_Q = main, main.norm(dim=1)
+            vectors["vs2++-query", labels] = contrast(query_QN)
+            plain = retrieval.embedding_steering(rows, neighbours, majority_QN)
+            vectors["mean-difference", labels] = of_size(plain, size_Q)
+            shuffled = contrast(majority_QN, sae.W_dec[self.permutations[m]])
+            vectors["random-latents", labels] = of_size(shuffled, size_Q)
+
+        def along(method: str) -> Edit:
+            return Edit(lambda b, s: keep_norm(b.x, s * b.by_row(vectors[method, b.labels])), _LABELS)
+
+        return {method: along(method) for method, labels in vectors if labels == "predicted"}
+
+    def tensors(self) -> list[dict[str, Tensor]]:
+        """For every place ``permutation``; for the first also ``<split>.neighbours`` and ``.similarity``, (Q, N)."""
+        searched: dict[str, Tensor] = {}
         for split, neighbours in self.found.items():
-            tensors |= {f"{split}.neighbours": neighbours.indices, f"{split}.similarity": neighbours.similarity}
-        save_file({name: value.contiguous() for name, value in tensors.items()}, path)
+            searched |= {f"{split}.neighbours": neighbours.indices, f"{split}.similarity": neighbours.similarity}
+        first, *others = ({"permutation": permutation} for permutation in self.permutations)
+        return [first | searched, *others]
 
     @torch.no_grad()
     def _predict(self, rows: Rows) -> Tensor:
