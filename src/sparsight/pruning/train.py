@@ -21,6 +21,7 @@ from sparsight.common.errors import SparsightError
 from sparsight.common.progress import log
 from sparsight.common.seeds import derive_seed
 from sparsight.common.work import Work
+from sparsight.images.labels import need_labels, needs
 from sparsight.images.manifest import Manifest
 from sparsight.images.split import Split
 from sparsight.pruning.policy import FixedMask, HeadPolicy
@@ -41,8 +42,9 @@ def fit(
             depends on it.
 
     Raises:
-        SparsightError: a backbone without a class token, or whose heads cannot be switched.
+        SparsightError: images without labels, a backbone without a class token, or whose heads cannot be switched.
     """
+    need_labels(manifest, needs(f"policies.{name}", section))
     if not backbone.class_positions:
         raise SparsightError(f"policies.{name}: the backbone has no class token for the policy to read")
     finetuned = section.backbone_lr is not None

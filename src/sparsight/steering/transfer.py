@@ -10,6 +10,7 @@ from typing import Any
 from sparsight.backbones.backbone import Backbone
 from sparsight.backbones.prompts import templates_of
 from sparsight.common import tables
+from sparsight.common.errors import SparsightError
 from sparsight.common.files import write_json
 from sparsight.common.progress import log
 from sparsight.common.work import Work
@@ -34,13 +35,19 @@ def steer_elsewhere(
         manifest: the manifest of the other images.
 
     Raises:
-        SparsightError: a model without a text tower, an SAE of another model, images without labels.
+        SparsightError: a model without a text tower, an SAE of another model, images without labels, or no strength
+            chosen at home.
     """
     names = [readable(label) for label in manifest.classes]
     backbone.use_prompts(names, templates_of(manifest.about["source"], tuple(about["template_choice"])))
     backbone.class_names = manifest.classes
     test = manifest.split("test")
     check_images(backbone, test, "test")
+    if not ((test.labels >= 0).any() and home["chosen_on_val"]):
+        raise SparsightError(
+            f"other_images.{name}: accuracy on it, and a strength chosen on val of the run's own images, need labels; "
+            f"leave {name} out, or label the images"
+        )
     calibration = vs2.Calibration.load(vectors, sae.W_dec.device)
     chosen = [Row(**row) for row in home["chosen_on_val"]]
     runner = Runner(sae, backbone)

@@ -40,7 +40,8 @@ class NeighbourSteering:
         backbone: the steered model.
         stores: stores of the steered model by split, with the SAE's site and ``embedding``.
         finder: stores by split of the model whose ``embedding`` finds the neighbours.
-        labels: true classes by split, int (n,), for rows with ``oracle`` labels.
+        labels: true classes by split, int (n,), for rows with ``oracle`` labels; if an image has none (-1), there are
+            no such rows.
         seed: seed of the permutation for ``random-latents``.
 
     Raises:
@@ -67,6 +68,7 @@ class NeighbourSteering:
         self.pseudo = {split: self._predict(store.rows("embedding")) for split, store in stores.items()}
         generator = np.random.default_rng(seed)
         self.permutation = torch.from_numpy(generator.permutation(sae.d_sae)).to(self.device)
+        self.kinds = _LABELS if all((of_split >= 0).all() for of_split in labels.values()) else _LABELS[:1]
         self.found: dict[str, Neighbours] = {}
 
     def edits(self, split: str) -> dict[str, Edit]:
@@ -85,10 +87,9 @@ class NeighbourSteering:
         site_rows, embeddings = train.rows(self.sae.about["site"]), train.rows("embedding")
         at_site: dict[tuple[str, str], Tensor] = {}
         at_embedding, votes = {}, {}
-        for labels, of_train, of_queries in (
-            ("predicted", self.pseudo["train"], self.pseudo[split]),
-            ("oracle", self.labels["train"], self.labels[split]),
-        ):
+        for labels in self.kinds:
+            known = self.labels if labels == "oracle" else self.pseudo
+            of_train, of_queries = known["train"], known[split]
             labels_QN = of_train[neighbours.indices]
             majority_QN, query_QN = retrieval.positives(labels_QN), retrieval.positives(labels_QN, of_queries)
             contrast = partial(retrieval.contrast, self.sae, site_rows, neighbours)
@@ -105,7 +106,7 @@ class NeighbourSteering:
         retrieved_QD = retrieval.weighted_retrieval(queries_QD, embeddings, neighbours, 0.0)
 
         def along(method: str) -> Edit:
-            return Edit(lambda b, s: keep_norm(b.x, s * at_site[method, b.labels][b.images]), _LABELS)
+            return Edit(lambda b, s: keep_norm(b.x, s * at_site[method, b.labels][b.images]), self.kinds)
 
         def towards(batch: Batch, s: float) -> Tensor:  # a q + (1 - a) r with a = 1 / (1 + s)
             return (batch.x + s * retrieved_QD[batch.images]) / (1 + s)
@@ -119,8 +120,8 @@ class NeighbourSteering:
         return {
             **{method: along(method) for method, labels in at_site if labels == "predicted"},
             "retrieval": Edit(towards, at="embedding"),
-            "embedding-steering": Edit(shifted, _LABELS, at="embedding"),
-            "nearest-neighbours": Edit(voted, _LABELS, at="logits", strength=1.0),
+            "embedding-steering": Edit(shifted, self.kinds, at="embedding"),
+            "nearest-neighbours": Edit(voted, self.kinds, at="logits", strength=1.0),
         }
 
     def save(self, path: Path) -> None:
