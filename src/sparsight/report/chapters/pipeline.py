@@ -38,7 +38,8 @@ def stages(manifest: Manifest, inputs: dict[str, Any]) -> list[Stage]:
     steerings = [(path.stem, _read(path.with_suffix(".json"))) for path in inputs["steerings"]]
     sections = {_section(metadata["name"]): metadata["training"] for metadata in saes}
     steered = {_section(name): metadata for name, metadata in steerings}
-    source = Part(manifest.about["source"], f"{len(manifest.table):,} images, {len(manifest.classes)} classes", "")
+    classes = f"{len(manifest.classes)} classes" if manifest.classes else "without labels"
+    source = Part(manifest.about["source"], f"{len(manifest.table):,} images, {classes}", "")
     all_stages = [
         Stage("Images", "", [source]),
         Stage("Backbones", "backbones", [_backbone(name, metadata) for name, metadata in backbones.items()]),
