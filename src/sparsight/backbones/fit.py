@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 
 from sparsight import config
 from sparsight.backbones.backbone import Backbone
-from sparsight.backbones.loading import keep_prompts, load
+from sparsight.backbones.loading import keep_prompts, load_configured
 from sparsight.backbones.prompts import templates_of
 from sparsight.backbones.recipes import LinearProbeRecipe, Recipe, Supervised, correct
 from sparsight.common.errors import SparsightError
@@ -53,7 +53,7 @@ def fit(
     clip = section.model.startswith("open_clip/")
     classifies = section.training != "none"
     outputs = (None if clip or section.epochs == 0 else len(classes)) if classifies else 0
-    backbone = load(section.model, section.weights, outputs, **section.architecture).to(device)
+    backbone = load_configured(section.model, section.weights, outputs, section.architecture).to(device)
     templates = templates_of(manifest.about["source"], section.templates) if clip and classes else ()
     if classifies and classes and not clip and backbone.n_classes != len(classes):
         raise SparsightError(
@@ -72,7 +72,7 @@ def fit(
         evaluations["test_held_out"] = (test, section.held_out_templates)
     evaluations = {part: (split, texts) for part, (split, texts) in evaluations.items() if (split.labels >= 0).any()}
     if classifies and (missing := unlabelled({"val": val, "test": test})):
-        log(f"{name}: accuracy is of labelled images alone; {missing} have no label")
+        log(f"{missing} have no label: accuracy is of labelled images alone, or left out without any")
 
     recipe = _recipe(section, backbone, train, val, names, templates, n_parallel)
     steps_seed = derive_seed(seed, "backbone", name)

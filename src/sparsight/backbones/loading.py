@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,15 @@ def load(name: str, weights: str | None = None, num_classes: int | None = None, 
     return backbone
 
 
+def load_configured(
+    name: str, weights: str | None, num_classes: int | None, architecture: Mapping[str, Any]
+) -> Backbone:
+    """As :func:`load`; the architecture's own ``num_classes`` counts if the argument is None."""
+    options = dict(architecture)
+    own = options.pop("num_classes", None)
+    return load(name, weights, own if num_classes is None else num_classes, **options)
+
+
 def _load_weights(model: nn.Module, name: str, path: Path) -> bool:
     """Load weights under timm's names, or names that timm's filter of the family translates (DINOv2, CLIP, ...).
 
@@ -102,7 +112,8 @@ def open_folder(folder: Path) -> tuple[Backbone, dict[str, Any]]:
     n_classes = len(metadata["classes"]) or None if classifies else 0
     if metadata["model"].startswith("open_clip/"):
         n_classes = None
-    backbone = load(metadata["model"], str(folder / "model.safetensors"), n_classes, **metadata["architecture"])
+    weights = str(folder / "model.safetensors")
+    backbone = load_configured(metadata["model"], weights, n_classes, metadata["architecture"])
     values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in metadata["preprocess"].items()}
     backbone.preprocess = Preprocess(**values)
     backbone.class_names = metadata["classes"] or None if classifies else None

@@ -189,7 +189,8 @@ def _write_tables(found: Measured, folder: Path) -> None:
 def _log_missing(images: Mapping[str, Split]) -> None:
     """Say what is left out, or measured on fewer images, for want of labels."""
     if missing := unlabelled(images):
-        log(f"probes, classes of latents and accuracies are of labelled images alone; {missing} have no label")
+        left_out = "probes, classes of latents and accuracies are of labelled images alone, or left out without any"
+        log(f"{missing} have no label: {left_out}")
 
 
 def _positions(store: ActivationStore, site: str, backbone: Backbone) -> dict[str, list[int]]:

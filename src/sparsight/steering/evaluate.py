@@ -66,7 +66,7 @@ def steer(
             f"set {place} to null, or take kind vs2 or a model with a classifier"
         )
     if missing := unlabelled({split: splits[split] for split in ("val", "test")}):
-        log(f"{name}: accuracy is of labelled images alone; {missing} have no label")
+        log(f"{missing} have no label: accuracy is of labelled images alone, or left out without any")
     seed = derive_seed(seed, "steering", name)
     gate = None
     edits: Callable[[str], dict[str, Edit]]
