@@ -323,10 +323,11 @@ def test_weights_as_they_are_keep_their_classifier(named: bool, labelled: Path, 
     assert torch.equal(opened(pixels), model(pixels)) and opened.n_classes == 2
     assert set(about["accuracy"]) == ({"val", "test"} if named else set())
     assert opened.class_names == (["bright", "dark"] if named else None)
-    opened, _ = fitted(
-        config.Backbone("timm/vit_tiny_patch16_224", training="none", **options), manifest, tmp_path / "none"
-    )
-    assert opened.n_classes == 0
+    without = config.Backbone("timm/vit_tiny_patch16_224", weights, sizes, training="none")
+    assert fitted(without, manifest, tmp_path / "none")[0].n_classes == 0
+    for ignored in ({"training": "none"}, {"epochs": 1}):
+        with pytest.raises(SparsightError, match="architecture: num_classes is of the classifier in weights that are"):
+            config.Backbone("timm/vit_tiny_patch16_224", **options, **ignored)
     options["architecture"]["num_classes"] = 3
     with pytest.raises(SparsightError, match=r"backbones.net: .*" + ("3 outputs" if named else "no classifier of 3")):
         fitted(config.Backbone("timm/vit_tiny_patch16_224", **options), manifest, tmp_path / "three")
