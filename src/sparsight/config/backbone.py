@@ -85,8 +85,8 @@ class Backbone(Section):
             raise SparsightError("training: 'none' is for timm weights as they are; set weights, and leave epochs at 0")
         if "num_classes" in self.architecture and (self.epochs or self.training == "none"):
             raise SparsightError(
-                "architecture: num_classes is of the classifier in weights that are used as they are; leave it out where "
-                "epochs train one, and with training none"
+                "architecture: num_classes is of the classifier in weights that are used as they are; leave it out "
+                "where epochs train one, and with training none"
             )
         if self.epochs and clip != (self.training == "contrastive"):
             raise SparsightError(
