@@ -87,7 +87,8 @@ def test_every_stage_writes_what_needs_no_labels(run: Path) -> None:
 
 def test_the_report_says_what_is_missing_and_has_no_empty_columns(run: Path) -> None:
     page = (run / "report" / "index.html").read_text().split('<h2 id="provenance">')[0]
-    text = re.sub(r"<script.*?</script>|<svg.*?</svg>|<[^>]+>", " ", page, flags=re.DOTALL)
+    bare = re.sub(r"<(script|svg|style|title).*?</\1>|<[^>]+>", " ", page, flags=re.DOTALL)
+    text = re.sub(r"\s+", " ", bare)
     assert "test images. They have no labels. What needs them (accuracy, probes, the classes of latents" in text
     assert text.count("The images have no labels, so no strength could be chosen on val") == 3
     rest = text.split("left out.", 1)[1]

@@ -12,17 +12,22 @@ from sparsight.images.manifest import Manifest
 
 def unlabelled(manifest: Path, out: Path, *splits: str, share: float = 1.0) -> Manifest:
     """The manifest without the labels of the first ``share`` of each split's images; without any, it has no classes."""
-    table = pq.read_table(manifest)
-    of_split = np.array(table["split"].to_pylist())
-    gone = np.zeros(len(table), bool)
+    file = pq.ParquetFile(manifest)
+    of_split = np.array(file.read(["split"])["split"].to_pylist())
+    gone = np.zeros(len(of_split), bool)
     for split in splits:
         rows = np.flatnonzero(of_split == split)
         gone[rows[: round(share * len(rows))]] = True
-    for name in ("label", "label_name"):
-        values = [None if lost else value for lost, value in zip(gone, table[name].to_pylist(), strict=True)]
-        at = table.schema.get_field_index(name)
-        table = table.set_column(at, table.schema.field(at), pa.array(values, table.schema.field(at).type))
-    about = json.loads((table.schema.metadata or {})[b"sparsight"])
+    about = json.loads(file.schema_arrow.metadata[b"sparsight"])
     about["classes"] = [] if gone.all() else about["classes"]
-    pq.write_table(table.replace_schema_metadata({"sparsight": json.dumps(about)}), out)
+    schema = file.schema_arrow.with_metadata({"sparsight": json.dumps(about)})
+    with pq.ParquetWriter(out, schema) as writer:
+        for group in range(file.num_row_groups):  # they may say which rows are of one split
+            table = file.read_row_group(group)
+            lost, gone = gone[: len(table)], gone[len(table) :]
+            for name in ("label", "label_name"):
+                at = table.schema.get_field_index(name)
+                values = [None if none else v for none, v in zip(lost, table[name].to_pylist(), strict=True)]
+                table = table.set_column(at, schema.field(at), pa.array(values, schema.field(at).type))
+            writer.write_table(table.replace_schema_metadata(schema.metadata))
     return Manifest(out)
