@@ -10,7 +10,7 @@ if workflow.is_main_process and not MERGED.exists():
     os.utime(MERGED, (0, 0))  # older than any result
 
 
-# The run's whole configuration: defaults, params.yaml and overlays in one file. It waits for the images, and stops the run
+# The run's whole configuration: defaults, params.yaml and overlays in one file. It waits for the images, and fails
 # if they lack labels that a section needs. Only backbones, which check this by themselves, come before it.
 rule configuration:
     input:
