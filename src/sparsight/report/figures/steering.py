@@ -47,7 +47,7 @@ def effects(rows: list[dict[str, Any]], gate: list[dict[str, Any]]) -> str:
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False, fontsize=7)
     if gate:
         lines = _groups(gate, "strength")
-        for ((strength,), group), opacity in zip(lines.items(), np.linspace(0.4, 1, len(lines)), strict=True):
+        for ((strength,), group), opacity in zip(lines.items(), np.linspace(0.25, 1, len(lines)), strict=True):
             axes[-1].plot([line["steered"] for line in group], [line[panels[0]] for line in group], marker=".",
                           color=_COLOURS["vs2"], alpha=float(opacity), label=f"strength {strength:g}")  # fmt: skip
         axes[-1].legend(frameon=False, fontsize=7)
