@@ -12,6 +12,7 @@ rule backbone:
         f"{R}/logs/backbone-{{backbone}}.log",
     benchmark:
         f"{R}/benchmarks/backbone-{{backbone}}.jsonl"
+    priority: 5
     threads: lambda wildcards: side_by_side(RUN.backbones[wildcards.backbone].cores)
     resources:
         **needs(),

@@ -10,8 +10,8 @@ if workflow.is_main_process and not MERGED.exists():
     os.utime(MERGED, (0, 0))  # older than any result
 
 
-# The run's whole configuration: defaults, params.yaml and overlays in one file. It waits for the images. Otherwise it would
-# hold a core when a backbone needs all of them, and Snakemake would start a smaller backbone first.
+# The run's whole configuration: defaults, params.yaml and overlays in one file. It waits for the images, and fails
+# if they lack labels that a section needs. Only backbones, which check this by themselves, come before it.
 rule configuration:
     input:
         images=f"{R}/images/manifest.parquet",
@@ -22,13 +22,14 @@ rule configuration:
         record=f"{R}/records/configuration.json",
     log:
         f"{R}/logs/configuration.log",
+    priority: 4
     localrule: True
     params:
         out=subpath(output[0], parent=True),
         work=f"{R}/.work/configuration",
         flags=flags(code("configuration.py")),
     shell:
-        "python {SCRIPTS}/configuration.py --from-configuration {input.merged}"
+        "python {SCRIPTS}/configuration.py --from-images {input.images} --from-configuration {input.merged}"
         " --out {params.out} --work {params.work} --record {output.record}"
         " {params.flags} > {log} 2>&1"
 

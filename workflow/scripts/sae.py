@@ -9,12 +9,17 @@ from sparsight.pipeline import stage
 
 def main(job: stage.Stage) -> None:
     from sparsight.activations.store import ActivationStore
+    from sparsight.images.labels import need_labels, needs
     from sparsight.images.manifest import Manifest
     from sparsight.sae.fit import fit
 
     device = job.device
     store = ActivationStore.open(job.inputs["store"])
-    labels = Manifest(job.inputs["images"]).split("train").labels if job.config.prototype_weight else None
+    labels = None
+    if job.config.prototype_weight:
+        manifest = Manifest(job.inputs["images"])
+        need_labels(manifest, needs(f"saes.{job.name}", job.config))
+        labels = manifest.split("train").labels
     fit(job.config, store, labels, job.name, job.seed, job.work, device, job.record())
 
 

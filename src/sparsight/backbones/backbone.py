@@ -57,6 +57,8 @@ class Backbone(Module):
         self.couples_mlp = False
         """Whether switching off a head also removes its channels from the input of the block's MLP (AdaViT's
         released models); see :meth:`run_blocks`."""
+        self.random_classifier = False
+        """Whether weights were loaded that have no classifier of this size, so that it is random."""
         self.register_buffer("prompts_CE", None, persistent=False)
 
     @property

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 
 from sparsight import config
 from sparsight.backbones.backbone import Backbone
-from sparsight.backbones.loading import keep_prompts, load
+from sparsight.backbones.loading import keep_prompts, load_configured
 from sparsight.backbones.prompts import templates_of
 from sparsight.backbones.recipes import LinearProbeRecipe, Recipe, Supervised, correct
 from sparsight.common.errors import SparsightError
@@ -19,6 +19,7 @@ from sparsight.common.progress import log
 from sparsight.common.seeds import derive_seed
 from sparsight.common.work import Work
 from sparsight.images.class_names import readable
+from sparsight.images.labels import need_labels, needs, unlabelled
 from sparsight.images.manifest import Manifest
 from sparsight.images.split import Split
 from sparsight.training import loop
@@ -34,31 +35,44 @@ def fit(
     An open_clip model classifies by prompts: the class names in ``templates``. If it was trained by this run, it has
     seen these names, so this is prompt classification, not zero-shot. The test split is used once, at the end.
 
+    Accuracies are over the labelled images of a split, and left out where there are none. Images without classes leave
+    a timm model that is not trained the classifier of its weights, and an open_clip model no prompts.
+
     Args:
         n_parallel: number of micro-batches that run at the same time (:mod:`sparsight.training.microbatches`).
             Never changes a result.
 
     Raises:
-        SparsightError: weights used as they are (epochs 0) with a classifier for another number of classes.
+        SparsightError: training on images without labels; or weights used as they are (epochs 0) without a classifier,
+            or with one for another number of classes.
     """
+    need_labels(manifest, needs(f"backbones.{name}", section))
     torch.manual_seed(derive_seed(seed, "backbone", name, "init"))
     classes = manifest.classes
     names = [readable(label) for label in classes]
     clip = section.model.startswith("open_clip/")
     classifies = section.training != "none"
     outputs = (None if clip or section.epochs == 0 else len(classes)) if classifies else 0
-    backbone = load(section.model, section.weights, outputs, **section.architecture).to(device)
-    templates = templates_of(manifest.about["source"], section.templates) if clip else ()
-    if classifies and not clip and backbone.n_classes != len(classes):
+    backbone = load_configured(section.model, section.weights, outputs, section.architecture).to(device)
+    templates = templates_of(manifest.about["source"], section.templates) if clip and classes else ()
+    if classifies and classes and not clip and backbone.n_classes != len(classes):
         raise SparsightError(
             f"backbones.{name}: its classifier has {backbone.n_classes} outputs, the images "
             f"{len(classes)} classes; set epochs to train a new classifier with the backbone, or training: none to use "
             "its embeddings alone"
         )
+    if classifies and section.epochs == 0 and backbone.random_classifier:
+        raise SparsightError(
+            f"backbones.{name}: {section.weights} has no classifier of {backbone.n_classes} outputs; set epochs to "
+            "train one, architecture.num_classes to their number in the file, or training to none, for embeddings alone"
+        )
     train, val, test = (manifest.split(part) for part in ("train", "val", "test"))
     evaluations = {"val": (val, templates), "test": (test, templates)} if classifies else {}
     if section.held_out_templates:
         evaluations["test_held_out"] = (test, section.held_out_templates)
+    evaluations = {part: (split, texts) for part, (split, texts) in evaluations.items() if (split.labels >= 0).any()}
+    if classifies and (missing := unlabelled({"val": val, "test": test})):
+        log(f"{missing} have no label: accuracy is of labelled images alone, or left out without any")
 
     recipe = _recipe(section, backbone, train, val, names, templates, n_parallel)
     steps_seed = derive_seed(seed, "backbone", name)
@@ -74,7 +88,7 @@ def fit(
             key: value.clone(memory_format=torch.contiguous_format)
             for key, value in backbone.model.state_dict().items()
         }
-        if clip:
+        if templates:
             backbone.use_prompts(names, templates)
     for part, value in accuracy.items():
         log(f"{name}: accuracy on {part} {value['accuracy']:.4f}")

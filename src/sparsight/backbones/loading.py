@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -60,12 +61,25 @@ def load(name: str, weights: str | None = None, num_classes: int | None = None, 
         raise SparsightError(f"backbone {name!r} cannot be made ({reason(error)})") from None
     backbone = Backbone(model, name)
     if weights not in (None, "pretrained"):
-        _load_weights(model, model_name, Path(str(weights)))
+        backbone.random_classifier = not _load_weights(model, model_name, Path(str(weights)))
     return backbone
 
 
-def _load_weights(model: nn.Module, name: str, path: Path) -> None:
-    """Load weights under timm's names, or names that timm's filter of the family translates (DINOv2, CLIP, ...)."""
+def load_configured(
+    name: str, weights: str | None, num_classes: int | None, architecture: Mapping[str, Any]
+) -> Backbone:
+    """As :func:`load`; the architecture's own ``num_classes`` counts if the argument is None."""
+    options = dict(architecture)
+    own = options.pop("num_classes", None)
+    return load(name, weights, own if num_classes is None else num_classes, **options)
+
+
+def _load_weights(model: nn.Module, name: str, path: Path) -> bool:
+    """Load weights under timm's names, or names that timm's filter of the family translates (DINOv2, CLIP, ...).
+
+    Returns:
+        Whether they hold all of the model's classifier.
+    """
     state = {key: value.float() if value.is_floating_point() else value for key, value in read_weights(path).items()}
     module = sys.modules[timm.model_entrypoint(name.partition(".")[0]).__module__]
     translate = getattr(module, "checkpoint_filter_fn", lambda state, model: state)
@@ -81,6 +95,7 @@ def _load_weights(model: nn.Module, name: str, path: Path) -> None:
     if wrong or missing:
         raise SparsightError(f"{path}: does not fit the architecture, see e.g. {(wrong + missing)[0]!r}")
     model.load_state_dict({k: v for k, v in state.items() if k not in ignored}, strict=False)
+    return not any(k.startswith(heads) and (k not in state or k in ignored) for k in expected)
 
 
 def open_folder(folder: Path) -> tuple[Backbone, dict[str, Any]]:
@@ -94,11 +109,14 @@ def open_folder(folder: Path) -> tuple[Backbone, dict[str, Any]]:
     except OSError as error:
         raise SparsightError(f"{folder}: no backbone here ({reason(error)}: config.json)") from None
     classifies = metadata["training"] != "none"
-    n_classes = None if metadata["templates"] else len(metadata["classes"]) if classifies else 0
-    backbone = load(metadata["model"], str(folder / "model.safetensors"), n_classes, **metadata["architecture"])
+    n_classes = len(metadata["classes"]) or None if classifies else 0
+    if metadata["model"].startswith("open_clip/"):
+        n_classes = None
+    weights = str(folder / "model.safetensors")
+    backbone = load_configured(metadata["model"], weights, n_classes, metadata["architecture"])
     values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in metadata["preprocess"].items()}
     backbone.preprocess = Preprocess(**values)
-    backbone.class_names = metadata["classes"] if classifies else None
+    backbone.class_names = metadata["classes"] or None if classifies else None
     if metadata["templates"]:
         names, templates = metadata["prompt_names"], metadata["templates"]
         backbone.prompts_CE = _kept_prompts(folder, names, templates)

@@ -192,12 +192,12 @@ def labels_of(split: Split, rows: np.ndarray, like: Tensor) -> Tensor:
 
 
 def correct(backbone: Backbone, split: Split, batch_size: int, parts: MicroBatches) -> np.ndarray:
-    """Whether each image of the split is classified correctly, bool (n,)."""
+    """Whether each labelled image of the split is classified correctly, bool (labelled images,)."""
     predicted = [
         parts.forward(backbone, backbone.normalize(pixels)).argmax(dim=1).cpu().numpy()
         for pixels in split.batches(backbone.preprocess, batch_size, torch.get_num_threads())
     ]
-    return np.concatenate(predicted) == split.labels
+    return (np.concatenate(predicted) == split.labels)[split.labels >= 0]
 
 
 def augment(images_BCHW: Tensor, section: config.Backbone, generator: torch.Generator) -> Tensor:

@@ -26,7 +26,8 @@ class Backbone(Section):
     checkpoint (read without running code)."""
     architecture: dict[str, CountOrZero] = field(default_factory=dict)
     """Architecture options to override, by the library's names: img_size, patch_size, in_chans, embed_dim, depth,
-    num_heads (timm); embed_dim, vision.width, vision.layers, vision.image_size, text.layers, ... (open_clip)."""
+    num_heads, num_classes (timm; the last only for weights as they are); embed_dim, vision.width, vision.layers,
+    vision.image_size, text.layers, ... (open_clip)."""
     training: Literal["supervised", "probe", "contrastive", "none"] = "supervised"
     """``supervised`` trains all weights and a class head. ``probe`` trains a linear head on the frozen tower.
     ``contrastive`` matches images with captions made from class names (open_clip). ``none`` uses the weights as they
@@ -37,7 +38,8 @@ class Backbone(Section):
     held_out_templates: tuple[str, ...] = ()
     """Captions that are never trained on. Test accuracy with them as prompts is also reported."""
     epochs: CountOrZero = 0
-    """Passes over the train split. 0 uses the weights as they are and turns training off, with all of its settings."""
+    """Passes over the train split. 0 uses the weights as they are, with their classifier, and turns training off, with
+    all of its settings."""
     batch_size: Count = 64
     """Images per step, in training and in evaluation; training ``none`` has neither."""
     lr: Positive = 1e-3
@@ -81,6 +83,11 @@ class Backbone(Section):
             raise SparsightError(f"weights: there is no file {self.weights!r}; give null, pretrained or a path")
         if self.training == "none" and (clip or self.epochs or self.weights is None):
             raise SparsightError("training: 'none' is for timm weights as they are; set weights, and leave epochs at 0")
+        if "num_classes" in self.architecture and (self.epochs or self.training == "none"):
+            raise SparsightError(
+                "architecture: num_classes is of the classifier in weights that are used as they are; leave it out "
+                "where epochs train one, and with training none"
+            )
         if self.epochs and clip != (self.training == "contrastive"):
             raise SparsightError(
                 f"training: {self.training!r} does not suit {self.model}; contrastive is for open_clip"

@@ -29,6 +29,7 @@ from sparsight.common.intervals import paired, wilson
 from sparsight.common.progress import log
 from sparsight.common.seeds import derive_seed
 from sparsight.common.work import Work
+from sparsight.images.labels import need_labels, needs
 from sparsight.images.manifest import Manifest
 from sparsight.images.split import Split
 from sparsight.pruning import comparisons, controls, linear_probe, per_class
@@ -55,8 +56,9 @@ def evaluate(
         n_parallel: passes of the last block that run at the same time; no result depends on it.
 
     Raises:
-        SparsightError: a policy or an SAE for another model.
+        SparsightError: images without labels, a policy or an SAE for another model.
     """
+    need_labels(manifest, needs("pruning", section))
     policy.check(backbone)
     for sae in saes.values():
         _check_site(sae, backbone)

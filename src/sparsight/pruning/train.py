@@ -21,6 +21,7 @@ from sparsight.common.errors import SparsightError
 from sparsight.common.progress import log
 from sparsight.common.seeds import derive_seed
 from sparsight.common.work import Work
+from sparsight.images.labels import need_labels, needs
 from sparsight.images.manifest import Manifest
 from sparsight.images.split import Split
 from sparsight.pruning.policy import FixedMask, HeadPolicy
@@ -41,8 +42,9 @@ def fit(
             depends on it.
 
     Raises:
-        SparsightError: a backbone whose heads cannot be switched.
+        SparsightError: images without labels, or a backbone whose heads cannot be switched.
     """
+    need_labels(manifest, needs(f"policies.{name}", section))
     finetuned = section.backbone_lr is not None
     backbone.requires_grad_(finetuned)
     train, val = manifest.split("train"), manifest.split("val")

@@ -8,10 +8,11 @@
   const PAGE = 50;
   let shown = PAGE;
 
+  const className = (label) => data.classes[label] ?? "no label";
   const rare = (one) => Number(one.top.length < data.shown);
   const orders = {
     selectivity: (a, b) => rare(a) - rare(b) || b.selectivity - a.selectivity,
-    monosemanticity: (a, b) => (b.monosemanticity ?? -2) - (a.monosemanticity ?? -2),
+    monosemanticity: (a, b) => rare(a) - rare(b) || (b.monosemanticity ?? -2) - (a.monosemanticity ?? -2),
     frequency: (a, b) => b.frequency - a.frequency,
     rarity: (a, b) => a.frequency - b.frequency,
     number: (a, b) => a.latent - b.latent,
@@ -28,7 +29,8 @@
 
   function found() {
     const words = search.value.trim().toLowerCase();
-    const fits = (one) => !words || String(one.latent) === words || data.classes[one.class].toLowerCase().includes(words);
+    const ofClass = (one) => data.judged && className(one.class).toLowerCase().includes(words);
+    const fits = (one) => !words || String(one.latent) === words || ofClass(one);
     return sae().latents.filter(fits).sort((a, b) => orders[order.value](a, b) || a.latent - b.latent);
   }
 
@@ -38,12 +40,14 @@
     list.replaceChildren(...latents.slice(0, shown).map((one) => {
       const button = element("button", { type: "button" }, String(one.latent));
       button.addEventListener("click", () => open(one));
-      const cells = [
-        element("th", { scope: "row" }, button), element("td", { class: "text" }, data.classes[one.class]),
+      const ofClass = data.judged ? [
+        element("td", { class: "text" }, className(one.class)),
         element("td", {}, number(100 * one.precision, 0)), element("td", {}, number(one.selectivity, 2)),
+      ] : [];
+      return element("tr", {},
+        element("th", { scope: "row" }, button), ...ofClass,
         element("td", {}, number(one.monosemanticity, 2)), element("td", {}, number(100 * one.frequency, 1)),
-      ];
-      return element("tr", {}, ...cells);
+      );
     }));
     more.hidden = latents.length <= shown;
   }
@@ -65,10 +69,12 @@
   }
 
   function picture(top) {
-    const label = data.classes[data.labels[top.image]];
-    const frame = element("span", { class: "frame" }, element("img", { src: data.images[top.image], alt: `test image of class ${label}` }));
+    const label = className(data.labels[top.image]), named = data.classes.length > 0;
+    const alt = named ? `test image, ${label}` : "test image";
+    const frame = element("span", { class: "frame" }, element("img", { src: data.images[top.image], alt }));
     if (top.heat) frame.append(heat(top.heat));
-    return element("figure", {}, frame, element("figcaption", {}, `${label}, ${number(top.activation, 2)}`));
+    const activation = number(top.activation, 2);
+    return element("figure", {}, frame, element("figcaption", {}, named ? `${label}, ${activation}` : activation));
   }
 
   function heat(values) {
@@ -81,9 +87,9 @@
 
   function open(one) {
     const facts = [
-      ["most for", `${data.classes[one.class]} (${number(100 * one.precision, 0)} % of the images it fires on)`],
+      ...(data.judged ? [["most for", `${className(one.class)} (${number(100 * one.precision, 0)} % of the images it fires on)`]] : []),
       ["fires on", `${number(100 * one.frequency, 1)} % of activations`],
-      ["selectivity", number(one.selectivity, 2)],
+      ...(data.judged ? [["selectivity", number(one.selectivity, 2)]] : []),
       ["monosemanticity", number(one.monosemanticity, 3) || "not defined: it fires on no two images"],
       ["nearest latent", one.nearest === null ? "" : `${one.nearest}, cosine ${number(one.nearest_cosine, 2)}`],
     ];

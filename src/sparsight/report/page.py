@@ -11,6 +11,7 @@ import yaml
 from sparsight import config
 from sparsight.activations.store import ActivationStore
 from sparsight.common.digests import file_digest
+from sparsight.images.labels import unlabelled
 from sparsight.images.manifest import Manifest
 from sparsight.report.chapters import backbones, pipeline, pruning, saes, steering
 from sparsight.report.chapters.latents import Browser
@@ -28,6 +29,7 @@ def write_page(section: config.Report, run: str, inputs: dict[str, Any], device:
             steerings, transfers, policies.
     """
     manifest = Manifest(inputs["images"])
+    splits = {part: manifest.split(part) for part in ("train", "val", "test")}
     about_saes = saes.chapter(
         [path.parent for path in inputs["saes"]], [path.parent for path in inputs["chains"]], inputs["stabilities"]
     )
@@ -44,7 +46,8 @@ def write_page(section: config.Report, run: str, inputs: dict[str, Any], device:
         title=section.title or f"sparsight: {run} run",
         manifest=manifest,
         pipeline=pipeline.stages(manifest, inputs),
-        counts={part: len(manifest.split(part)) for part in ("train", "val", "test")},
+        counts={part: len(split) for part, split in splits.items()},
+        unlabelled=unlabelled(splits),
         backbones=about_backbones,
         saes=about_saes,
         steerings=about_steering,

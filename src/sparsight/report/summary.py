@@ -29,7 +29,7 @@ def write_metrics(inputs: dict[str, Any], path: Path) -> None:
     flat: dict[str, float] = {f"images.{key}": len(about[key]) for key in ("duplicates", "label_conflicts")}
     for file in inputs["backbones"]:
         metadata = json.loads(file.read_text())
-        if metadata["accuracy"]:
+        if "test" in metadata["accuracy"]:
             flat[f"backbone.{file.parent.name}.accuracy"] = metadata["accuracy"]["test"]["accuracy"]
     for file in inputs["saes"]:
         metrics = json.loads(file.read_text())
@@ -46,9 +46,11 @@ def write_metrics(inputs: dict[str, Any], path: Path) -> None:
         for site, stability in json.loads(file.read_text())["sites"].items():
             flat |= {f"{file.stem}.{site}.{key}": stability[key] for key in ("cosine", "cosine_random")}
     for file in inputs["steerings"]:
+        chosen = json.loads(file.with_suffix(".json").read_text())["chosen_on_val"]
         for row in tables.read(file):
             if row["split"] == "test":
-                flat[f"steering.{file.stem}.{row['method']}.{row['labels']}.accuracy"] = row["accuracy"]
+                several = "" if chosen else f".strength-{row['strength']:g}"
+                flat |= _steered(f"steering.{file.stem}.{row['method']}.{row['labels']}{several}", row)
         flat |= _gate(f"steering.{file.stem}", file.with_suffix(".json"))
     for file in inputs["transfers"]:
         name = f"steering.{file.parent.name}.{file.stem}"
@@ -77,10 +79,22 @@ def write_curves(saes: list[Path], path: Path) -> None:
     write_json(path, lines)
 
 
+def _steered(name: str, row: dict[str, Any]) -> dict[str, float]:
+    """Accuracy on test; if it is unknown, the effects."""
+    keys = ("accuracy",) if row["accuracy"] is not None else ("changed", "kl", "cosine")
+    return {f"{name}.{key}": row[key] for key in keys if row[key] is not None}
+
+
 def _gate(name: str, summary: Path) -> dict[str, float]:
-    """Accuracy on test and the share of steered images, by quantile of the gate; empty without a gate."""
+    """By quantile of the gate, if any, the share of steered images and, if val chose a strength, accuracy on test."""
     lines = [line for line in json.loads(summary.read_text())["gate"] if line["split"] == "test"]
-    return {f"{name}.gate-{line['quantile']:g}.{key}": line[key] for line in lines for key in ("accuracy", "steered")}
+    chosen = any(line["chosen"] for line in lines)
+    return {
+        f"{name}.gate-{line['quantile']:g}.{key}": line[key]
+        for line in lines
+        for key in ("accuracy", "steered")
+        if line[key] is not None and (chosen or key == "steered")
+    }
 
 
 def by_strategy(rows: list[dict[str, Any]]) -> dict[tuple[str, str], list[dict[str, Any]]]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 
 from sparsight.activations.store import ActivationStore
@@ -18,6 +19,7 @@ from sparsight.common.files import write_json
 from sparsight.common.progress import log
 from sparsight.common.seeds import derive_seed
 from sparsight.common.work import Work
+from sparsight.images.labels import unlabelled
 from sparsight.images.split import Split
 from sparsight.sae.base import SAE
 from sparsight.sae.metrics.geometry import random_rows, redundancy
@@ -30,6 +32,12 @@ _AVERAGED = (
     "fvu", "fvu_unchained", "fvu_residual", "fvu_affine", "l0", "bits", "probing_sae_1", "probing_sae_5",
     "redundancy", "redundancy_transported", "redundancy_random",
 )  # fmt: skip
+# Types of columns, which nothing but these would tell without labels.
+_OF_CLASSES = {"best_class": pa.int64(), "class_precision": pa.float64(), "selectivity": pa.float64()}
+_OF_PROBES = {
+    "features": pa.int64(), "method": pa.string(), "n": pa.int64(),
+    "accuracy": pa.float64(), "lo": pa.float64(), "hi": pa.float64(),
+}  # fmt: skip
 
 
 def evaluate(
@@ -47,6 +55,7 @@ def evaluate(
         images: the same splits' images.
         seed: the run's seed, from which those of the baselines are derived.
     """
+    _log_missing(images)
     ((site, tokens),) = {(sae.about["site"], sae.about["tokens"]) for sae in saes.values()}
     labels, test = {name: split.labels for name, split in images.items()}, images["test"]
     results = measure(list(saes.values()), site, stores, labels, len(test.classes), seed, tokens=tokens)
@@ -79,6 +88,7 @@ def evaluate_chain(
     * ``online``: one forward pass, in which every SAE encodes what arrives at its site;
     * ``mean_instead``: the train mean replaces every activation.
     """
+    _log_missing(images)
     (tokens,) = {sae.about["tokens"] for sae in chain.saes.values()}
     by_site, errors = {}, chain_errors(chain, stores["test"], tokens)
     labels, test = {name: split.labels for name, split in images.items()}, images["test"]
@@ -176,8 +186,16 @@ def _line(metrics: dict[str, Any]) -> str:
 
 
 def _write_tables(found: Measured, folder: Path) -> None:
-    for name in ("latents", "baselines", "probing"):
-        tables.write(folder / f"{name}.parquet", getattr(found, name))
+    tables.write(folder / "latents.parquet", found.latents, _OF_CLASSES)
+    tables.write(folder / "baselines.parquet", found.baselines)
+    tables.write(folder / "probing.parquet", found.probing, _OF_PROBES)
+
+
+def _log_missing(images: Mapping[str, Split]) -> None:
+    """Say what is left out, or measured on fewer images, for want of labels."""
+    if missing := unlabelled(images):
+        left_out = "probes, classes of latents and accuracies are of labelled images alone, or left out without any"
+        log(f"{missing} have no label: {left_out}")
 
 
 def _positions(store: ActivationStore, site: str, tokens: str, backbone: Backbone) -> dict[str, list[int]]:

@@ -1,6 +1,7 @@
 """Steering inside the model: edit tokens at the sites of SAEs and classify the images.
 
-No head is pruned here. A strength per method is chosen on val; only this strength is run on test.
+No head is pruned here. A strength per method is chosen on val; only this strength is run on test. If accuracy on val is
+unknown, because it has no labels or the model no classifier, nothing can be chosen and every strength is run on test.
 
 Shapes: D width (d_in), n images.
 """
@@ -9,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 from torch import Tensor
 
 from sparsight import config
@@ -16,21 +18,29 @@ from sparsight.activations.store import ActivationStore
 from sparsight.backbones import macs
 from sparsight.backbones.backbone import Backbone
 from sparsight.common import tables
+from sparsight.common.errors import SparsightError
 from sparsight.common.files import write_json
 from sparsight.common.intervals import paired, wilson
 from sparsight.common.progress import log
 from sparsight.common.seeds import derive_seed
 from sparsight.common.work import Work
+from sparsight.images.labels import need_labels, needs, unlabelled
 from sparsight.images.manifest import Manifest
 from sparsight.images.split import Split
 from sparsight.sae.base import SAE
 from sparsight.steering import class_latents, controls, intervention, vectors, vs2
 from sparsight.steering.edits import Edits
 from sparsight.steering.intervention import Place
-from sparsight.steering.runner import NONE, RECONSTRUCT, Outcome, Row, Runner, check_images
+from sparsight.steering.runner import ACCURACIES, EFFECTS, NONE, RECONSTRUCT, Outcome, Row, Runner, check_images
 from sparsight.steering.vs2pp import NeighbourSteering
 
 Stores = Mapping[str, ActivationStore]
+# Types of columns, which nothing but these would tell without labels or a classifier.
+_MEASURES = {name: pa.int64() if name in ("n", "images") else pa.float64() for name in (*ACCURACIES, *EFFECTS)}
+_OF_CLASSES = {
+    "method": pa.string(), "strength": pa.float64(), "labels": pa.string(), "split": pa.string(), "class": pa.int64(),
+    "class_name": pa.string(), **{name: _MEASURES[name] for name in ACCURACIES if name != "top5"},
+}  # fmt: skip
 
 
 def steer(
@@ -46,13 +56,23 @@ def steer(
 
     Raises:
         SparsightError: an SAE that cannot steer these tokens (:func:`sparsight.steering.intervention.place`); images
-            without labels or with other classes than the model's.
+            with other classes than the model's; images without labels or a model without a classifier, if the kind
+            needs it.
     """
     splits = {split: manifest.split(split) for split in ("train", "val", "test")}
+    own_section = f"steering.{name.rpartition('-s')[0]}"
+    need_labels(manifest, needs(own_section, section))
     for split, images in splits.items():
         check_images(backbone, images, split)
     runner = Runner([sae, *layers], backbone, section.tokens)
     places = runner.where.places
+    if section.kind != "vs2" and not runner.classifies:
+        raise SparsightError(
+            f"{own_section}: kind {section.kind} reads the model's predictions, and {backbone.name} has no classifier "
+            f"here; set {own_section} to null, or take kind vs2 or a model with a classifier"
+        )
+    if missing := unlabelled({split: splits[split] for split in ("val", "test")}):
+        log(f"{missing} have no label: accuracy is of labelled images alone, or left out without any")
     seed = derive_seed(seed, "steering", name)
     seeds = [derive_seed(seed, place.site) if m else seed for m, place in enumerate(places)]
     gates: list[vs2.Calibration] = []
@@ -74,60 +94,74 @@ def steer(
         neighbours = NeighbourSteering(section.neighbours, places, backbone, stores, finder, labels, seeds)
         edits, tensors = neighbours.edits, neighbours.tensors
     val, test = splits["val"], splits["test"]
-    val_edits = edits("val")
+    choosable = runner.classifies and bool((val.labels >= 0).any())
+    first = "val" if choosable else "test"
+    first_edits = edits(first)
     rows = [
         Row(method, strength, labels)
-        for method, edit in val_edits[0].items()
+        for method, edit in first_edits[0].items()
         for labels in edit.labels
         for strength in (section.strengths if edit.strength is None else (edit.strength,))
     ]
-    on_val = runner.run([NONE, RECONSTRUCT, *rows], val_edits, val)
-    chosen = _choose(rows, on_val)
-    on_test = runner.run([NONE, RECONSTRUCT, *chosen], edits("test"), test)
+    outcomes = {first: runner.run([NONE, RECONSTRUCT, *rows], first_edits, splits[first])}
+    chosen = _choose(rows, outcomes["val"]) if choosable else []
+    if choosable:
+        outcomes["test"] = runner.run([NONE, RECONSTRUCT, *chosen], edits("test"), test)
     vectors.save({at.site: own for at, own in zip(places, tensors(), strict=True)}, work.out / f"{name}.safetensors")
-    curve: list[dict[str, Any]] = []
+    curve = []
     if gates:
-        val_curve, val_gated = gate_curve(section.quantiles, gates, chosen[0], on_val, runner.sample_fvu(val, gates))
-        test_curve, test_gated = gate_curve(
-            section.quantiles, gates, chosen[0], on_test, runner.sample_fvu(test, gates)
-        )
-        best = max(section.quantiles, key=lambda q: (val_gated[q].hits.mean(), -q))
-        gated = chosen[0]._replace(method=f"{chosen[0].method}-gated")
-        on_val[gated], on_test[gated] = val_gated[best], test_gated[best]
+        steered = [row for row in chosen or rows if row.method == rows[0].method]
+        fvu = {split: runner.sample_fvu(splits[split], gates) for split in outcomes}
+        curves = {
+            split: [gate_curve(section.quantiles, gates, row, outcomes[split], fvu[split]) for row in steered]
+            for split in outcomes
+        }
+        best = None
+        if choosable:
+            ((_, on_val),) = curves["val"]
+            best = max(section.quantiles, key=lambda q: (_accuracy(on_val[q]), -q))
+            for split, ((_, gated),) in curves.items():
+                outcomes[split][chosen[0]._replace(method=f"{chosen[0].method}-gated")] = gated[best]
         curve = [
             {"split": split, **line, "chosen": line["quantile"] == best}
-            for split, split_curve in (("val", val_curve), ("test", test_curve))
-            for line in split_curve
+            for split, of_split in curves.items()
+            for lines, _ in of_split
+            for line in lines
         ]
+    on_test = outcomes["test"]
     outcome_rows, class_rows = [], []
-    for split, outcomes in (("val", on_val), ("test", on_test)):
-        for row, outcome in outcomes.items():
-            outcome_rows.append({**row._asdict(), "split": split, **outcome.measures(outcomes[NONE])})
+    for split, by_row in outcomes.items():
+        for row, outcome in by_row.items():
+            outcome_rows.append({**row._asdict(), "split": split, **outcome.measures(by_row[NONE])})
     for row, outcome in on_test.items():
         for c, class_name in enumerate(manifest.classes):
             key = {**row._asdict(), "split": "test", "class": c, "class_name": class_name}
-            in_class = test.labels == c
+            in_class = outcome.judged & (test.labels == c)
             if in_class.any():  # an official split need not have every class
                 hits = outcome.hits[in_class]
                 class_rows.append({**key, **wilson(hits), **paired(hits, on_test[NONE].hits[in_class])})
-    tables.write(work.out / f"{name}.parquet", outcome_rows)
-    tables.write(work.out / f"{name}-classes.parquet", class_rows)
+    tables.write(work.out / f"{name}.parquet", outcome_rows, _MEASURES)
+    tables.write(work.out / f"{name}-classes.parquet", class_rows, _OF_CLASSES)
     summary = {
         "format_version": 1,
         "sae": section.sae,
         "layers": list(section.layers),
         "tokens": section.tokens,
         "kind": section.kind,
+        "classifies": runner.classifies,
+        "unlabelled": missing,
         "chosen_on_val": [row._asdict() for row in chosen],
         "gate": curve,
-        "against_controls": against_controls(chosen, on_test),
+        "against_controls": against_controls(chosen, on_test) if on_test[NONE].judged.any() else [],
         "cost": cost(places, backbone),
         "record": record,
     }
     write_json(work.out / f"{name}.json", summary)
     for line in outcome_rows:
         if line["split"] == "test":
-            log(f"{line['method']} x{line['strength']:g} ({line['labels']} labels): accuracy {line['accuracy']:.4f}")
+            shown = {key: line[key] for key in ("accuracy", "changed", "kl", "cosine") if line[key] is not None}
+            numbers = ", ".join(f"{key} {value:.4f}" for key, value in shown.items())
+            log(f"{line['method']} x{line['strength']:g} ({line['labels']} labels): {numbers}")
 
 
 def _rank(
@@ -163,17 +197,21 @@ def _choose(rows: Sequence[Row], on_val: Mapping[Row, Outcome]) -> list[Row]:
     return [
         max(
             (row for row in rows if (row.method, row.labels) == key),
-            key=lambda row: (on_val[row].hits.mean(), -row.strength),
+            key=lambda row: (_accuracy(on_val[row]), -row.strength),
         )
         for key in keys
     ]
+
+
+def _accuracy(outcome: Outcome) -> float:
+    return float(outcome.hits[outcome.judged].mean())
 
 
 def against_controls(chosen: Sequence[Row], outcomes: Mapping[Row, Outcome]) -> list[dict[str, Any]]:
     """Paired differences in accuracy between the first method and every other one with the same labels or none."""
     return [
         {"method": row.method, "labels": row.labels, "control": control.method,
-         **paired(outcomes[row].hits, outcomes[control].hits)}
+         **paired(*(outcomes[of].hits[outcomes[of].judged] for of in (row, control)))}
         for row in chosen if row.method == chosen[0].method
         for control in chosen if control.labels in (row.labels, "none") and control.method != row.method
     ]  # fmt: skip
@@ -185,8 +223,8 @@ def gate_curve(
 ) -> tuple[list[dict[str, Any]], dict[float, Outcome]]:  # fmt: skip
     """The gate at each quantile on the images of a split: measures, and outcomes by quantile.
 
-    The gate steers images whose FVU is at most the threshold at every site, at the strength chosen for VS2. All others
-    keep the unsteered prediction, so the gate needs no forward pass of its own.
+    The gate steers images whose FVU is at most the threshold at every site, at the strength of ``steered``, a row of
+    VS2. All others keep the unsteered prediction, so the gate needs no forward pass of its own.
 
     Args:
         found: the calibration of each site.
@@ -197,10 +235,7 @@ def gate_curve(
     for quantile in quantiles:
         thresholds = [at_site.threshold(quantile) for at_site in found]
         steers = np.all([own <= most for own, most in zip(fvu, thresholds, strict=True)], axis=0)
-        gated[quantile] = Outcome(
-            np.where(steers, steered_outcome.hits, unsteered.hits),
-            np.where(steers, steered_outcome.top5, unsteered.top5),
-        )
+        gated[quantile] = steered_outcome.where(steers, unsteered)
         setting: dict[str, Any] = {"quantile": quantile, "threshold": thresholds[0], "steered": float(steers.mean())}
         if len(found) > 1:
             setting["thresholds"] = thresholds

@@ -5,7 +5,7 @@ Shapes: B batch, T tokens, R edited rows, D width (d_in), C classes, n images.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -29,21 +29,61 @@ class Row(NamedTuple):
     labels: str
 
 
+ACCURACIES = ("n", "accuracy", "lo", "hi", "delta", "delta_lo", "delta_hi", "top5")
+EFFECTS = ("images", "changed", "changed_lo", "changed_hi", "kl", "cosine")
 NONE, RECONSTRUCT = Row("none", 0.0, "none"), Row("reconstruct", 1.0, "none")
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """Predictions under one row."""
+    """What the model makes of each image under one row."""
 
+    judged: np.ndarray
+    """bool (n,), whether the image has a label and the model a classifier; the same in all rows."""
     hits: np.ndarray
     """bool (n,), whether the true class has the largest logit."""
     top5: np.ndarray
     """bool (n,), whether the true class is among the five largest logits."""
+    predicted: np.ndarray
+    """int64 (n,), the class of the largest logit; -1 without a classifier."""
+    kl: np.ndarray
+    """float64 (n,), KL(none || row) of the predictions in nats; NaN without a classifier, and for a method that only
+    votes for classes."""
+    cosine: np.ndarray
+    """float64 (n,), cosine of the embedding with that of ``none``; NaN with a classifier."""
 
-    def measures(self, reference: "Outcome") -> dict[str, float]:
-        """n, accuracy, lo, hi; delta, delta_lo and delta_hi against a reference on the same images; top5."""
-        return {**wilson(self.hits), **paired(self.hits, reference.hits), "top5": float(self.top5.mean())}
+    @classmethod
+    def empty(cls, judged: np.ndarray) -> "Outcome":
+        """An outcome to be filled."""
+        n, number = len(judged), np.full(len(judged), np.nan)
+        return cls(judged, np.zeros(n, bool), np.zeros(n, bool), np.full(n, -1), number, number.copy())
+
+    def where(self, steers: np.ndarray, otherwise: "Outcome") -> "Outcome":
+        """The same for the images of ``steers``, bool (n,), and another outcome for the rest."""
+        pairs = zip(_arrays(self), _arrays(otherwise), strict=True)
+        return Outcome(*(np.where(steers, ours, other) for ours, other in pairs))
+
+    def measures(self, reference: "Outcome") -> dict[str, Any]:
+        """What a row of the table says; None is what labels or a classifier would tell.
+
+        Of the ``n`` judged images: accuracy, lo, hi; delta, delta_lo and delta_hi against the reference; top5. Of all
+        ``images``: changed, changed_lo and changed_hi, the share with another prediction than the reference; mean kl;
+        mean cosine.
+        """
+        hits, judged = self.hits[self.judged], bool(self.judged.any())
+        measures = dict.fromkeys(ACCURACIES) | {"n": 0}
+        if judged:
+            measures |= {**wilson(hits), **paired(hits, reference.hits[self.judged])}
+            measures["top5"] = float(self.top5[self.judged].mean())
+        changed = wilson(self.predicted != reference.predicted) if (reference.predicted >= 0).all() else {}
+        effects = {"changed": changed.get("accuracy"), "changed_lo": changed.get("lo"), "changed_hi": changed.get("hi")}
+        means = {name: float(values.mean()) for name, values in (("kl", self.kl), ("cosine", self.cosine))}
+        numbers = {name: None if np.isnan(mean) else mean for name, mean in means.items()}
+        return {**measures, "images": len(self.judged), **effects, **numbers}
+
+
+def _arrays(outcome: Outcome) -> tuple[np.ndarray, ...]:
+    return (outcome.judged, outcome.hits, outcome.top5, outcome.predicted, outcome.kl, outcome.cosine)
 
 
 class Runner:
@@ -54,42 +94,60 @@ class Runner:
 
     def __init__(self, saes: Sequence[SAE], backbone: Backbone, tokens: str | None = None) -> None:
         self.backbone, self.where = backbone, Intervention(saes, backbone, tokens)
+        self.classifies = bool(backbone.n_classes)
 
     @torch.no_grad()
     def run(self, rows: Sequence[Row], edits: Edits, split: Split) -> dict[Row, Outcome]:
-        """Predictions for each image of a split under each row."""
-        outcomes = {row: Outcome(np.zeros(len(split), bool), np.zeros(len(split), bool)) for row in rows}
+        """Predictions for each image of a split under each row; without a classifier, changes of the embedding."""
+        judged = (split.labels >= 0) & self.classifies
+        outcomes = {row: Outcome.empty(judged) for row in rows}
         for images, x_BTD in self.where.streams(split):
             truth_B = torch.from_numpy(split.labels[images]).long().to(x_BTD.device)
             last_BTD = self.where.rest(x_BTD)
-            plain = {"logits": self.backbone.classify(last_BTD)}
+            plain = {"logits": self._read(last_BTD)}
             if any(edit.at == "embedding" for edit in edits[0].values()):
                 plain["embedding"] = self.backbone.tower.pool(last_BTD)
             classes = {"none": None, "predicted": plain["logits"].argmax(dim=1), "oracle": truth_B}
             for row, outcome in outcomes.items():
                 if row == NONE:
-                    logits_BC = plain["logits"]
+                    out = plain["logits"]
                 elif row == RECONSTRUCT:
-                    logits_BC = self.where.logits(x_BTD, lambda m, rows_RD: self.where.places[m].sae(rows_RD))
+                    out = self._read(self.where.rest(x_BTD, lambda m, rows_RD: self.where.places[m].sae(rows_RD)))
                 elif (edit := edits[0][row.method]).at == "site":
-                    logits_BC = self._steered(x_BTD, row, edits, classes[row.labels], images)
+                    out = self._steered(x_BTD, row, edits, classes[row.labels], images)
                 else:
                     edited = edit.apply(Batch(plain[edit.at], classes[row.labels], row.labels, images), row.strength)
-                    logits_BC = edited if edit.at == "logits" else self.backbone.classify_embedding(edited)
-                first_B5 = logits_BC.topk(min(5, logits_BC.shape[1]), dim=1).indices
-                outcome.hits[images] = (logits_BC.argmax(dim=1) == truth_B).cpu().numpy()
-                outcome.top5[images] = (first_B5 == truth_B.unsqueeze(1)).any(dim=1).cpu().numpy()
+                    out = edited if edit.at == "logits" else self.backbone.classify_embedding(edited)
+                votes = row.method in edits[0] and edits[0][row.method].at == "logits"
+                self._write(outcome, images, out, plain["logits"], truth_B, votes)
         return outcomes
 
+    def _read(self, last_BTD: Tensor) -> Tensor:
+        """Class logits (B, C) from the stream after the last block; without a classifier the embedding (B, E)."""
+        return self.backbone.classify(last_BTD) if self.classifies else self.backbone.tower.pool(last_BTD)
+
     def _steered(self, x_BTD: Tensor, row: Row, edits: Edits, classes_B: Tensor | None, images: slice) -> Tensor:
-        """Class logits (B, C) under a method that edits the stream at every site."""
+        """What :meth:`_read` gives under a method that edits the stream at every site."""
 
         def apply(m: int, rows_RD: Tensor) -> Tensor:
             n_tokens = self.where.places[m].n_tokens
             classes_R = None if classes_B is None else classes_B.repeat_interleave(n_tokens)
             return edits[m][row.method].apply(Batch(rows_RD, classes_R, row.labels, images, n_tokens), row.strength)
 
-        return self.where.logits(x_BTD, apply)
+        return self._read(self.where.rest(x_BTD, apply))
+
+    def _write(self, outcome: Outcome, images: slice, out: Tensor, plain: Tensor, truth_B: Tensor, votes: bool) -> None:
+        """Fill in a batch: ``out`` is what :meth:`_read` gives with the edit (or votes), ``plain`` without it."""
+        if not self.classifies:
+            outcome.cosine[images] = torch.cosine_similarity(out.double(), plain.double(), dim=1).cpu().numpy()
+            return
+        predicted_B, first_B5 = out.argmax(dim=1), out.topk(min(5, out.shape[1]), dim=1).indices
+        outcome.predicted[images] = predicted_B.cpu().numpy()
+        outcome.hits[images] = (predicted_B == truth_B).cpu().numpy()
+        outcome.top5[images] = (first_B5 == truth_B.unsqueeze(1)).any(dim=1).cpu().numpy()
+        if not votes:
+            log_p, log_q = plain.double().log_softmax(dim=1), out.double().log_softmax(dim=1)
+            outcome.kl[images] = (log_p.exp() * (log_p - log_q)).sum(dim=1).cpu().numpy()
 
     @torch.no_grad()
     def sample_fvu(self, split: Split, found: Sequence[vs2.Calibration]) -> list[np.ndarray]:
@@ -107,14 +165,9 @@ class Runner:
 
 
 def check_images(backbone: Backbone, split: Split, name: str) -> None:
-    """Raise SparsightError unless a split has images, all of them labelled with the classes of the model."""
+    """Raise SparsightError unless a split has images, and labels, if any, of the model's classes."""
     if len(split) == 0:
         raise SparsightError(f"steering: the {name} split is empty; add images or change the fractions of images")
-    missing = int((split.labels < 0).sum())
-    if missing:
-        raise SparsightError(
-            f"steering: {missing} of {len(split)} images of the {name} split have no label; accuracy needs all of them"
-        )
     if backbone.class_names is not None and backbone.class_names != split.classes:
         pairs = zip(backbone.class_names, split.classes, strict=False)
         mismatch = next((f": {a!r} against {b!r}" for a, b in pairs if a != b), "")

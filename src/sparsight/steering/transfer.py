@@ -11,6 +11,7 @@ from typing import Any
 from sparsight.backbones.backbone import Backbone
 from sparsight.backbones.prompts import templates_of
 from sparsight.common import tables
+from sparsight.common.errors import SparsightError
 from sparsight.common.files import write_json
 from sparsight.common.progress import log
 from sparsight.common.work import Work
@@ -36,13 +37,19 @@ def steer_elsewhere(
         layers: SAEs of later sites that steered in the same pass.
 
     Raises:
-        SparsightError: a model without a text tower, an SAE of another model, images without labels.
+        SparsightError: a model without a text tower, an SAE of another model, images without labels, or no strength
+            chosen at home.
     """
     names = [readable(label) for label in manifest.classes]
     backbone.use_prompts(names, templates_of(manifest.about["source"], tuple(about["template_choice"])))
     backbone.class_names = manifest.classes
     test = manifest.split("test")
     check_images(backbone, test, "test")
+    if not ((test.labels >= 0).any() and home["chosen_on_val"]):
+        raise SparsightError(
+            f"other_images.{name}: accuracy on it, and a strength chosen on val of the run's own images, need labels; "
+            f"leave {name} out, or label the images"
+        )
     chosen = [Row(**row) for row in home["chosen_on_val"]]
     runner = Runner([sae, *layers], backbone, home["tokens"])
     places = runner.where.places

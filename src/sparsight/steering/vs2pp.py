@@ -42,7 +42,8 @@ class NeighbourSteering:
         backbone: the steered model.
         stores: stores of the steered model by split, with the sites and ``embedding``.
         finder: stores by split of the model whose ``embedding`` finds the neighbours.
-        labels: true classes by split, int (n,), for rows with ``oracle`` labels.
+        labels: true classes by split, int (n,), for rows with ``oracle`` labels; if an image has none (-1), there are
+            no such rows.
         seeds: for each place, the seed of the permutation for ``random-latents``.
 
     Raises:
@@ -71,6 +72,7 @@ class NeighbourSteering:
             torch.from_numpy(np.random.default_rng(seed).permutation(place.sae.d_sae)).to(self.device)
             for place, seed in zip(places, seeds, strict=True)
         ]
+        self.kinds = _LABELS if all((of_split >= 0).all() for of_split in labels.values()) else _LABELS[:1]
         self.found: dict[str, Neighbours] = {}
 
     def edits(self, split: str) -> list[dict[str, Edit]]:
@@ -88,10 +90,9 @@ class NeighbourSteering:
         embeddings = self.stores["train"].rows("embedding")
         sides: _Sides = {}
         at_embedding, votes = {}, {}
-        for labels, of_train, of_queries in (
-            ("predicted", self.pseudo["train"], self.pseudo[split]),
-            ("oracle", self.labels["train"], self.labels[split]),
-        ):
+        for labels in self.kinds:
+            known = self.labels if labels == "oracle" else self.pseudo
+            of_train, of_queries = known["train"], known[split]
             labels_QN = of_train[neighbours.indices]
             majority_QN, query_QN = retrieval.positives(labels_QN), retrieval.positives(labels_QN, of_queries)
             sides[labels] = majority_QN, query_QN
@@ -111,8 +112,8 @@ class NeighbourSteering:
 
         elsewhere = {
             "retrieval": Edit(towards, at="embedding"),
-            "embedding-steering": Edit(shifted, _LABELS, at="embedding"),
-            "nearest-neighbours": Edit(voted, _LABELS, at="logits", strength=1.0),
+            "embedding-steering": Edit(shifted, self.kinds, at="embedding"),
+            "nearest-neighbours": Edit(voted, self.kinds, at="logits", strength=1.0),
         }
         first, *others = (self._at_site(m, neighbours, sides) for m in range(len(self.places)))
         return [first | elsewhere, *others]
@@ -132,7 +133,7 @@ class NeighbourSteering:
             vectors["random-latents", labels] = of_size(shuffled, size_Q)
 
         def along(method: str) -> Edit:
-            return Edit(lambda b, s: keep_norm(b.x, s * b.by_row(vectors[method, b.labels])), _LABELS)
+            return Edit(lambda b, s: keep_norm(b.x, s * b.by_row(vectors[method, b.labels])), self.kinds)
 
         return {method: along(method) for method, labels in vectors if labels == "predicted"}
 

@@ -32,7 +32,8 @@ class Browser:
 
     Args:
         manifest: the images of the run.
-        n_latents: latents per SAE, those of the highest class selectivity.
+        n_latents: latents per SAE, those of the highest class selectivity, without labels of the highest
+            monosemanticity.
         n_images: images per latent.
     """
 
@@ -40,6 +41,8 @@ class Browser:
         self.split, self.classes = manifest.split("test"), manifest.classes
         self.n_latents, self.n_images = n_latents, n_images
         self.saes: dict[str, Any] = {}
+        self.judged = False
+        """Whether latents have a class."""
         self._place: dict[int, int] = {}
         self._thumbnails: list[bytes] = []
         self._bytes = 0
@@ -62,10 +65,12 @@ class Browser:
         inputs = SaeInputs(store, sae.about["site"], device, chain, sae.about["tokens"])
         values_FK, images_FK = top_images(sae, inputs, len(self.split), self.n_images)
         limit, shown = self._bytes + share * _BYTES, []
-        fires = [row for row in rows if not np.isnan(row["selectivity"])]
-        # A latent that fires on an image or two is perfectly selective for their class by chance. Those come last.
+        self.judged = rows[0]["best_class"] is not None
+        score = "selectivity" if self.judged else "monosemanticity"
+        fires = [row for row in rows if row["frequency"] > 0 and not np.isnan(row[score])]
+        # A latent that fires on an image or two scores high by chance. Those come last.
         rare = (values_FK > 0).sum(axis=1) < self.n_images
-        fires.sort(key=lambda row: (rare[row["latent"]], -row["selectivity"], row["latent"]))
+        fires.sort(key=lambda row: (rare[row["latent"]], -row[score], row["latent"]))
         for row in fires[: self.n_latents]:
             if self._bytes > limit:
                 break
@@ -84,6 +89,7 @@ class Browser:
         """The content of the page's JSON."""
         return {
             "classes": self.classes,
+            "judged": self.judged,
             "shown": self.n_images,
             "saes": self.saes,
             "images": [uri.decode() for uri in self._thumbnails],
@@ -101,18 +107,21 @@ class Browser:
 
 def _facts(row: dict[str, Any]) -> dict[str, Any]:
     """A latent's row of ``latents.parquet``, rounded, under the names that the page's script reads."""
+    scores = {"precision": "class_precision", "selectivity": "selectivity", "monosemanticity": "monosemanticity"}
     return {
         "latent": row["latent"],
         "class": row["best_class"],
-        "precision": round(row["class_precision"], 4),
-        "selectivity": round(row["selectivity"], 4),
-        "monosemanticity": None if np.isnan(row["monosemanticity"]) else round(row["monosemanticity"], 4),
+        **{name: _rounded(row[column]) for name, column in scores.items()},
         "frequency": round(row["frequency"], 6),
         "max": round(row["max_activation"], 4),
         "nearest": row["nearest"],
         "nearest_cosine": round(row["nearest_cosine"], 4),
         "histogram": row["histogram"],
     }
+
+
+def _rounded(score: float | None) -> float | None:
+    return None if score is None or np.isnan(score) else round(score, 4)
 
 
 @torch.no_grad()

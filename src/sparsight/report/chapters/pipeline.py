@@ -41,7 +41,8 @@ def stages(manifest: Manifest, inputs: dict[str, Any]) -> list[Stage]:
     steered = {_section(name): metadata for name, metadata in steerings}
     listed, drawn = manifest.about["part"]["listed"], len(manifest) + len(manifest.about["skipped"])
     of = f" of {listed:,}" if drawn < listed else ""
-    source = Part(manifest.about["source"], f"{len(manifest):,}{of} images, {len(manifest.classes)} classes", "")
+    classes = f"{len(manifest.classes)} classes" if manifest.classes else "without labels"
+    source = Part(manifest.about["source"], f"{len(manifest):,}{of} images, {classes}", "")
     all_stages = [
         Stage("Images", "", [source]),
         Stage("Backbones", "backbones", [_backbone(name, metadata) for name, metadata in backbones.items()]),

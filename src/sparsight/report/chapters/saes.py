@@ -37,6 +37,7 @@ def chapter(saes: Iterable[Path], chains: Iterable[Path], stabilities: Iterable[
         "sections": singles,
         "chains": chained,
         "stabilities": [row for path in stabilities for row in _stability(path)],
+        "known": {key for row in sections.values() for metrics in _of_row(row) for key in metrics},
         "figures": drawn,
     }
 
@@ -57,6 +58,11 @@ def _sections(folders: Iterable[Path]) -> list[dict[str, Any]]:
             row["sites"] = {site: _over_seeds([folder / site for folder in seeds]) for site in section.sites}
         rows.append(row)
     return rows
+
+
+def _of_row(row: dict[str, Any]) -> list[Metrics]:
+    """The metrics of a section and, of a chain, of its sites."""
+    return [row["metrics"], *row.get("sites", {}).values()]
 
 
 def _over_seeds(folders: list[Path]) -> Metrics:

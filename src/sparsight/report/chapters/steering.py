@@ -17,11 +17,19 @@ def chapter(path: Path, transfers: list[Path]) -> dict[str, Any]:
     """
     rows, summary = tables.read(path), json.loads(path.with_suffix(".json").read_text())
     classes = tables.read(path.with_name(f"{path.stem}-classes.parquet"))
+    on_test = [row for row in rows if row["split"] == "test"]
+    on_val = [row for row in rows if row["split"] == "val"]
+    if on_val and classes:
+        svg = figures.steering(rows, classes, summary["gate"])
+    else:
+        svg = figures.effects(on_val or on_test, [line for line in summary["gate"] if line["split"] == "test"])
     return {
         "name": path.stem,
-        "rows": [row for row in rows if row["split"] == "test"],
+        "rows": on_test,
+        "judged": on_test[0]["accuracy"] is not None,
+        "chosen": bool(summary["chosen_on_val"]),
         "summary": summary,
-        "figures": {f"steering-{path.stem}": figures.steering(rows, classes, summary["gate"])},
+        "figures": {f"steering-{path.stem}": svg},
         "elsewhere": {file.stem: _transfer(file) for file in transfers if file.parent.name == path.stem},
     }
 

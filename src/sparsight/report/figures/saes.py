@@ -76,16 +76,21 @@ def tradeoff(rows: list[dict[str, Any]]) -> str:
 
 
 def depth(rows: list[dict[str, Any]]) -> str:
-    """FVU, probing accuracy and accuracy with spliced reconstructions by block, for one kind of SAE at many sites."""
-    panels = {"fvu": "FVU on test", "probing_sae_5": "accuracy of 5 latents a class",
-              "accuracy_spliced": "accuracy, reconstruction in place"}  # fmt: skip
-    figure = Figure(figsize=(10.5, 3.2), layout="constrained")
+    """FVU, probing accuracy and accuracy with spliced reconstructions by block, for one kind of SAE at many sites.
+
+    Without labels, the share of changed predictions instead of the accuracies.
+    """
+    titles = {"fvu": "FVU on test", "probing_sae_5": "accuracy of 5 latents a class",
+              "accuracy_spliced": "accuracy, reconstruction in place",
+              "changed_spliced": "changed predictions, reconstruction in place"}  # fmt: skip
+    panels = {key: title for key, title in titles.items() if any(key in row["metrics"] for row in rows)}
+    figure = Figure(figsize=(3.5 * len(panels), 3.2), layout="constrained")
     parts: dict[str, list[tuple[int, dict[str, Any]]]] = {}
     for row in rows:
         block, part = sites.parse(row["about"].site)
         if block is not None:
             parts.setdefault(part, []).append((block, row))
-    for axis, (key, title) in zip(figure.subplots(1, 3), panels.items(), strict=True):
+    for axis, (key, title) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
         for i, (part, points) in enumerate(parts.items()):
             shown = sorted(((b, row) for b, row in points if key in row["metrics"]), key=lambda point: point[0])
             _bars(axis, [b for b, _ in shown], [row for _, row in shown], key, label=part, color=_colour(i), marker=".")

@@ -3,6 +3,8 @@
 Shapes: B rows of a window, I images, F latents (d_sae), C classes, H bins of a histogram.
 """
 
+from typing import Any
+
 import numpy as np
 
 from sparsight.sae.metrics.sparse_codes import Matrix, by_class
@@ -52,16 +54,28 @@ class Firing:
         return self.total / np.maximum(self.count, 1)
 
 
+def labelled(features: Any, labels: np.ndarray) -> tuple[Any, np.ndarray]:
+    """The rows of images that have a label, and their labels."""
+    known = labels >= 0
+    return (features, labels) if known.all() else (features[known], labels[known])
+
+
 class ByClass:
-    """Sums over images, by class. The code of an image is the mean over its tokens."""
+    """Sums over labelled images, by class. The code of an image is the mean over its tokens."""
 
     def __init__(self, width: int, n_classes: int) -> None:
         self.images = np.zeros(n_classes, np.int64)
         self.total, self.fired = np.zeros((n_classes, width)), np.zeros((n_classes, width), np.int64)
         self.squares = np.zeros(width)
+        self.fires = np.zeros(width, bool)
+        """Whether each latent fires on any image, labelled or not, (F,)."""
 
     def update(self, z: Matrix, labels: np.ndarray) -> None:
-        """Add codes (I, F) of images and their classes, int (I,)."""
+        """Add codes (I, F) of images and their classes, int (I,); -1 for an image without a label."""
+        self.fires[z.indices[z.data > 0]] = True
+        z, labels = labelled(z, labels)
+        if not len(labels):
+            return
         sums = by_class(labels, len(self.images))
         self.images += np.bincount(labels, minlength=len(self.images))
         self.total += (sums @ z.astype(np.float64)).toarray()
@@ -92,8 +106,11 @@ def class_columns(train: ByClass, test: ByClass) -> dict[str, np.ndarray]:
     selectivity: (a - b) / (a + b), with mean activation a on the class's test images and b on all others (Morcos et
     al. 2018, arXiv 1803.06959).
 
-    The last two are NaN if the latent never fires on train or never on test.
+    The last two are NaN if the latent never fires on train or never on test. Without classes all three are None.
     """
+    if not len(train.images):
+        nothing = np.full(len(train.fires), None)
+        return {"best_class": nothing, "class_precision": nothing, "selectivity": nothing}
     fires = train.total.sum(axis=0) > 0
     best = np.where(fires, train.means.argmax(axis=0), -1)
     index = (np.maximum(best, 0), np.arange(len(best)))

@@ -22,7 +22,7 @@ from sparsight.common.seeds import derive_seed
 from sparsight.sae.base import SAE
 from sparsight.sae.metrics import baselines, geometry, probing
 from sparsight.sae.metrics.baselines import Method
-from sparsight.sae.metrics.firing import DENSE, ByClass, Firing, class_columns
+from sparsight.sae.metrics.firing import DENSE, ByClass, Firing, class_columns, labelled
 from sparsight.sae.metrics.probing import COUNTS, DenseMoments, SparseProbe
 from sparsight.sae.metrics.reconstruction import ReconstructionScores, at_error_of, at_own_error
 from sparsight.sae.metrics.sparse_codes import Matrix, pooled
@@ -55,7 +55,8 @@ def measure(
         saes: SAEs of one shape (d_in, d_sae, k), such as those of a section.
         site: the SAEs' site.
         stores: stores of the splits ``train``, ``val`` and ``test``.
-        labels: classes of the images, int (images,), of the same splits.
+        labels: classes of the images, int (images,), of the same splits; -1 without a label. Probes and classes of
+            latents are of labelled images, and left out if train or test has none.
         n_classes: number of classes.
         seed: seed of the random dictionary and of k-means.
         chain: the chain that the SAE belongs to, if any; the inputs are then residuals at the site.
@@ -68,6 +69,9 @@ def measure(
         SparsightError: constant activations, tokens that are not stored, or stores and labels of different length.
     """
     assert len({(sae.d_in, sae.d_sae, sae.k) for sae in saes}) == 1, "baselines have the shape of the SAEs"
+    n_labelled = int((labels["test"] >= 0).sum())
+    if not n_labelled or not (labels["train"] >= 0).any():
+        n_classes, labels = 0, {split: np.full_like(of_split, -1) for split, of_split in labels.items()}
     on_train, on_val, on_test = (
         SplitRows(stores[split], site, labels[split], saes[0], chain, tokens) for split in ("train", "val", "test")
     )
@@ -108,7 +112,9 @@ def measure(
     variance = moments.n * _deviation(moments, on_test) ** 2
     of_baselines = [baseline.row(moments.n, variance) for baseline in references]
     baseline_probes = [probe.row() for probe in fitted.probes]
-    common = {"activation_unit": fitted.unit, "embedding": on_test.embedding_site}
+    common: dict[str, Any] = {"activation_unit": fitted.unit, "embedding": on_test.embedding_site}
+    if n_labelled < len(on_test.labels):
+        common["n_labelled"] = n_labelled
     return [_measured(trial, moments.n, variance, of_baselines, baseline_probes, common) for trial in trials]
 
 
@@ -168,13 +174,16 @@ def _fit(saes: Sequence[SAE], train: SplitRows, n_classes: int, seed: int) -> _F
         baselines.kmeans(train.head(_CLUSTER_SAMPLE), d_sae, derive_seed(seed, "metrics", "kmeans")),
         baselines.neurons(mean, k),
     ]
-    *own_probes, control_probes = _sparse_probes(train, coded, codes)
-    probes = [
-        *control_probes,
-        *dense.probes("neurons", np.eye(d_in), COUNTS),
-        *dense.probes("pca", components.cpu().numpy(), COUNTS),
-        dense.probe("activation"),
-    ]
+    own_probes: list[list[SparseProbe]] = [[] for _ in saes]
+    probes: list[SparseProbe] = []
+    if n_classes:
+        *own_probes, control_probes = _sparse_probes(train, coded, codes)
+        probes = [
+            *control_probes,
+            *dense.probes("neurons", np.eye(d_in), COUNTS),
+            *dense.probes("pca", components.cpu().numpy(), COUNTS),
+            dense.probe("activation"),
+        ]
     fitted_saes = [_FittedSae(*parts) for parts in zip(saes, coded[:-1], codes[:-1], own_probes, strict=True)]
     return _Fitted(unit, fitted_saes, references, baselines.pca("pca-all", mean, components), probes)
 
@@ -193,7 +202,7 @@ def _measured(
         "n": n,
         **_of_baselines(table),
         "dead_test": int((trial.firing.count == 0).sum()),
-        "dead_train": int((trial.own.codes.fired.sum(axis=0) == 0).sum()),
+        "dead_train": int((~trial.own.codes.fires).sum()),
         "dense_test": int((trial.firing.frequency > DENSE).sum()),
         "macs_encode": sae.macs_encode,
         "macs_decode": table[0]["macs"] - sae.macs_encode,
@@ -227,7 +236,7 @@ def _sparse_probes(split: SplitRows, coded: Sequence[Method], sums: Sequence[ByC
     blocks: list[list[Matrix]] = [[] for _ in coded]
     for window in split.windows():
         for method, columns, block in zip(coded, kept, blocks, strict=True):
-            block.append(pooled(method.encode(window.x), split.tokens)[:, columns])
+            block.append(labelled(pooled(method.encode(window.x), split.tokens)[:, columns], window.labels)[0])
     return [
         list(
             probing.sparse_probes(

@@ -17,7 +17,7 @@ import torch
 from scipy import sparse
 
 from sparsight.common.intervals import wilson
-from sparsight.sae.metrics.firing import ByClass
+from sparsight.sae.metrics.firing import ByClass, labelled
 from sparsight.sae.metrics.sparse_codes import Matrix, by_class
 
 COUNTS = (1, 2, 5, 20)
@@ -39,7 +39,10 @@ class SparseProbe:
     hits: list[np.ndarray] = dataclasses.field(default_factory=list)
 
     def update(self, z_IF: Any, labels: np.ndarray) -> None:
-        """Add test images."""
+        """Add test images; those without a label (-1) are left out."""
+        z_IF, labels = labelled(z_IF, labels)
+        if not len(labels):
+            return
         scores: Any = z_IF @ self.W
         dense = scores.toarray() if sparse.issparse(scores) else np.asarray(scores)
         self.hits.append((dense + self.b).argmax(axis=1) == labels)
@@ -57,7 +60,10 @@ class DenseMoments:
         self.total, self.products = np.zeros((n_classes, width)), np.zeros((width, width))
 
     def update(self, x_ID: np.ndarray, labels: np.ndarray) -> None:
-        """Add images, float64 (I, D), and their classes, int (I,)."""
+        """Add images, float64 (I, D), and their classes, int (I,); those without a label (-1) are left out."""
+        x_ID, labels = labelled(x_ID, labels)
+        if not len(labels):
+            return
         self.images += np.bincount(labels, minlength=len(self.images))
         self.total += by_class(labels, len(self.images)) @ x_ID
         x = torch.from_numpy(x_ID)
@@ -110,7 +116,7 @@ def sparse_probes(
         method: name of the features.
         train: sums over the training images.
         chosen: int (C, P), the features of each class, best first.
-        columns: codes of all training images at the features ``union``, CSC (I, U).
+        columns: codes of all labelled training images at the features ``union``, CSC (I, U).
         union: every chosen feature, in rising order.
     """
     n, width = train.images.sum(), train.total.shape[1]

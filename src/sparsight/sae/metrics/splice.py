@@ -42,8 +42,10 @@ class Spliced:
     """Predictions of the model with replaced activations."""
 
     right: dict[str, np.ndarray]
-    """Whether each image is classified correctly, bool (n images,), by mode and for ``untouched``. Empty if nothing
-    could be replaced."""
+    """Whether each labelled image is classified correctly, bool (labelled images,), by mode and for ``untouched``.
+    Empty if nothing could be replaced."""
+    changed: dict[str, np.ndarray]
+    """Whether each image is classified differently than untouched, bool (n images,), by mode."""
     kl: dict[str, float]
     """Mean KL(untouched || replaced) of the predictions in nats, by mode."""
 
@@ -55,12 +57,15 @@ class Spliced:
 
         Returns:
             ``accuracy_untouched``; per name ``accuracy_<name>`` with 95 % interval ``_lo`` and ``_hi``, the paired
-            difference ``<name>_delta`` with ``_lo`` and ``_hi``, and ``kl_<name>``. Empty if nothing could be
-            replaced.
+            difference ``<name>_delta`` with ``_lo`` and ``_hi``, and ``kl_<name>``. Without labels, ``kl_<name>`` and
+            ``changed_<name>`` with ``_lo`` and ``_hi``: the share of images that are classified differently. Empty if
+            nothing could be replaced.
         """
         if not self.right:
             return {}
         untouched = self.right["untouched"]
+        if not len(untouched):
+            return {key: value for mode, name in names.items() for key, value in self._effects(mode, name).items()}
         result = {"accuracy_untouched": float(untouched.mean())}
         for mode, name in names.items():
             interval = wilson(self.right[mode])
@@ -69,6 +74,11 @@ class Spliced:
             result |= {f"{name}_{key}": value for key, value in paired(self.right[mode], untouched).items()}
             result[f"kl_{name}"] = self.kl[mode]
         return result
+
+    def _effects(self, mode: str, name: str) -> dict[str, float]:
+        share = wilson(self.changed[mode])
+        ends = {f"changed_{name}_{end}": share[end] for end in ("lo", "hi")}
+        return {f"changed_{name}": share["accuracy"], **ends, f"kl_{name}": self.kl[mode]}
 
 
 @torch.no_grad()
@@ -90,12 +100,11 @@ def spliced(
     """
     places = [sites.parse(name) for name in names]
     if not positions or not backbone.n_classes or any(part not in ("input", "output") for _, part in places):
-        return Spliced({}, {})
+        return Spliced({}, {}, {})
     starts = [int(block or 0) + (part == "output") for block, part in places]
     positions = {group: list(tokens) for group, tokens in positions.items()}
-    hits: dict[str, list[np.ndarray]] = {name: [] for name in ("untouched", *modes)}
+    answers: dict[str, list[np.ndarray]] = {name: [] for name in ("untouched", *modes)}
     kl = dict.fromkeys(modes, 0.0)
-    labels = iter(np.split(split.labels, range(_IMAGES, len(split), _IMAGES)))
 
     def forward(x_BTD: Tensor, replace: Replacement | None) -> tuple[Tensor, list[dict[str, Tensor]]]:
         """Run the model from the first site on: logits (B, C), and the rows that arrived at each site."""
@@ -112,14 +121,16 @@ def spliced(
         return backbone.classify(backbone.run_blocks(x_BTD, block, backbone.n_blocks)[0]), arrived
 
     for pixels in split.batches(backbone.preprocess, _IMAGES, torch.get_num_threads()):
-        tokens_BTD, truth = backbone.tokens(backbone.normalize(pixels)), next(labels)
+        tokens_BTD = backbone.tokens(backbone.normalize(pixels))
         x_BTD, _ = backbone.run_blocks(tokens_BTD, 0, starts[0])  # once for all modes
         logits, clean = forward(x_BTD, None)
-        hits["untouched"].append(logits.argmax(dim=1).cpu().numpy() == truth)
+        answers["untouched"].append(logits.argmax(dim=1).cpu().numpy())
         for name, mode in modes.items():
             changed, _ = forward(x_BTD, mode(clean))
-            hits[name].append(changed.argmax(dim=1).cpu().numpy() == truth)
+            answers[name].append(changed.argmax(dim=1).cpu().numpy())
             log_p, log_q = logits.double().log_softmax(dim=1), changed.double().log_softmax(dim=1)
             kl[name] += float((log_p.exp() * (log_p - log_q)).sum())
-    right = {name: np.concatenate(blocks) for name, blocks in hits.items()}
-    return Spliced(right, {name: total / len(split) for name, total in kl.items()})
+    predicted = {name: np.concatenate(blocks) for name, blocks in answers.items()}
+    right = {name: (classes == split.labels)[split.labels >= 0] for name, classes in predicted.items()}
+    different = {name: predicted[name] != predicted["untouched"] for name in modes}
+    return Spliced(right, different, {name: total / len(split) for name, total in kl.items()})
