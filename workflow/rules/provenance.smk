@@ -16,7 +16,7 @@ rule configuration:
     input:
         images=f"{R}/images/manifest.parquet",
         merged=MERGED,
-        mark=mark("configuration", code("configuration.py"), reads=[MERGED]),
+        mark=mark("configuration", code("configuration.py"), reads=[f"{R}/images/manifest.parquet", MERGED]),
     output:
         configuration=f"{R}/configuration.json",
         record=f"{R}/records/configuration.json",
