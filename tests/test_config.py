@@ -38,7 +38,9 @@ def changed(path: str, value: Any) -> dict[str, Any]:
 
 def test_default_configuration_is_valid_and_names_its_saes() -> None:
     run = load_run(PARAMS)
-    assert list(run.sae_names) == [*(f"topk-s{i}" for i in range(3)), "switch-s0", *(f"final-s{i}" for i in range(3))]
+    several = {name: [f"{name}-s{seed}" for seed in range(3)] for name in ("topk", "final")}
+    assert list(run.sae_names) == [*several["topk"], "switch-s0", *several["final"], "patches-s0"]
+    assert (run.tokens_of("patches"), run.tokens_of("topk")) == ("patches", "cls")
     assert list(run.chains) == ["resae-s0", "plain-s0"]
     assert run.grids["plain"] == [f"plain-s0/blocks.{i}.input" for i in (1, 3, 5)]
 
@@ -82,7 +84,7 @@ def make_data(here: Path, config: dict[str, Any]) -> Path:
         ),
         (
             "activations/sites",
-            ["blocks.1.input", "blocks.3.input", "blocks.5.input", "blocks.5.output"],
+            ["blocks.1.input", "blocks.2.output", "blocks.3.input", "blocks.5.input", "blocks.5.output"],
             "steering.neighbours: kind vs2++ compares embeddings; add embedding to activations.sites",
         ),
         ("steering/neighbours/neighbours", 0, "neighbours: must be 1 or more, got 0"),

@@ -248,7 +248,9 @@ def with_sites(sites: list[Any], **saes: dict[str, Any]) -> dict[str, Any]:
     return changed
 
 
-ALL_AT_5 = ["blocks.1.input", "blocks.3.input", "blocks.5.input=all", "blocks.5.output", "embedding"]
+ALL_AT_5 = [
+    "blocks.1.input", "blocks.2.output", "blocks.3.input", "blocks.5.input=all", "blocks.5.output", "embedding",
+]  # fmt: skip
 
 
 def test_steering_takes_class_tokens_of_a_site_that_stores_all() -> None:
