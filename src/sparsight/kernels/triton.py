@@ -16,6 +16,7 @@ from sparsight.kernels import dense
 
 _BLOCK_D = 256
 _BLOCK_K = 16
+_OPTIONS = {"enable_fp_fusion": True}  # Triton's default depends on its version, and so would the bits of the sums
 _PRODUCT = 2**28  # entries of the encoder product that exist at a time: 1 GiB in fp32
 
 
@@ -30,8 +31,9 @@ def combine(values_BK: Tensor, indices_BK: Tensor, W_FD: Tensor) -> Tensor:
     x_hat_BD = W_FD.new_empty(n, d_in)
     grid = (n, triton.cdiv(d_in, _BLOCK_D))
     _combine[grid](
-        values_BK.contiguous(), indices_BK.contiguous(), W_FD.contiguous(), x_hat_BD, k, d_in, _sum_type(W_FD), _BLOCK_D
-    )
+        values_BK.contiguous(), indices_BK.contiguous(), W_FD.contiguous(), x_hat_BD, k, d_in,
+        _sum_type(W_FD), _BLOCK_D, **_OPTIONS,
+    )  # fmt: skip
     return x_hat_BD
 
 
@@ -41,7 +43,7 @@ def dots(g_BD: Tensor, W_FD: Tensor, indices_BK: Tensor, active_BK: Tensor) -> T
     products_BK = g_BD.new_empty(n, k)
     _dots[(n, triton.cdiv(k, _BLOCK_K))](
         g_BD.contiguous(), W_FD.contiguous(), indices_BK.contiguous(), active_BK.contiguous(), products_BK, k, d_in,
-        _sum_type(W_FD), _BLOCK_K, _BLOCK_D,
+        _sum_type(W_FD), _BLOCK_K, _BLOCK_D, **_OPTIONS,
     )  # fmt: skip
     return products_BK
 
@@ -55,7 +57,7 @@ def accumulate(values_BK: Tensor, indices_BK: Tensor, g_BD: Tensor, n_rows: int)
     sums_FD, sums_F = g_BD.new_empty(n_rows, d_in), values_BK.new_empty(n_rows)
     _accumulate[(n_rows, triton.cdiv(d_in, _BLOCK_D))](
         values_BK.flatten()[order_N], order_N // k, starts, g_BD.contiguous(), sums_FD, sums_F, d_in,
-        _sum_type(g_BD), _BLOCK_K, _BLOCK_D,
+        _sum_type(g_BD), _BLOCK_K, _BLOCK_D, **_OPTIONS,
     )  # fmt: skip
     return sums_FD, sums_F
 

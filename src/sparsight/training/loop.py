@@ -176,7 +176,8 @@ def _rows(batches: Batches[Any], step: int) -> int:
 
 
 def _means(sums: Mapping[str, Tensor], count: int) -> dict[str, float]:
-    means = {name: value.item() / count for name, value in sums.items()}
+    values = torch.stack(list(sums.values())).tolist() if sums else []  # one copy from the device
+    means = {name: value / count for name, value in zip(sums, values, strict=True)}
     for name, value in means.items():
         if not np.isfinite(value):
             raise SparsightError(
