@@ -28,6 +28,7 @@ import cuda_rules
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.utils import clip_grad
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import return_and_correct_aliasing
 from torch.utils._pytree import tree_leaves, tree_map
@@ -289,11 +290,13 @@ def _dots(g: Tensor, W: Tensor, indices: Tensor, active: Tensor, out: Tensor, *_
     out.copy_(cpu.dots(g, W, indices, active))
 
 
-def _accumulate(values: Tensor, rows: Tensor, starts: Tensor, g: Tensor, out: Tensor, sums: Tensor, *_: Any) -> None:
-    n = int(starts[-1])
+def _accumulate(
+    values: Tensor, order: Tensor, starts: Tensor, g: Tensor, out: Tensor, sums: Tensor, k: int, *_: Any
+) -> None:
+    places = order[: int(starts[-1])]
     latents = torch.repeat_interleave(torch.arange(len(sums)), starts.diff())
-    out.zero_().index_add_(0, latents, values[:n, None] * g[rows[:n]])
-    sums.zero_().index_add_(0, latents, values[:n])
+    out.zero_().index_add_(0, latents, values.flatten()[places, None] * g[places // k])
+    sums.zero_().index_add_(0, latents, values.flatten()[places])
 
 
 @contextmanager
@@ -310,6 +313,7 @@ def pretended_cuda() -> Iterator[Activity]:
         patch.setattr(Tensor, "pin_memory", lambda x: x)
         for stand_in in (_combine, _dots, _accumulate):
             patch.setattr(kernels, stand_in.__name__, _Kernel(stand_in.__name__, stand_in))
+        patch.setattr(clip_grad, "_has_foreach_support", lambda tensors, device: isinstance(tensors[0], CudaTensor))
         patch.setattr(Optimizer, "_group_tensors_by_device_and_dtype", staticmethod(_grouped))
         patch.setattr(torch.cuda, "mem_get_info", lambda device: (2**33, 2**33))
         patch.setattr(torch.cuda, "synchronize", lambda *_: _count(_activity.waits, "synchronize"))
