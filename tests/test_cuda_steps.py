@@ -10,11 +10,13 @@ import torch
 from conftest import write_store
 from pretended_cuda import Activity, to_host
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from sparsight import config, sae
 from sparsight.activations.store import ActivationStore
 from sparsight.common.errors import SparsightError
 from sparsight.common.work import Work
+from sparsight.kernels import routed_topk
 from sparsight.kernels import triton as kernels
 from sparsight.sae import Trainer
 from sparsight.sae.fit import fit
@@ -22,7 +24,7 @@ from sparsight.training import loop
 
 B, D, K = 64, 24, 4
 DEVICE = torch.device("cuda")
-LAUNCHES = {"topk": 60, "relu": 90, "jumprelu": 90, "gated": 100}
+LAUNCHES = {"topk": 60, "relu": 90, "jumprelu": 90, "gated": 100, "switch": 105}
 """Variants whose step does not wait, and the most launches that it may take."""
 
 
@@ -71,6 +73,27 @@ def test_the_step_asks_for_dead_latents_only_when_there_may_be_some(cuda: Activi
         continued.step(batch(4))
     for name, value in trainer.state().items():
         assert torch.equal(to_host(other.state()[name]), to_host(value)), name
+
+
+@pytest.mark.parametrize(
+    "experts",
+    [torch.arange(50) % 6, torch.zeros(50), torch.full((50,), 5), torch.tensor([3, 0, 3, 3, 5, 0, 3]), torch.ones(1)],
+    ids=["even", "first", "last", "few", "one row"],
+)
+@pytest.mark.parametrize("biased", [True, False])
+def test_blocks_of_rows_select_what_a_loop_over_the_experts_does(experts: Tensor, biased: bool, cuda: Activity) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, W, b = (torch.randn(*shape, generator=generator) for shape in ((len(experts), D), (60, D), (60,)))
+    bias, experts = b if biased else None, experts.long()
+    values, indices = routed_topk(x, W.T, bias, experts, 6, 3)
+    on_device = (None if bias is None else bias.to(DEVICE), experts.to(DEVICE))
+    with FlopCounterMode(display=False) as counter:
+        found, places = map(to_host, routed_topk(x.to(DEVICE), W.to(DEVICE).T, *on_device, 6, 3))
+    order, expected = places.argsort(dim=1), indices.argsort(dim=1)
+    assert torch.equal(places.gather(1, order), indices.gather(1, expected))
+    torch.testing.assert_close(found.gather(1, order), values.gather(1, expected))
+    assert not cuda.waits
+    assert counter.get_total_flops() <= 2 * 2 * (len(experts) + 6) * D * 60 // 6, "twice what the rows need"
 
 
 def test_both_gradients_of_a_batch_share_one_sort(cuda: Activity) -> None:

@@ -129,7 +129,7 @@ def _accumulate(
         n = start + tl.arange(0, BLOCK_N)
         place = tl.load(order + n, mask=n < end, other=0)
         value = tl.load(values + place, mask=n < end, other=0.0).to(SUM)
-        row = place // k
+        row = (place.to(tl.int32) // k).to(tl.int64)  # a card divides 64-bit numbers by a slow routine
         mask = (n < end)[:, None] & (d < d_in)[None, :]
         g_nd = tl.load(g + row[:, None] * d_in + d[None, :], mask=mask, other=0.0).to(SUM)
         total += tl.sum(value[:, None] * g_nd, axis=0)
