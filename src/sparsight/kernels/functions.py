@@ -103,19 +103,28 @@ def routed_topk(
         if x_BD.is_cuda:
             in_blocks = partial(routing.select, expert_B=expert_B, n_experts=n_experts)
             pre_BK, indices_BK = _select(in_blocks, x_BD, W_enc_DF, b_enc_F, k)
-            return _chosen(backend, x_BD, W_enc_DF, b_enc_F, pre_BK, indices_BK)
-        order_B = expert_B.argsort(stable=True)
-        counts = torch.bincount(expert_B, minlength=n_experts).tolist()
-        pre_BK = x_BD.new_empty(len(x_BD), k)
-        indices_BK = expert_B.new_empty(len(x_BD), k)
-        for expert, rows in enumerate(order_B.split(counts)):
-            if not len(rows):
-                continue
-            columns = slice(expert * width, (expert + 1) * width)
-            bias = None if b_enc_F is None else b_enc_F[columns]
-            pre, indices = _select(backend.select, x_BD[rows], W_enc_DF[:, columns], bias, k)
-            pre_BK[rows], indices_BK[rows] = pre, indices + columns.start
+        else:
+            pre_BK, indices_BK = _expert_by_expert(backend, x_BD, W_enc_DF, b_enc_F, expert_B, n_experts, k)
     return _chosen(backend, x_BD, W_enc_DF, b_enc_F, pre_BK, indices_BK)
+
+
+def _expert_by_expert(
+    backend: Backend, x_BD: Tensor, W_enc_DF: Tensor, b_enc_F: Tensor | None, expert_B: Tensor, n_experts: int, k: int
+) -> tuple[Tensor, Tensor]:
+    """The k largest entries of each row among its expert's latents, and their numbers, (B, K) both."""
+    width = W_enc_DF.shape[1] // n_experts
+    order_B = expert_B.argsort(stable=True)
+    counts = torch.bincount(expert_B, minlength=n_experts).tolist()
+    pre_BK = x_BD.new_empty(len(x_BD), k)
+    indices_BK = expert_B.new_empty(len(x_BD), k)
+    for expert, rows in enumerate(order_B.split(counts)):
+        if not len(rows):
+            continue
+        columns = slice(expert * width, (expert + 1) * width)
+        bias = None if b_enc_F is None else b_enc_F[columns]
+        pre, indices = _select(backend.select, x_BD[rows], W_enc_DF[:, columns], bias, k)
+        pre_BK[rows], indices_BK[rows] = pre, indices + columns.start
+    return pre_BK, indices_BK
 
 
 def decode(backend: Backend, values_BK: Tensor, indices_BK: Tensor, W_dec_FD: Tensor) -> Tensor:
