@@ -238,11 +238,13 @@ def test_pass_term_and_means_equal_their_definition() -> None:
     codes = one.encode(x)
     assert isinstance(codes, SparseCodes)
     prototypes = ClassMeans(F, torch.device("cpu"))
+    prototypes.grow(3)
     assert float(prototypes.term(codes, y).detach()) == 0, "no class has a mean yet"
     prototypes.learn(codes, y)
     z = codes.dense().detach()
     means = torch.stack([z[y == c].mean(dim=0) for c in range(3)])
     torch.testing.assert_close(prototypes.means_CF, means)
+    prototypes.grow(4)
     other = torch.arange(64) % 4  # class 3 has no mean
     expected = (z - means[other.clamp(max=2)]).square().sum(dim=1)[other < 3].sum() / 64
     torch.testing.assert_close(prototypes.term(codes, other), expected)

@@ -84,6 +84,9 @@ class Recipe:
                     slow.lerp_(fast, 1 - self.section.ema)
         return scalars
 
+    def check(self) -> None:
+        """Nothing: a loss that is not finite is one of the scalars."""
+
     def epoch_end(self) -> dict[str, float]:
         with self.averaged():
             return {"val_accuracy": self.on_val()}

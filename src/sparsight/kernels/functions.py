@@ -3,11 +3,17 @@
 Shapes: B batch, D width (d_in), F latents (d_sae), K active latents (k), E experts.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from sparsight.kernels import routing
+
+Select = Callable[[Tensor, Tensor, Tensor | None, int], tuple[Tensor, Tensor]]
 
 
 class Backend(Protocol):
@@ -82,7 +88,7 @@ class _Decode(torch.autograd.Function):
 def topk(backend: Backend, x_BD: Tensor, W_enc_DF: Tensor, b_enc_F: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """See :func:`sparsight.kernels.topk`."""
     with torch.no_grad():
-        pre_BK, indices_BK = _select(backend, x_BD, W_enc_DF, b_enc_F, k)
+        pre_BK, indices_BK = _select(backend.select, x_BD, W_enc_DF, b_enc_F, k)
     return _chosen(backend, x_BD, W_enc_DF, b_enc_F, pre_BK, indices_BK)
 
 
@@ -94,18 +100,31 @@ def routed_topk(
     assert width * n_experts == W_enc_DF.shape[1]
     assert k <= width
     with torch.no_grad():
-        order_B = expert_B.argsort(stable=True)
-        counts = torch.bincount(expert_B, minlength=n_experts).tolist()
-        pre_BK = x_BD.new_empty(len(x_BD), k)
-        indices_BK = expert_B.new_empty(len(x_BD), k)
-        for expert, rows in enumerate(order_B.split(counts)):
-            if not len(rows):
-                continue
-            columns = slice(expert * width, (expert + 1) * width)
-            bias = None if b_enc_F is None else b_enc_F[columns]
-            pre, indices = _select(backend, x_BD[rows], W_enc_DF[:, columns], bias, k)
-            pre_BK[rows], indices_BK[rows] = pre, indices + columns.start
+        if x_BD.is_cuda:
+            in_blocks = partial(routing.select, expert_B=expert_B, n_experts=n_experts)
+            pre_BK, indices_BK = _select(in_blocks, x_BD, W_enc_DF, b_enc_F, k)
+        else:
+            pre_BK, indices_BK = _expert_by_expert(backend, x_BD, W_enc_DF, b_enc_F, expert_B, n_experts, k)
     return _chosen(backend, x_BD, W_enc_DF, b_enc_F, pre_BK, indices_BK)
+
+
+def _expert_by_expert(
+    backend: Backend, x_BD: Tensor, W_enc_DF: Tensor, b_enc_F: Tensor | None, expert_B: Tensor, n_experts: int, k: int
+) -> tuple[Tensor, Tensor]:
+    """The k largest entries of each row among its expert's latents, and their numbers, (B, K) both."""
+    width = W_enc_DF.shape[1] // n_experts
+    order_B = expert_B.argsort(stable=True)
+    counts = torch.bincount(expert_B, minlength=n_experts).tolist()
+    pre_BK = x_BD.new_empty(len(x_BD), k)
+    indices_BK = expert_B.new_empty(len(x_BD), k)
+    for expert, rows in enumerate(order_B.split(counts)):
+        if not len(rows):
+            continue
+        columns = slice(expert * width, (expert + 1) * width)
+        bias = None if b_enc_F is None else b_enc_F[columns]
+        pre, indices = _select(backend.select, x_BD[rows], W_enc_DF[:, columns], bias, k)
+        pre_BK[rows], indices_BK[rows] = pre, indices + columns.start
+    return pre_BK, indices_BK
 
 
 def decode(backend: Backend, values_BK: Tensor, indices_BK: Tensor, W_dec_FD: Tensor) -> Tensor:
@@ -114,15 +133,15 @@ def decode(backend: Backend, values_BK: Tensor, indices_BK: Tensor, W_dec_FD: Te
         return _Decode.apply(values_BK, indices_BK, W_dec_FD, backend)
 
 
-def _select(backend: Backend, x_BD: Tensor, W_DF: Tensor, b_F: Tensor | None, k: int) -> tuple[Tensor, Tensor]:
-    """The backend's selection; under autocast, only the product runs in the lower precision."""
+def _select(select: Select, x_BD: Tensor, W_DF: Tensor, b_F: Tensor | None, k: int) -> tuple[Tensor, Tensor]:
+    """What ``select`` selects; under autocast, only the product runs in the lower precision."""
     device = x_BD.device.type
     if not torch.is_autocast_enabled(device):
-        return backend.select(x_BD, W_DF, b_F, k)
+        return select(x_BD, W_DF, b_F, k)
     dtype = torch.get_autocast_dtype(device)
     with _no_autocast(x_BD):
         bias = None if b_F is None else b_F.to(dtype)
-        pre_BK, indices_BK = backend.select(x_BD.to(dtype), W_DF.to(dtype), bias, k)
+        pre_BK, indices_BK = select(x_BD.to(dtype), W_DF.to(dtype), bias, k)
         return pre_BK.to(W_DF.dtype), indices_BK
 
 

@@ -7,15 +7,19 @@ With ``TRITON_INTERPRET=1`` in the environment, the kernels run on CPU tensors, 
 Shapes: B batch, D width (d_in), F latents (d_sae), K active latents (k), N entries sorted by latent.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from sparsight.kernels import dense
 
 _BLOCK_D = 256
 _BLOCK_K = 16
+_OPTIONS = {"enable_fp_fusion": True}  # Triton's default depends on its version, and so would the bits of the sums
 _PRODUCT = 2**28  # entries of the encoder product that exist at a time: 1 GiB in fp32
 
 
@@ -30,8 +34,9 @@ def combine(values_BK: Tensor, indices_BK: Tensor, W_FD: Tensor) -> Tensor:
     x_hat_BD = W_FD.new_empty(n, d_in)
     grid = (n, triton.cdiv(d_in, _BLOCK_D))
     _combine[grid](
-        values_BK.contiguous(), indices_BK.contiguous(), W_FD.contiguous(), x_hat_BD, k, d_in, _sum_type(W_FD), _BLOCK_D
-    )
+        values_BK.contiguous(), indices_BK.contiguous(), W_FD.contiguous(), x_hat_BD, k, d_in,
+        _sum_type(W_FD), _BLOCK_D, **_OPTIONS,
+    )  # fmt: skip
     return x_hat_BD
 
 
@@ -41,7 +46,7 @@ def dots(g_BD: Tensor, W_FD: Tensor, indices_BK: Tensor, active_BK: Tensor) -> T
     products_BK = g_BD.new_empty(n, k)
     _dots[(n, triton.cdiv(k, _BLOCK_K))](
         g_BD.contiguous(), W_FD.contiguous(), indices_BK.contiguous(), active_BK.contiguous(), products_BK, k, d_in,
-        _sum_type(W_FD), _BLOCK_K, _BLOCK_D,
+        _sum_type(W_FD), _BLOCK_K, _BLOCK_D, **_OPTIONS,
     )  # fmt: skip
     return products_BK
 
@@ -49,15 +54,27 @@ def dots(g_BD: Tensor, W_FD: Tensor, indices_BK: Tensor, active_BK: Tensor) -> T
 def accumulate(values_BK: Tensor, indices_BK: Tensor, g_BD: Tensor, n_rows: int) -> tuple[Tensor, Tensor]:
     """See :class:`sparsight.kernels.functions.Backend`."""
     k, d_in = values_BK.shape[1], g_BD.shape[1]
-    # Padding sorts behind the last latent, and no kernel reads it there.
-    latents_N, order_N = indices_BK.masked_fill(values_BK == 0, n_rows).flatten().sort(stable=True)
-    starts = torch.searchsorted(latents_N, torch.arange(n_rows + 1, device=g_BD.device))
+    found = _orders.get(indices_BK)
+    if found is None or len(found[1]) != n_rows + 1:
+        _orders[indices_BK] = found = _by_latent(indices_BK, n_rows)
+    order_N, starts = found
     sums_FD, sums_F = g_BD.new_empty(n_rows, d_in), values_BK.new_empty(n_rows)
     _accumulate[(n_rows, triton.cdiv(d_in, _BLOCK_D))](
-        values_BK.flatten()[order_N], order_N // k, starts, g_BD.contiguous(), sums_FD, sums_F, d_in,
-        _sum_type(g_BD), _BLOCK_K, _BLOCK_D,
+        values_BK.contiguous(), order_N, starts, g_BD.contiguous(), sums_FD, sums_F, k, d_in,
+        _sum_type(g_BD), _BLOCK_K, _BLOCK_D, **_OPTIONS,
     )  # fmt: skip
     return sums_FD, sums_F
+
+
+# The gradients of decoder and encoder have the same indices, which are sorted once and never changed in place.
+_orders: Any = WeakTensorKeyDictionary()
+
+
+def _by_latent(indices_BK: Tensor, n_latents: int) -> tuple[Tensor, Tensor]:
+    """Places of the entries sorted by latent, (B K,), and the start of each latent among them, (F + 1,)."""
+    latents_N, order_N = indices_BK.flatten().int().sort(stable=True)
+    bounds = torch.arange(n_latents + 1, dtype=torch.int32, device=indices_BK.device)
+    return order_N, torch.searchsorted(latents_N, bounds)
 
 
 def _sum_type(tensor: Tensor) -> tl.dtype:
@@ -97,9 +114,12 @@ def _dots(g, W, indices, active, out, k, d_in, SUM: tl.constexpr, BLOCK_K: tl.co
 
 @triton.jit
 def _accumulate(
-    values, rows, starts, g, out, sums, d_in, SUM: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr
+    values, order, starts, g, out, sums, k, d_in, SUM: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr
 ):
-    """One latent and one block of D: out[latent] = sum over its entries of value * g[row]; sums = sum of values."""
+    """One latent and one block of D: out[latent] = sum over its entries of value * g[row]; sums = sum of values.
+
+    ``order`` has the places of the entries in the (B, K) values, sorted by latent.
+    """
     latent = tl.program_id(0).to(tl.int64)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     end = tl.load(starts + latent + 1)
@@ -107,8 +127,9 @@ def _accumulate(
     total_value = tl.zeros((BLOCK_N,), dtype=SUM)
     for start in range(tl.load(starts + latent), end, BLOCK_N):
         n = start + tl.arange(0, BLOCK_N)
-        value = tl.load(values + n, mask=n < end, other=0.0).to(SUM)
-        row = tl.load(rows + n, mask=n < end, other=0)
+        place = tl.load(order + n, mask=n < end, other=0)
+        value = tl.load(values + place, mask=n < end, other=0.0).to(SUM)
+        row = (place.to(tl.int32) // k).to(tl.int64)  # a card divides 64-bit numbers by a slow routine
         mask = (n < end)[:, None] & (d < d_in)[None, :]
         g_nd = tl.load(g + row[:, None] * d_in + d[None, :], mask=mask, other=0.0).to(SUM)
         total += tl.sum(value[:, None] * g_nd, axis=0)

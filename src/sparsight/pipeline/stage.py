@@ -148,7 +148,10 @@ def set_threads(threads: int) -> None:
 
 
 def prepare_torch(compute: Compute) -> "torch.device":
-    """Set torch to deterministic algorithms, full fp32 products and the configured threads; returns the device.
+    """Set torch to deterministic algorithms, full fp32 and the configured threads; returns the device.
+
+    On a GPU, full fp32 means that neither products nor convolutions round their inputs to TF32. Products in bf16 add
+    up in fp32.
 
     Raises:
         SparsightError: the device is not available.
@@ -159,6 +162,8 @@ def prepare_torch(compute: Compute) -> "torch.device":
     torch.set_deterministic_debug_mode("error")  # use_deterministic_algorithms, without 3 s of imports
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # a pass over every array
     torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     if compute.device == "cuda" and not torch.cuda.is_available():
         raise SparsightError("compute.device: torch finds no CUDA device; set compute.device to cpu or mend the driver")
     return torch.device(compute.device)

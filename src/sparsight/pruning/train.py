@@ -137,6 +137,9 @@ class _Training:
         u_PBH = torch.rand(len(like_PH), n_images, like_PH.shape[1], generator=generator).clamp(1e-6, 1 - 1e-6)
         return (torch.log(u_PBH) - torch.log1p(-u_PBH)).transpose(0, 1).to(like_PH.device)
 
+    def check(self) -> None:
+        """Nothing: a loss that is not finite is one of the scalars."""
+
     def epoch_end(self) -> dict[str, float]:
         predicted, usage = self.passes.on_val(self.folded())
         accuracy = float((predicted == self.val_labels).mean())

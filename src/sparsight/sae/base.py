@@ -23,7 +23,7 @@ from sparsight.sae import names
 from sparsight.sae.codes import Codes
 
 FORMAT_VERSION = 1
-_ROWS = 256  # decoder rows handled at a time, few enough to stay in the cache
+_ROWS = 256  # decoder rows that stay in the cache of a CPU
 _REGISTRY: dict[str, type["SAE"]] = {}
 
 
@@ -92,6 +92,8 @@ class SAE(Module, ABC):
         """Metadata; of a loaded SAE the content of config.json: site, tokens, backbone and more."""
         self.register_buffer("dead", torch.zeros(d_sae, dtype=torch.bool), persistent=False)
         self.dead: Tensor
+        self.none_dead = False
+        """Whether the trainer knows, without asking the device, that ``dead`` is false throughout."""
 
     @property
     def macs_encode(self) -> int:
@@ -106,9 +108,9 @@ class SAE(Module, ABC):
             SparsightError: activations of another width, NaN or infinite.
         """
 
-    def training_codes(self, x: Tensor) -> tuple[Codes, Tensor]:
-        """Codes of the training forward pass, and the variant's own loss term, weighted."""
-        return self.encode(x), x.new_zeros(())
+    def training_codes(self, x: Tensor) -> tuple[Codes, Tensor | None]:
+        """Codes of the training forward pass, and the variant's own loss term, weighted, or None."""
+        return self.encode(x), None
 
     def learn(self, codes: Codes) -> None:
         """Update, from the codes of a training batch, what gradients do not train."""
@@ -127,27 +129,33 @@ class SAE(Module, ABC):
         ``reconstruction`` is the batch mean of the squared error summed over D, times ``loss_scale``.
 
         Raises:
-            SparsightError: activations of another width, NaN or infinite.
+            SparsightError: activations of another width; on the CPU, also NaN or infinite ones. On a GPU these give a
+                loss that is not finite, because the check would wait for the device in every step.
         """
-        x = self.validate(x)
+        x = self._rows(x) if self.W_dec.is_cuda else self.validate(x)
         codes, penalty = self.training_codes(x)
         x_hat = self.decode(codes)
         error = x - x_hat
         reconstruction = self._squared_error(error)
-        aux = self._auxk(x, error.detach())
-        return Loss(reconstruction + self.aux_coefficient * aux + penalty, reconstruction, aux, penalty, x_hat, codes)
+        aux, none = self._auxk(x, error.detach()), reconstruction.new_zeros(())
+        total = reconstruction if aux is None else reconstruction + self.aux_coefficient * aux
+        total = total if penalty is None else total + penalty
+        aux, penalty = (none if term is None else term for term in (aux, penalty))
+        return Loss(total, reconstruction, aux, penalty, x_hat, codes)
 
     def _squared_error(self, error_BD: Tensor) -> Tensor:
         return error_BD.square().sum() / len(error_BD) * self.loss_scale
 
-    def _auxk(self, x: Tensor, residual: Tensor) -> Tensor:
+    def _auxk(self, x: Tensor, residual: Tensor) -> Tensor | None:
         """AuxK loss (Gao et al. 2024, section A.2): error of dead latents on the detached residual over its variance.
 
-        It is zero without dead latents.
+        None without dead latents.
         """
-        dead = self.dead.nonzero().squeeze(1)
-        if not (self.has_auxk and self.aux_k and len(dead)):
-            return x.new_zeros(())
+        if not (self.has_auxk and self.aux_k) or self.none_dead:
+            return None
+        dead = self.dead.nonzero().squeeze(1)  # waits for the device
+        if not len(dead):
+            return None
         error = (self._from_dead(x, dead) - residual).square().sum()
         variance = (residual - residual.mean(dim=0)).square().sum()
         varies = variance > 0  # false for a batch of one row
@@ -166,9 +174,7 @@ class SAE(Module, ABC):
         Raises:
             SparsightError: activations of another width, NaN or infinite.
         """
-        tensor = torch.as_tensor(x, dtype=self.W_dec.dtype, device=self.W_dec.device)
-        if tensor.ndim != 2 or tensor.shape[1] != self.d_in:
-            raise SparsightError(f"SAE: expected activations of shape (batch, {self.d_in}), got {tuple(tensor.shape)}")
+        tensor = self._rows(x)
         if not tensor.detach().sum().isfinite():  # one pass; the sum of finite rows may overflow, so check the rows
             bad = ~tensor.isfinite().all(dim=1)
             if bad.any():
@@ -176,6 +182,13 @@ class SAE(Module, ABC):
                 raise SparsightError(
                     f"SAE: NaN or infinite activation in row {row} of the batch; check where x is from"
                 )
+        return tensor
+
+    def _rows(self, x: Tensor | np.ndarray) -> Tensor:
+        """:meth:`validate` without a look at the values."""
+        tensor = torch.as_tensor(x, dtype=self.W_dec.dtype, device=self.W_dec.device)
+        if tensor.ndim != 2 or tensor.shape[1] != self.d_in:
+            raise SparsightError(f"SAE: expected activations of shape (batch, {self.d_in}), got {tuple(tensor.shape)}")
         return tensor
 
     def start(self, variance: float) -> None:
@@ -195,14 +208,14 @@ class SAE(Module, ABC):
     @torch.no_grad()
     def normalize_decoder(self) -> None:
         """Scale every decoder row to unit norm."""
-        for rows in self.W_dec.split(_ROWS):
+        for rows in _blocks(self.W_dec):
             rows.div_(torch.linalg.vector_norm(rows, dim=1, keepdim=True))
 
     @torch.no_grad()
     def remove_parallel_gradient(self) -> None:
         """Remove from W_dec's gradient the part along each row, which would only change the row's length."""
         assert self.W_dec.grad is not None
-        for gradient, rows in zip(self.W_dec.grad.split(_ROWS), self.W_dec.split(_ROWS), strict=True):
+        for gradient, rows in zip(_blocks(self.W_dec.grad), _blocks(self.W_dec), strict=True):
             gradient.addcmul_(torch.linalg.vecdot(gradient, rows).unsqueeze(1), rows, value=-1)
 
     @torch.no_grad()
@@ -219,6 +232,11 @@ class SAE(Module, ABC):
         sizes = {"kind": self.kind, "d_in": self.d_in, "d_sae": self.d_sae, "k": self.k}
         options = {name: getattr(self, name) for name in self.options}
         write_json(folder / "config.json", {**about, "format_version": FORMAT_VERSION, **sizes, **options})
+
+
+def _blocks(W_FD: Tensor) -> tuple[Tensor, ...]:
+    """Rows to handle at a time: on a GPU all of them, because it takes longer to launch a block than to read it."""
+    return (W_FD,) if W_FD.is_cuda else W_FD.split(_ROWS)
 
 
 def geometric_median(x_ND: Tensor | np.ndarray, iterations: int = 100, tolerance: float = 1e-6) -> Tensor:

@@ -36,8 +36,8 @@ class BatchSelection(SAE):
         pre = (x - self.b_dec) @ self.W_enc + self.b_enc
         return DenseCodes(pre * (pre > self.threshold))
 
-    def training_codes(self, x: Tensor) -> tuple[SparseCodes, Tensor]:
-        return self._largest(x), x.new_zeros(())
+    def training_codes(self, x: Tensor) -> tuple[SparseCodes, Tensor | None]:
+        return self._largest(x), None
 
     def _largest(self, x: Tensor) -> SparseCodes:
         """The B * K largest codes of the batch, found among the M largest of each row. M doubles while too small."""

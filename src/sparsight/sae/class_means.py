@@ -20,7 +20,6 @@ class ClassMeans:
 
     def term(self, codes: Codes, labels_B: Tensor) -> Tensor:
         """Batch mean of ||z - mean code of its class||^2. A class without a mean yet adds nothing."""
-        self._grow(labels_B)
         has_mean_B = self.seen_C[labels_B]
         if isinstance(codes, SparseCodes):
             # ||z - m||^2 = ||m||^2 + sum over active of z (z - 2 m), which needs no (B, F) array.
@@ -34,7 +33,6 @@ class ClassMeans:
     @torch.no_grad()
     def learn(self, codes: Codes, labels_B: Tensor) -> None:
         """Move the mean of each class in the batch towards the class's mean in the batch."""
-        self._grow(labels_B)
         one_hot_CB = (labels_B == torch.arange(len(self.seen_C), device=labels_B.device).unsqueeze(1)).float()
         count_C1 = one_hot_CB.sum(dim=1, keepdim=True)
         mean_CF = one_hot_CB @ codes.dense().float() / count_C1.clamp(min=1)
@@ -42,8 +40,9 @@ class ClassMeans:
         self.means_CF = torch.where(count_C1 > 0, moved_CF, self.means_CF)
         self.seen_C = self.seen_C | (count_C1.squeeze(1) > 0)
 
-    def _grow(self, labels_B: Tensor) -> None:
-        missing = int(labels_B.max()) + 1 - len(self.seen_C)
+    def grow(self, n_classes: int) -> None:
+        """Make room for classes 0 to ``n_classes`` - 1; :meth:`term` and :meth:`learn` need it for their labels."""
+        missing = n_classes - len(self.seen_C)
         if missing > 0:
             self.means_CF = torch.nn.functional.pad(self.means_CF, (0, 0, 0, missing))
             self.seen_C = torch.nn.functional.pad(self.seen_C, (0, missing))

@@ -188,6 +188,9 @@ class _Training:
             }
         return scalars
 
+    def check(self) -> None:
+        self.trainer.check()
+
     def epoch_end(self) -> dict[str, float]:
         return {}
 

@@ -45,6 +45,9 @@ class Trainer:
         self.since_fired = [torch.zeros(sae.d_sae, dtype=torch.int64, device=sae.W_dec.device) for sae in self.saes]
         """Per SAE, the number of activations since each latent last fired, (F,)."""
         self.prototypes = [ClassMeans(sae.d_sae, sae.W_dec.device) for sae in self.saes]
+        self._health = [_Health(sae.W_dec.device) for sae in self.saes]
+        self._at_most = [0 for _ in self.saes]
+        """Per SAE, a bound on ``since_fired`` that is known without asking the device."""
 
     def schedule(self, factor: float) -> None:
         """Set every learning rate to ``factor`` times its peak."""
@@ -62,9 +65,27 @@ class Trainer:
 
         Raises:
             SparsightError: activations that are not finite or of another width, a missing site, or a loss that is not
-                finite. The weights of the SAE at fault stay as they were before the step.
+                finite. The weights of the SAE at fault stay as they were before the step. On a GPU, :meth:`check` says
+                what is not finite, and from there on the weights stay but for the rounding of unit rows.
         """
         return [self._step(i, self._rows(i, x), labels) for i in range(len(self.saes))]
+
+    def check(self) -> None:
+        """Read from the GPU whether all steps so far were finite; this waits for the device.
+
+        Raises:
+            SparsightError: a loss or gradient that was not finite; the message names the first such step.
+        """
+        for i, (sae, optimizer, health) in enumerate(zip(self.saes, self.optimizers, self._health, strict=True)):
+            if sae.W_dec.is_cuda:
+                taken = optimizer.state[optimizer.param_groups[0]["params"][0]]["step"]  # Adam counts no other steps
+                value, length, steps = torch.cat([health.loss_and_norm, taken.unsqueeze(0)]).tolist()
+                self._refuse(i, value, length, f" in step {steps + 1:.0f}")
+
+    def _refuse(self, i: int, value: float, length: float, where: str = "") -> None:
+        if not math.isfinite(value + length):
+            numbers = f"loss {value}, gradient norm {length}{where}"
+            raise SparsightError(f"{self._name(i)}: {numbers}; lower lr, or look for extreme activations")
 
     def _rows(self, i: int, x: Tensor | np.ndarray | Mapping[str, Tensor | np.ndarray]) -> Tensor | np.ndarray:
         if not isinstance(x, Mapping):
@@ -84,14 +105,17 @@ class Trainer:
         if not sae.started:
             rows = sae.validate(x).double()
             sae.start(float((rows - rows.mean(dim=0)).square().sum() / len(rows)))
-        device = sae.W_dec.device.type
-        with torch.autocast(device, torch.bfloat16, enabled=self.precision == "bf16"):
+        sae.none_dead = self._at_most[i] < self.dead_after
+        device = sae.W_dec.device
+        with torch.autocast(device.type, torch.bfloat16, enabled=self.precision == "bf16"):
             loss = sae.loss(x)
         total = loss.total
         if labels is not None:
-            y = torch.as_tensor(labels, device=sae.W_dec.device).long()
+            y = torch.as_tensor(labels).long()
             if y.shape != (len(loss.x_hat),) or y.min() < 0:
                 raise SparsightError(f"labels: expected {len(loss.x_hat)} class numbers from 0, got {tuple(y.shape)}")
+            self.prototypes[i].grow(int(y.max()) + 1)  # labels of the host, so that nothing waits for the device
+            y = y.to(device)
             total = total + self.prototype_weight * sae.loss_scale * self.prototypes[i].term(loss.codes, y)
         sae.zero_grad()
         total.backward()
@@ -99,11 +123,12 @@ class Trainer:
         for view, p in zip(optimizer.param_groups[0]["params"], sae.parameters(), strict=True):
             view.grad = None if p.grad is None else _rows(p.grad)
         norm = torch.nn.utils.get_total_norm([p.grad for p in sae.parameters() if p.grad is not None])
-        value, length = torch.stack([total.detach(), norm]).tolist()  # the only wait for the device
-        if not math.isfinite(value + length):
-            raise SparsightError(
-                f"{self._name(i)}: loss {value}, gradient norm {length}; lower lr, or look for extreme activations"
-            )
+        now = torch.stack([total.detach(), norm])
+        if device.type == "cuda":
+            self._health[i].note(now)
+            optimizer.found_inf = self._health[i].failed  # type: ignore[attr-defined]
+        else:
+            self._refuse(i, *now.tolist())
         # Fused Adam divides by this while it reads the gradients, so clipping needs no extra pass.
         optimizer.grad_scale = (norm / _MAX_NORM).clamp(min=1)  # type: ignore[attr-defined]
         optimizer.step()
@@ -115,9 +140,11 @@ class Trainer:
 
     @torch.no_grad()
     def _count(self, i: int, loss: Loss) -> None:
+        self._at_most[i] += len(loss.x_hat)
         self.since_fired[i] += len(loss.x_hat)
         self.since_fired[i].masked_fill_(loss.codes.fired(), 0)
-        self.saes[i].dead = self.since_fired[i] >= self.dead_after
+        if self._at_most[i] >= self.dead_after:
+            self.saes[i].dead = self.since_fired[i] >= self.dead_after
         self.saes[i].learn(loss.codes)
 
     def _name(self, i: int) -> str:
@@ -138,6 +165,7 @@ class Trainer:
             tensor.copy_(state[name])
         for i, (sae, prototypes) in enumerate(zip(self.saes, self.prototypes, strict=True)):
             sae.loss_scale, sae.started = float(state[f"{i}.loss_scale"][0]), bool(state[f"{i}.loss_scale"][1])
+            self._at_most[i] = int(self.since_fired[i].max())
             prototypes.means_CF = state[f"{i}.prototypes.means"].to(sae.W_dec.device)
             prototypes.seen_C = state[f"{i}.prototypes.seen"].to(sae.W_dec.device)
 
@@ -151,6 +179,22 @@ class Trainer:
                 tensors[f"{i}.{name}"] = view.detach()
                 tensors |= {f"{i}.{name}.{slot}": value for slot, value in optimizer.state[view].items()}
         return tensors
+
+
+class _Health:
+    """On a GPU, whether all steps were finite, found out by the device itself, so that no step waits for it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.loss_and_norm = torch.zeros(2, device=device)
+        """Of the last step, or of the first one where they are not finite."""
+        self.failed = torch.zeros((), device=device)
+        """1 from the first step on that is not finite. Adam then leaves weights and moments as they are."""
+        self._one = torch.ones((), device=device)
+
+    def note(self, loss_and_norm: Tensor) -> None:
+        self.loss_and_norm = torch.where(self.failed > 0, self.loss_and_norm, loss_and_norm)
+        # The operation of PyTorch's GradScaler: sets ``failed`` to 1 if a number is not finite.
+        torch._amp_foreach_non_finite_check_and_unscale_([loss_and_norm], self.failed, self._one)
 
 
 def _rows(p: Tensor) -> Tensor:

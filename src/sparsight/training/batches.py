@@ -160,13 +160,8 @@ class StoreBatches:
         if self.device.type == "cpu":
             yield from batches
             return
-        ahead: Batch | None = None  # copied to the device while the previous batch is used
         for rows, x in batches:
-            ready, ahead = ahead, Batch(rows, {site: self._move(value) for site, value in x.items()})
-            if ready is not None:
-                yield ready
-        if ahead is not None:
-            yield ahead
+            yield Batch(rows, {site: self._move(value) for site, value in x.items()})
 
     def _plan(self, epoch: int, skip: int) -> list[_Pool]:
         """The pools of an epoch without its first ``skip`` rows."""
@@ -269,7 +264,8 @@ class StoreBatches:
         }
 
     def _move(self, x: Tensor) -> Tensor:
-        return x if x.device == self.device else x.pin_memory().to(self.device, non_blocking=True)
+        """The rows on the GPU; the host does not wait for a copy from page-locked memory."""
+        return x if x.is_cuda else x.pin_memory().to(self.device, non_blocking=True)
 
 
 def _join(parts: list[Batch]) -> Batch:

@@ -45,6 +45,12 @@ class Trainable(Protocol[B_contra]):
         ``generator`` is a CPU generator seeded for this step. Returns the scalars to log.
         """
 
+    def check(self) -> None:
+        """Raise SparsightError if a step so far has failed that did not raise. Called before a log line or checkpoint.
+
+        A step on a GPU cannot raise without waiting for it.
+        """
+
     def epoch_end(self) -> dict[str, float]:
         """Scalars to log after each epoch, e.g. validation accuracy."""
 
@@ -101,6 +107,8 @@ def train(trainable: Trainable[B], batches: Batches[B], epochs: int, seed: int, 
                     sums = {name: value.detach() + sums.get(name, 0) for name, value in scalars.items()}
                     stop = bool(signals)
                     save = stop or checkpoint.due
+                    if line_ends or save:
+                        trainable.check()
                     means = _means(sums, count) if line_ends or save else {}
                 except SparsightError as error:
                     raise SparsightError(f"step {step} of {total}: {error}; {checkpoint}") from None
@@ -176,7 +184,8 @@ def _rows(batches: Batches[Any], step: int) -> int:
 
 
 def _means(sums: Mapping[str, Tensor], count: int) -> dict[str, float]:
-    means = {name: value.item() / count for name, value in sums.items()}
+    values = torch.stack(list(sums.values())).tolist() if sums else []  # one copy from the device
+    means = {name: value / count for name, value in zip(sums, values, strict=True)}
     for name, value in means.items():
         if not np.isfinite(value):
             raise SparsightError(

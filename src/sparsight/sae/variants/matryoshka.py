@@ -44,11 +44,11 @@ class Matryoshka(BatchSelection):
             raise SparsightError(f"prefixes: expected shares of d_sae rising to 1, got {list(prefixes)}")
         self.prefixes = tuple(prefixes)
 
-    def training_codes(self, x: Tensor) -> tuple[SparseCodes, Tensor]:
+    def training_codes(self, x: Tensor) -> tuple[SparseCodes, Tensor | None]:
         codes, _ = super().training_codes(x)
         ends = sorted({math.ceil(share * self.d_sae) for share in self.prefixes})[:-1]
         if not ends:
-            return codes, x.new_zeros(())
+            return codes, None
         # One decode of P * B rows covers all prefixes, so the decoder's gradient is computed once.
         ends_P11 = torch.tensor(ends, device=x.device)[:, None, None]
         values_PBM = codes.values * (codes.indices < ends_P11)

@@ -18,8 +18,11 @@ class ReLU(L1Penalised):
     """Any number of active latents; the L1 penalty keeps it near K."""
 
     def encode(self, x: Tensor | np.ndarray) -> DenseCodes:
-        return DenseCodes(((self.validate(x) - self.b_dec) @ self.W_enc + self.b_enc).relu())
+        return self._codes(self.validate(x))
 
     def training_codes(self, x: Tensor) -> tuple[DenseCodes, Tensor]:
-        codes = self.encode(x)
+        codes = self._codes(x)
         return codes, self.l1(codes.z_BF)
+
+    def _codes(self, x: Tensor) -> DenseCodes:
+        return DenseCodes(((x - self.b_dec) @ self.W_enc + self.b_enc).relu())

@@ -70,7 +70,8 @@ class Switch(SAE):
 
     def training_codes(self, x: Tensor) -> tuple[SparseCodes, Tensor]:
         p_BE = self._route(x)
-        share_E = torch.bincount(p_BE.argmax(dim=1), minlength=self.experts) / len(x)
+        experts_E = torch.arange(self.experts, device=x.device)  # bincount would wait for a GPU
+        share_E = (p_BE.argmax(dim=1, keepdim=True) == experts_E).sum(dim=0) / len(x)
         return self._codes(x, p_BE), self.balance * self.experts * (share_E * p_BE.mean(dim=0)).sum()
 
     def _route(self, x: Tensor) -> Tensor:

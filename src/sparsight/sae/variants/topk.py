@@ -16,5 +16,11 @@ class TopK(SAE):
     """Keeps those of the K largest pre-activations of each activation that are above zero."""
 
     def encode(self, x: Tensor | np.ndarray) -> SparseCodes:
-        values, indices = kernels.topk(self.validate(x) - self.b_dec, self.W_enc, self.b_enc, self.k)
+        return self._codes(self.validate(x))
+
+    def training_codes(self, x: Tensor) -> tuple[SparseCodes, None]:
+        return self._codes(x), None
+
+    def _codes(self, x: Tensor) -> SparseCodes:
+        values, indices = kernels.topk(x - self.b_dec, self.W_enc, self.b_enc, self.k)
         return SparseCodes(values, indices, self.d_sae)

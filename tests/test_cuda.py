@@ -1,0 +1,327 @@
+"""The code of ``compute.device: cuda`` on a pretended device: no device fault, and the results of the CPU."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_manifest, write_store
+from pretended_cuda import Activity, CudaTensor, to_host
+from safetensors.numpy import load_file
+from studies import SECTION, random_policy, random_sae, two_classes
+
+from sparsight import config, sae
+from sparsight.activations.extract import extract
+from sparsight.activations.store import ActivationStore
+from sparsight.activations.writer import finish_store
+from sparsight.backbones import fit as backbones
+from sparsight.common import tables
+from sparsight.common.work import Work
+from sparsight.config import Compute
+from sparsight.images.manifest import Manifest
+from sparsight.pipeline.stage import prepare_torch
+from sparsight.pruning import evaluate as pruning
+from sparsight.pruning import train as policies
+from sparsight.sae import Trainer
+from sparsight.sae.evaluate import evaluate, evaluate_chain
+from sparsight.sae.fit import fit
+from sparsight.sae.resae import load_chain
+from sparsight.steering.evaluate import steer
+from sparsight.training import loop
+from sparsight.training.batches import StoreBatches
+
+B, D, F, K = 64, 24, 256, 4
+CPU, DEVICE = torch.device("cpu"), torch.device("cuda")  # as compute.device names them
+SITES = ("blocks.1.input", "blocks.2.input")
+SPLITS = ("train", "val", "test")
+Stores = dict[str, ActivationStore]
+Stage = Callable[[torch.device, Work], None]
+
+
+@pytest.fixture(scope="module")
+def manifest(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
+    return make_manifest(tmp_path_factory.mktemp("images"), per_class=30)
+
+
+@pytest.fixture(scope="module")
+def stores(manifest: Manifest, tmp_path_factory: pytest.TempPathFactory) -> Stores:
+    """Of every split, what the CPU computes."""
+    return extracted(manifest, tmp_path_factory.mktemp("stores"), CPU)
+
+
+def extracted(manifest: Manifest, folder: Path, device: torch.device) -> Stores:
+    section = config.Activations(sites=(*SITES, "embedding"), batch_size=7, shard_images=8)
+    for split in SPLITS:
+        store, about = folder / f"{split}.zarr", {"split": split, "backbone": "vit"}
+        with Work(folder / "work" / split, "key") as work:
+            extract(two_classes().to(device), manifest.split(split), section, Compute(), work, store, 0, about)
+            work.finish(folder)
+        finish_store(store, [folder / f"{split}.part-0.json"], folder / f"{split}.json")
+    return {split: ActivationStore.open(folder / f"{split}.zarr") for split in SPLITS}
+
+
+def on_device(*shape: int) -> torch.Tensor:
+    return torch.ones(*shape, device=DEVICE)
+
+
+@pytest.mark.parametrize(
+    ("forbidden", "message"),
+    [
+        (lambda: on_device(3) + torch.ones(3), "same device"),
+        (lambda: torch.ones(3)[on_device(2).long()], "indices should be either on cpu"),
+        (lambda: on_device(3).pin_memory(), "cannot pin"),
+        (lambda: on_device(3).cumsum(dim=0), "deterministic"),
+        (lambda: torch.rand(3, device=DEVICE, generator=torch.Generator()), "generator"),
+        (lambda: on_device(3).normal_(generator=torch.Generator()), "generator"),
+    ],
+    ids=["devices", "indices", "pinning", "determinism", "random numbers", "random numbers in place"],
+)
+def test_the_pretended_device_has_the_rules_of_cuda(
+    forbidden: Callable[[], object], message: str, cuda: Activity
+) -> None:
+    with pytest.raises(RuntimeError, match=message):
+        forbidden()
+    with pytest.raises(TypeError, match="numpy"):
+        np.asarray(on_device(3))
+
+
+def test_the_pretended_device_counts(cuda: Activity) -> None:
+    x = torch.ones(4, 3).to(DEVICE)
+    assert (x.device, x.device == DEVICE) == (torch.device("cuda", 0), False)
+    (x.T @ x + 1).sum().item()
+    x[x > 0]
+    assert sum(cuda.copies.values()) == 1
+    assert cuda.operations == {"mm": 1, "add": 1, "sum": 1, "gt": 1, "index": 1}
+    assert sum(cuda.waits.values()) == 2, "of the number, and of the places of the mask"
+
+
+def batch(number: int) -> torch.Tensor:
+    return torch.randn(B, D, generator=torch.Generator().manual_seed(number))
+
+
+def trained(one: sae.SAE, steps: int, labels: np.ndarray | None = None) -> Trainer:
+    """Trained until some latents are dead."""
+    trainer = Trainer([one], dead_after=3 * B)
+    for step in range(steps):
+        trainer.step(batch(step).to(one.W_dec.device), labels)
+    return trainer
+
+
+@pytest.mark.parametrize("kind", sae.names())
+@pytest.mark.parametrize("labels", [None, np.arange(B) % 3], ids=["alone", "labels"])
+def test_steps_without_and_with_dead_latents_are_those_of_the_cpu(
+    kind: str, labels: np.ndarray | None, cuda: Activity
+) -> None:
+    on_cpu, on_device = sae.create(kind, D, F, K), sae.create(kind, D, F, K).to(DEVICE)
+    for one in (on_cpu, on_device):
+        trained(one, 6, labels)
+    for name, expected in on_cpu.state_dict().items():
+        found = on_device.state_dict()[name]
+        assert isinstance(found, CudaTensor)
+        torch.testing.assert_close(found.host, expected)
+    assert torch.equal(to_host(on_device.dead), on_cpu.dead)
+    assert on_cpu.dead.any() or not on_cpu.has_auxk
+    torch.testing.assert_close(on_device(batch(9)).detach().cpu(), on_cpu(batch(9)).detach())
+
+
+@pytest.mark.parametrize(("memory", "free"), [(2**20, 2**33), (2**15, 2**33), (2**15, 2**10)])
+def test_batches_are_those_of_the_cpu_where_the_store_fits_and_where_not(
+    memory: int, free: int, tmp_path: Path, cuda: Activity, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It fits on host and device, on the device only, and on neither."""
+    store = ActivationStore.open(write_store(tmp_path, 301, dict.fromkeys(SITES, (3, 8)), "all", shard_images=16))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, free))
+    rows = {site: store.rows(site) for site in SITES}
+    on_cpu, on_device = (StoreBatches(rows, 50, 0, memory, device=device) for device in (CPU, DEVICE))
+    for epoch in range(2):
+        for expected, found in zip(on_cpu.epoch(epoch), on_device.epoch(epoch), strict=True):
+            assert np.array_equal(found.rows, expected.rows)
+            for site in SITES:
+                assert torch.equal(to_host(found.x[site]), expected.x[site])
+                assert isinstance(found.x[site], CudaTensor)
+
+
+def test_a_log_line_is_one_copy_from_the_device(cuda: Activity) -> None:
+    sums = {f"s{i}": torch.tensor(float(i), device=DEVICE) for i in range(8)}
+    assert loop._means(sums, 2) == {f"s{i}": i / 2 for i in range(8)}
+    assert sum(cuda.waits.values()) == 1
+
+
+def test_full_fp32_covers_convolutions_and_sums_of_bf16_products() -> None:
+    torch.backends.cudnn.allow_tf32 = True
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = True
+    prepare_torch(Compute())
+    assert not torch.backends.cudnn.allow_tf32
+    assert not torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction
+
+
+def assert_alike(stage: Stage, folder: Path) -> None:
+    """The stage writes the same files on the CPU and on the device, with numbers that differ by rounding only."""
+    for device in (CPU, DEVICE):
+        with Work(folder / "work" / device.type, "key") as work:
+            stage(device, work)
+            work.finish(folder / device.type)
+    names, same = (
+        sorted(path.relative_to(folder / device).as_posix() for path in (folder / device).rglob("*.*"))
+        for device in ("cpu", "cuda")
+    )
+    assert names == same
+    assert names
+    for name in names:
+        assert_close(read(folder / "cuda" / name), read(folder / "cpu" / name), name)
+
+
+def read(path: Path) -> Any:
+    if path.suffix == ".jsonl":
+        return [json.loads(line) for line in path.read_text().splitlines()]
+    readers: dict[str, Callable[[Path], Any]] = {
+        ".safetensors": load_file, ".parquet": tables.read, ".json": lambda path: json.loads(path.read_text()),
+    }  # fmt: skip
+    return readers[path.suffix](path) if path.is_file() else None
+
+
+def assert_close(found: Any, expected: Any, place: str) -> None:
+    if isinstance(expected, dict):
+        assert found.keys() == expected.keys(), place
+        for key, value in expected.items():
+            assert_close(found[key], value, f"{place} {key}")
+    elif isinstance(expected, list):
+        assert len(found) == len(expected), place
+        for i, value in enumerate(expected):
+            assert_close(found[i], value, f"{place} {i}")
+    elif isinstance(expected, float | np.ndarray):
+        np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-4, err_msg=place)
+    else:
+        assert found == expected, place
+
+
+@pytest.mark.parametrize("training", ["supervised", "probe"])
+def test_the_backbones_stage(training: Any, manifest: Manifest, tmp_path: Path, cuda: Activity) -> None:
+    sizes = {"img_size": 16, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 3}
+    section = config.Backbone(
+        "timm/vit_tiny_patch16_224", architecture=sizes, training=training, epochs=2, batch_size=14, lr=1e-3,
+        ema=0.8, flip=training == "supervised", shift=0.1 if training == "supervised" else 0.0,
+    )  # fmt: skip
+    assert_alike(lambda device, work: backbones.fit(section, manifest, "net", 0, work, device, 2, {}), tmp_path)
+
+
+def test_the_activations_stage(manifest: Manifest, stores: Stores, tmp_path: Path, cuda: Activity) -> None:
+    for split, store in extracted(manifest, tmp_path, DEVICE).items():
+        for site in store.sites:
+            np.testing.assert_allclose(store.rows(site)[:], stores[split].rows(site)[:], rtol=1e-2, atol=1e-3)
+
+
+SAE: dict[str, Any] = {"backbone": "vit", "d_sae": 64, "k": 4, "epochs": 2, "batch_size": 14, "dead_after": 30}
+CHAIN = config.Sae(**SAE, sites=SITES)
+
+
+@pytest.mark.parametrize("section", [config.Sae(**SAE, site=SITES[0], kind="switch", prototype_weight=0.5), CHAIN])
+def test_the_saes_stage(
+    section: config.Sae, manifest: Manifest, stores: Stores, tmp_path: Path, cuda: Activity
+) -> None:
+    labels = manifest.split("train").labels if section.prototype_weight else None
+    assert_alike(lambda device, work: fit(section, stores["train"], labels, "x", 0, work, device, {}), tmp_path)
+
+
+def test_training_continues_from_a_checkpoint_of_the_device(
+    stores: Stores, tmp_path: Path, cuda: Activity, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    section, step, numbers = config.Sae(**SAE, site=SITES[0]), Trainer.step, iter(range(99))
+
+    def run(folder: Path) -> dict[str, np.ndarray]:
+        with Work(folder / "work", "key") as work:
+            fit(section, stores["train"], None, "x", 0, work, DEVICE, {})
+            return load_file(work.out / "x-s0" / "sae.safetensors")
+
+    expected = run(tmp_path / "undisturbed")
+
+    def stops(*words: Any) -> Any:
+        if next(numbers) == 4:
+            raise KeyboardInterrupt
+        return step(*words)
+
+    monkeypatch.setattr(loop._Checkpoint, "due", True)
+    monkeypatch.setattr(Trainer, "step", stops)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "stopped")
+    found = run(tmp_path / "stopped")
+    assert next(numbers) == 7, "two steps were left"
+    assert all(np.array_equal(found[name], value) for name, value in expected.items())
+
+
+def test_the_evaluation_stage(manifest: Manifest, stores: Stores, tmp_path: Path, cuda: Activity) -> None:
+    images = {split: manifest.split(split) for split in SPLITS}
+
+    def stage(device: torch.device, work: Work) -> None:
+        evaluate({"s0": random_sae(0).to(device)}, two_classes().to(device), stores, images, 0, work, {})
+
+    assert_alike(stage, tmp_path)
+
+
+def test_the_evaluation_stage_of_a_chain(manifest: Manifest, stores: Stores, tmp_path: Path, cuda: Activity) -> None:
+    images = {split: manifest.split(split) for split in SPLITS}
+    with Work(tmp_path / "training", "key") as work:
+        fit(CHAIN, stores["train"], None, "x", 0, work, CPU, {})
+        work.finish(tmp_path / "chain")
+
+    def stage(device: torch.device, work: Work) -> None:
+        chain = load_chain(tmp_path / "chain" / "x-s0")
+        for one in chain.saes.values():
+            one.requires_grad_(False)
+        evaluate_chain(chain.to(device), two_classes().to(device), stores, images, 0, work, {})
+
+    assert_alike(stage, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"kind": "class-latents", "latents": 4},
+        {"kind": "class-latents", "latents": 4, "ranking": "attribution", "edit": "clamp"},
+        {"kind": "vs2", "quantiles": (0.5, 0.9)},
+        {"kind": "vs2++", "neighbours": 5},
+    ],
+    ids=lambda options: "-".join(str(value) for value in options.values()),
+)
+def test_the_steering_stage(
+    options: dict[str, Any], manifest: Manifest, stores: Stores, tmp_path: Path, cuda: Activity
+) -> None:
+    section = config.Steering(sae="sae", strengths=(0.5, 2.0), **options)
+
+    def stage(device: torch.device, work: Work) -> None:
+        one = random_sae(0).to(device)
+        one.about["training"] = {"prototype_weight": 0.0}
+        steer(section, one, two_classes().to(device), stores, stores, manifest, "s", 0, work, {})
+
+    assert_alike(stage, tmp_path)
+
+
+@pytest.mark.parametrize("change", [{}, {"blocks": "last"}, {"backbone_lr": 1e-3}], ids=lambda change: str(*change))
+def test_the_policies_stage(change: dict[str, Any], manifest: Manifest, tmp_path: Path, cuda: Activity) -> None:
+    section = config.Policy("vit", target=0.5, epochs=2, batch_size=14, **change)
+
+    def stage(device: torch.device, work: Work) -> None:
+        policies.fit(section, two_classes().to(device), manifest, "heads", 0, work, 2, {})
+
+    assert_alike(stage, tmp_path)
+
+
+def test_the_pruning_stage(manifest: Manifest, tmp_path: Path, cuda: Activity) -> None:
+    def stage(device: torch.device, work: Work) -> None:
+        saes = {"sae-s0": random_sae(0).to(device)}
+        pruning.evaluate(SECTION, two_classes().to(device), random_policy().to(device), saes, manifest, 0, work, 2, {})
+
+    assert_alike(stage, tmp_path)
+
+
+@pytest.mark.parametrize("n_masks", [2, 30], ids=["by mask", "by head"])
+def test_gathered_heads(n_masks: int, cuda: Activity) -> None:
+    backbone, generator = two_classes(), torch.Generator().manual_seed(0)
+    images = torch.randn(30, 1, 16, 16, generator=generator)
+    mask = (torch.rand(n_masks, 3, 6, generator=generator) > 0.4)[torch.arange(30) % n_masks]
+    expected = backbone(images, mask, heads="gathered")
+    found = backbone.to(DEVICE)(images.to(DEVICE), mask.to(DEVICE), heads="gathered")
+    torch.testing.assert_close(found.cpu(), expected)

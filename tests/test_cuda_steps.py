@@ -1,0 +1,142 @@
+"""What a training step asks of a card, counted on the pretended device: launches, waits, and how it says it failed."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import write_store
+from pretended_cuda import Activity, to_host
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from sparsight import config, sae
+from sparsight.activations.store import ActivationStore
+from sparsight.common.errors import SparsightError
+from sparsight.common.work import Work
+from sparsight.kernels import routed_topk
+from sparsight.kernels import triton as kernels
+from sparsight.sae import Trainer
+from sparsight.sae.fit import fit
+from sparsight.training import loop
+
+B, D, K = 64, 24, 4
+DEVICE = torch.device("cuda")
+LAUNCHES = {"topk": 60, "relu": 90, "jumprelu": 90, "gated": 100, "switch": 110}
+"""Variants whose step does not wait, and the most launches that it may take."""
+
+
+def batch(number: int) -> Tensor:
+    return torch.randn(B, D, generator=torch.Generator().manual_seed(number)).to(DEVICE)
+
+
+def second_step(kind: str, d_sae: int, cuda: Activity, **options: Any) -> Trainer:
+    """The device then shows what the second step did."""
+    trainer = Trainer([sae.create(kind, D, d_sae, K).to(DEVICE)], **options)
+    trainer.step(batch(0))
+    cuda.clear()
+    trainer.step(batch(1))
+    return trainer
+
+
+@pytest.mark.parametrize("kind", LAUNCHES)
+def test_launches_do_not_depend_on_the_number_of_latents_and_nothing_waits(kind: str, cuda: Activity) -> None:
+    counts = set()
+    for d_sae in (4096, 16384, 65536 if kind == "topk" else 8192):
+        second_step(kind, d_sae, cuda)
+        assert not cuda.waits
+        counts.add(sum(cuda.launches.values()))
+    (count,) = counts
+    assert count <= LAUNCHES[kind], cuda.launches
+
+
+@pytest.mark.parametrize("kind", LAUNCHES)
+def test_labels_of_the_host_make_no_step_wait(kind: str, cuda: Activity) -> None:
+    trainer = second_step(kind, 256, cuda)
+    trainer.step(batch(2), np.arange(B) % 3)
+    assert not cuda.waits
+
+
+def test_the_step_asks_for_dead_latents_only_when_there_may_be_some(cuda: Activity) -> None:
+    trainer = second_step("topk", 256, cuda, dead_after=3 * B)
+    assert not cuda.waits
+    trainer.step(batch(2))
+    trainer.step(batch(3))
+    assert [line.split()[-1] for line in cuda.waits] == ["nonzero"]
+    assert to_host(trainer.saes[0].dead).any()
+    state = trainer.state()
+    other = Trainer([sae.create("topk", D, 256, K).to(DEVICE)], dead_after=3 * B)
+    other.restore(state)
+    for continued in (trainer, other):
+        continued.step(batch(4))
+    for name, value in trainer.state().items():
+        assert torch.equal(to_host(other.state()[name]), to_host(value)), name
+
+
+@pytest.mark.parametrize(
+    "experts",
+    [torch.arange(50) % 6, torch.zeros(50), torch.full((50,), 5), torch.tensor([3, 0, 3, 3, 5, 0, 3]), torch.ones(1)],
+    ids=["even", "first", "last", "few", "one row"],
+)
+@pytest.mark.parametrize("biased", [True, False])
+def test_blocks_of_rows_select_what_a_loop_over_the_experts_does(experts: Tensor, biased: bool, cuda: Activity) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, W, b = (torch.randn(*shape, generator=generator) for shape in ((len(experts), D), (60, D), (60,)))
+    bias, experts = b if biased else None, experts.long()
+    values, indices = routed_topk(x, W.T, bias, experts, 6, 3)
+    on_device = (None if bias is None else bias.to(DEVICE), experts.to(DEVICE))
+    with FlopCounterMode(display=False) as counter:
+        found, places = map(to_host, routed_topk(x.to(DEVICE), W.to(DEVICE).T, *on_device, 6, 3))
+    order, expected = places.argsort(dim=1), indices.argsort(dim=1)
+    assert torch.equal(places.gather(1, order), indices.gather(1, expected))
+    torch.testing.assert_close(found.gather(1, order), values.gather(1, expected))
+    assert not cuda.waits
+    assert counter.get_total_flops() <= 2 * 2 * (len(experts) + 6) * D * 60 // 6, "twice what the rows need"
+
+
+def test_both_gradients_of_a_batch_share_one_sort(cuda: Activity) -> None:
+    second_step("topk", 256, cuda)
+    assert (cuda.operations["sort"], cuda.operations["_accumulate"]) == (1, 2)
+    values, x = torch.ones(3, 2, device=DEVICE), torch.ones(3, D, device=DEVICE)
+    indices = torch.tensor([[0, 5], [5, 2], [1, 0]], device=DEVICE)
+    for n_latents in (6, 9):
+        sums = kernels.accumulate(values, indices, x, n_latents)[1]
+        assert to_host(sums).tolist() == [2, 1, 1, 0, 0, 2, *[0] * (n_latents - 6)]
+
+
+@pytest.mark.parametrize("spoiled", [torch.nan, torch.inf, 1e30])
+def test_the_first_step_that_is_not_finite_is_named_when_asked_and_the_weights_stay(
+    spoiled: float, cuda: Activity
+) -> None:
+    trainer = second_step("topk", 256, cuda)
+    trainer.check()
+    before = {name: to_host(value).clone() for name, value in trainer.saes[0].state_dict().items()}
+    x = batch(2)
+    x[5, 3] = spoiled
+    for bad in (x, batch(3)):
+        trainer.step(bad)
+    with pytest.raises(SparsightError, match=r"SAE 0 \(topk\): loss (nan|inf), gradient norm \S+ in step 3; lower lr"):
+        trainer.check()
+    for name, value in trainer.saes[0].state_dict().items():
+        torch.testing.assert_close(to_host(value), before[name], rtol=1e-6, atol=0)
+
+
+def test_training_stops_with_the_log_line_and_names_the_step(
+    tmp_path: Path, cuda: Activity, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = ActivationStore.open(write_store(tmp_path, 400, {"blocks.0.input": (D,)}))
+    section = config.Sae("vit", site="blocks.0.input", d_sae=64, k=4, epochs=2, batch_size=50, lr=1e-3)
+    step, taken = Trainer.step, iter(range(1, 99))
+
+    def spoil(self: Trainer, x: dict[str, Tensor], labels: Any) -> Any:
+        if next(taken) == 6:
+            x = {site: rows * torch.nan for site, rows in x.items()}
+        return step(self, x, labels)
+
+    monkeypatch.setattr(Trainer, "step", spoil)
+    monkeypatch.setattr(loop, "_LOG_LINES", 2)
+    named = "step 8 of 16: SAE 'x-s0' (topk): loss nan, gradient norm nan in step 6; lower lr"
+    with Work(tmp_path / "work", "key") as work, pytest.raises(SparsightError, match=re.escape(named)):
+        fit(section, store, None, "x", 0, work, DEVICE, {})
