@@ -21,6 +21,7 @@ from sparsight.backbones import fit as backbones
 from sparsight.common import tables
 from sparsight.common.work import Work
 from sparsight.config import Compute
+from sparsight.config.activations import StoredSite
 from sparsight.images.manifest import Manifest
 from sparsight.pipeline.stage import prepare_torch
 from sparsight.pruning import evaluate as pruning
@@ -53,7 +54,8 @@ def stores(manifest: Manifest, tmp_path_factory: pytest.TempPathFactory) -> Stor
 
 
 def extracted(manifest: Manifest, folder: Path, device: torch.device) -> Stores:
-    section = config.Activations(sites=(*SITES, "embedding"), batch_size=7, shard_images=8)
+    sites = tuple(StoredSite(site) for site in (*SITES, "embedding"))
+    section = config.Activations(sites=sites, batch_size=7, shard_images=8)
     for split in SPLITS:
         store, about = folder / f"{split}.zarr", {"split": split, "backbone": "vit"}
         with Work(folder / "work" / split, "key") as work:
