@@ -36,11 +36,10 @@ How to read the tables:
 `experiments/measured.json`. To add a run: `snakemake --cores 8 --configfile experiments/<experiment>.yaml`, then
 `python docs/papers.py record <experiment>`.
 
-Every number is of the commit that [Runs](#runs) names for its experiment. None has been run again since three
-things changed that move numbers ([changelog](../CHANGELOG.md)): the warm-up of backbones and head policies, the stream
-on which pruning fits its methods and controls, and the rows on which quantisation steps are chosen. The second change
-concerns the comparisons of class latents with `random-sae` and `logit-bias-matched` on CIFAR-10: there the SAE's class
-means came from the unpruned model and those of its controls from the pruned one.
+Every number is of the commit that [Runs](#runs) names for its experiment. `steered-heads-cifar10` was run again after
+three things changed that move numbers ([changelog](../CHANGELOG.md)): the warm-up of backbones and head policies, the
+stream on which pruning fits its methods and controls, and the rows on which quantisation steps are chosen. The other
+experiments are older. The second change concerns none of them.
 """
 UNITS = {"%": (100, 2), "share": (1, 4), "points": (100, 2), "cosine": (1, 3), "nats": (1, 4)}
 """Per unit, the factor on a metric and the digits shown."""
