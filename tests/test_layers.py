@@ -223,4 +223,4 @@ def test_the_workflow_waits_for_the_saes_of_every_layer(tmp_path: Path) -> None:
     (command,) = re.findall(r"python \S*steering.py .*--name vs2-s0.*", plan.stdout + plan.stderr)
     assert "--from-sae results/tiny/saes/early-s0/sae.safetensors" in command
     assert "--from-layers results/tiny/saes/final-s0/sae.safetensors --name" in command
-    assert "--layers final" in command
+    assert "--layers=final" in command

@@ -257,7 +257,7 @@ def test_steering_takes_class_tokens_of_a_site_that_stores_all() -> None:
     chains = {"resae": {"tokens": "cls"}, "plain": {"tokens": "cls"}, "switch": {"tokens": "patches"}}
     run = load_run(with_sites(ALL_AT_5, topk={"tokens": "cls"}, **chains))
     assert [run.tokens_of(name) for name in ("topk", "switch", "resae", "final")] == ["cls", "patches", "cls", "cls"]
-    with pytest.raises(SparsightError, match=r"steering.class-latents.sae: steers the class token; 'topk' reads all"):
+    with pytest.raises(SparsightError, match=r"pruning.steering: its SAE reads tokens all; head policies read cls"):
         load_run(with_sites(ALL_AT_5, **chains))
 
 
