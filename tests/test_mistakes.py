@@ -57,6 +57,14 @@ def test_a_target_stands_before_the_overlay_or_after_two_dashes(tmp_path: Path, 
     assert done.returncode == 0 and re.search(r"^total +1$", done.stdout + done.stderr, re.MULTILINE), done.stderr
 
 
+def test_several_targets_are_planned_in_a_fresh_folder(tmp_path: Path) -> None:
+    """Snakemake lists a folder once in a plan, when marks of the second target's stages are still to be made."""
+    targets = [f"results/tiny/activations/vit/{split}.json" for split in ("train", "val", "test")]
+    command = [sys.executable, "-m", "snakemake", "--cores", "1", "--dry-run", *targets, "--configfile", "tiny.yaml"]
+    done = subprocess.run(command, cwd=workspace(tmp_path / "w"), capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and re.search(r"^extract +3$", done.stdout + done.stderr, re.MULTILINE), done.stderr
+
+
 def test_results_that_cannot_be_written_stop_snakemake_with_one_line(tmp_path: Path) -> None:
     folder = workspace(tmp_path / "w")
     (folder / "results").write_text("a file is in the way")

@@ -69,12 +69,13 @@ def made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     return run
 
 
-MARK = Path("marks", "sae-topk")
+FOLDER = Path("planned")
+MARK = FOLDER / "marks" / "sae-topk" / "mark"
 
 
 def renew(run: Run, code: str = "code", reads: list[Path] | None = None) -> str:
     """What one plan says of the stage sae-topk."""
-    marks = Marks(run.folder, MARK.parent)
+    marks = Marks(run.folder, FOLDER)
     reason = marks.renew("sae-topk", settings(run, code), None if reads is None else map(str, reads))
     marks.save()
     return reason
@@ -83,7 +84,7 @@ def renew(run: Run, code: str = "code", reads: list[Path] | None = None) -> str:
 def test_a_result_of_the_configuration_is_trusted_and_its_mark_is_older(made: Run) -> None:
     assert renew(made) == "" and renew(made) == ""
     assert MARK.stat().st_mtime == 0 and MARK.read_text() == ""
-    assert Marks(made.folder, MARK.parent).renew("sae-other", settings(made)) == "", "no result yet: Snakemake makes it"
+    assert Marks(made.folder, FOLDER).renew("sae-other", settings(made)) == "", "no result yet: Snakemake makes it"
 
 
 @pytest.mark.parametrize(

@@ -39,8 +39,12 @@ class Marks:
         self._reasons: dict[str, str] = {}
 
     def path(self, stage: str) -> Path:
-        """The mark of a stage."""
-        return self.folder / stage
+        """The mark of a stage.
+
+        It has a folder of its own, because Snakemake lists a folder once in a plan: with several targets, marks that
+        are made for the second would be missing in the list made for the first.
+        """
+        return self.folder / "marks" / stage / "mark"
 
     def renew(self, stage: str, settings: dict[str, Any], reads: Iterable[str] | None = None) -> str:
         """Make the mark of a stage agree with its record; say on stderr why a stage is stale.
@@ -57,6 +61,7 @@ class Marks:
         if stage not in self._reasons:
             reason = self._reasons[stage] = self._difference(stage, settings, reads)
             path = self.path(stage)
+            path.parent.mkdir(parents=True, exist_ok=True)
             if reason:
                 log(f"{stage} is made again: {reason}")
                 write_shared(path, f"{uuid.uuid4()}\n")  # Snakemake compares contents too
