@@ -68,7 +68,7 @@ def test_the_report_shows_the_model_and_its_saes(run: Path) -> None:
 def test_a_run_without_policies_has_a_report_without_pruning(tmp_path: Path) -> None:
     overlay = yaml.safe_load((ROOT / "tests" / "tiny-clip.yaml").read_text())
     overlay["activations"]["sites"] = ["blocks.2.output"]
-    overlay["saes"] = {"topk": None, "switch": None, "final": {"site": "blocks.2.output", "epochs": 2}}
+    overlay["saes"] = {"topk": None, "switch": None, "patches": None, "final": {"site": "blocks.2.output", "epochs": 2}}
     overlay["steering"] = {"vs2": {"strengths": [0.5, 2]}, "neighbours": None}
     overlay |= {"pruning": None, "policies": {"heads": None}}
     (tmp_path / "steering-only.yaml").write_text(yaml.safe_dump(overlay))

@@ -37,12 +37,15 @@ def test_what_is_compared() -> None:
         "c": dataclasses.replace(one, site="blocks.2.attn"),
         "d": dataclasses.replace(one, site="blocks.3.attn"),
         "elsewhere": dataclasses.replace(one, backbone="clip"),
+        "patches": dataclasses.replace(one, tokens="patches"),
+        "more patches": dataclasses.replace(one, tokens="patches", k=4),
         "full": chain,
         "zero": dataclasses.replace(chain, affine="zero", k=3),
         "other": dataclasses.replace(chain, sites=("blocks.0.input", "blocks.2.input")),
     }
     assert comparisons(sections) == [
         Comparison("tradeoff", "vit-blocks.1.input", ("a", "b")),
+        Comparison("tradeoff", "vit-blocks.1.input-patches", ("patches", "more patches")),
         Comparison("depth", "a", ("a", "c", "d")),
         Comparison("chains", "full", ("full", "zero")),
     ]

@@ -26,22 +26,22 @@ def comparisons(sections: Mapping[str, Sae]) -> list[Comparison]:
     """The comparisons that a run allows.
 
     ``tradeoff`` needs two or more SAEs of one site, ``depth`` one kind of SAE at three or more sites, and ``chains``
-    two or more chains over the same sites.
+    two or more chains over the same sites. SAEs of other tokens are not compared.
     """
     single = {name: section for name, section in sections.items() if not section.sites}
     chained = {name: section for name, section in sections.items() if section.sites}
     figures = [
-        Comparison("tradeoff", f"{backbone}-{site}", members)
-        for (backbone, site), members in _alike(single, lambda s: (s.backbone, s.site)).items()
+        Comparison("tradeoff", "-".join(filter(None, (backbone, site, tokens))), members)
+        for (backbone, site, tokens), members in _alike(single, lambda s: (s.backbone, s.site, s.tokens)).items()
         if len(members) > 1
     ]
-    alike = _alike(single, lambda s: (s.backbone, s.kind, s.d_sae, s.k, s.experts))
+    alike = _alike(single, lambda s: (s.backbone, s.tokens, s.kind, s.d_sae, s.k, s.experts))
     figures += [
         Comparison("depth", members[0], members)
         for members in alike.values()
         if len({single[name].site for name in members}) > 2
     ]
-    same_sites = _alike(chained, lambda s: (s.backbone, s.sites))
+    same_sites = _alike(chained, lambda s: (s.backbone, s.tokens, s.sites))
     return figures + [Comparison("chains", members[0], members) for members in same_sites.values() if len(members) > 1]
 
 
