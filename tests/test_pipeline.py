@@ -59,7 +59,7 @@ def test_stages_in_one_process_make_the_bytes_of_stages_in_processes_of_their_ow
 
 def test_one_command_makes_every_promised_file_and_leaves_no_working_state(run_folder: Path) -> None:
     made = set(contents(run_folder))
-    marks = run_folder / ".snakemake" / "sparsight" / "tiny"  # one per stage, by the name of its record
+    marks = run_folder / ".snakemake" / "sparsight" / "tiny" / "marks"  # one per stage, by the name of its record
     promised = {
         "images/manifest.parquet",
         *(f"backbones/{b}/{f}" for b in BACKBONES for f in BACKBONE_FILES),
@@ -95,7 +95,7 @@ def test_one_command_makes_every_promised_file_and_leaves_no_working_state(run_f
         "metrics.json",
         "curves.json",
         "configuration.json",
-        *(f"records/{mark.name}.json" for mark in marks.iterdir() if mark.suffix != ".json"),
+        *(f"records/{mark.name}.json" for mark in marks.iterdir()),
     }
     stores = {name for name in made if ".zarr/" in name}
     assert made - stores | {name for name in stores if name.count("/") == 3 and "zarr.json" in name} == promised
