@@ -21,6 +21,7 @@ import pytest
 import torch
 from filelock import FileLock
 from PIL import Image
+from unlabelled import unlabelled
 
 from sparsight import backbones, config
 from sparsight.activations.writer import Plan, StoreWriter, finish_store, shard_size
@@ -190,3 +191,17 @@ def train_sae(one: SAE, batch: Callable[[int], torch.Tensor], steps: int) -> SAE
     for step in range(steps):
         trainer.step(batch(step))
     return one
+
+
+@pytest.fixture(scope="module")
+def labelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The manifest's file of 80 labelled images of two classes."""
+    folder = tmp_path_factory.mktemp("images")
+    make_manifest(folder, per_class=40)
+    return folder / "m.parquet"
+
+
+@pytest.fixture
+def bare(labelled: Path, tmp_path: Path) -> Manifest:
+    """The same images without any label."""
+    return unlabelled(labelled, tmp_path / "bare.parquet", "train", "val", "test")

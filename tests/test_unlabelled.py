@@ -12,7 +12,7 @@ import pytest
 import torch
 import yaml
 import zarr
-from conftest import ROOT, make_manifest, write_store
+from conftest import ROOT, write_store
 from studies import two_classes
 from torch import Tensor
 from unlabelled import unlabelled
@@ -38,19 +38,6 @@ from sparsight.steering.evaluate import steer
 SPLITS = ("train", "val", "test")
 D, F, K, SITE = 48, 96, 6, "blocks.2.output"
 Stores = Mapping[str, ActivationStore]
-
-
-@pytest.fixture(scope="module")
-def labelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("images")
-    make_manifest(folder, per_class=40)
-    return folder / "m.parquet"
-
-
-@pytest.fixture
-def bare(labelled: Path, tmp_path: Path) -> Manifest:
-    """The images without any label."""
-    return unlabelled(labelled, tmp_path / "bare.parquet", *SPLITS)
 
 
 def at_site(backbone: Backbone, manifest: Manifest, split: str) -> Tensor:

@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_manifest
 from safetensors.torch import save_file
 from studies import two_classes
 from unlabelled import unlabelled
@@ -16,19 +15,6 @@ from sparsight.backbones.fit import fit
 from sparsight.common.errors import SparsightError
 from sparsight.common.work import Work
 from sparsight.images.manifest import Manifest
-
-
-@pytest.fixture(scope="module")
-def labelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("images")
-    make_manifest(folder, per_class=40)
-    return folder / "m.parquet"
-
-
-@pytest.fixture
-def bare(labelled: Path, tmp_path: Path) -> Manifest:
-    """The images without any label."""
-    return unlabelled(labelled, tmp_path / "bare.parquet", "train", "val", "test")
 
 
 def saved(backbone: Backbone, folder: Path) -> str:

@@ -132,11 +132,16 @@ class Intervention:
             edit: from the number of a site and the rows (R, D) that arrive there, changed by the edits at earlier
                 sites, to the edited rows.
         """
+        x_BTD = self.to_last_site(x_BTD, edit)
+        return self.backbone.run_blocks(x_BTD, self.places[-1].start, self.backbone.n_blocks)[0]
+
+    def to_last_site(self, x_BTD: Tensor, edit: Callable[[int, Tensor], Tensor]) -> Tensor:
+        """The edited stream at the last site; arguments as for :meth:`rest`."""
         block = self.places[0].start
         for m, where in enumerate(self.places):
             x_BTD, _ = self.backbone.run_blocks(x_BTD, block, where.start)
             x_BTD, block = where.write(x_BTD, edit(m, where.read(x_BTD))), where.start
-        return self.backbone.run_blocks(x_BTD, block, self.backbone.n_blocks)[0]
+        return x_BTD
 
     def logits(self, x_BTD: Tensor, edit: Callable[[int, Tensor], Tensor] = unchanged) -> Tensor:
         """Class logits (B, C); arguments as for :meth:`rest`."""

@@ -160,7 +160,7 @@ class Runner:
             return rows_RD
 
         for _, x_BTD in self.where.streams(split):
-            self.where.rest(x_BTD, measure)
+            self.where.to_last_site(x_BTD, measure)
         return [torch.cat(own).cpu().numpy() for own in blocks]
 
 

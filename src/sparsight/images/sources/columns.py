@@ -1,20 +1,45 @@
 """The columns of a table beside its image: their values as text, and which of them the manifest keeps."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from sparsight.common.errors import SparsightError
+from sparsight.common.progress import log
+from sparsight.images import table
 
-MAX_BYTES = 100
+_MAX_BYTES = 100
 """Longest text of a further column that is kept, in bytes of UTF-8; captions are longer."""
-_OWN = ("image_id", "uri", "sha256", "label", "label_name", "split")
 
 
 def kept_name(column: str) -> str:
     """The name under which the manifest keeps a further column: ``source_<name>`` if it has a column of that name."""
-    return f"source_{column}" if column in _OWN else column
+    return f"source_{column}" if column in table.SCHEMA.names else column
+
+
+def check_kept(path: Path, further: Iterable[str], kept: Sequence[str]) -> None:
+    """Log which further columns of a data set are not kept.
+
+    Args:
+        path: the data set.
+        further: all columns but those of image and label.
+        kept: those of them that the manifest keeps.
+
+    Raises:
+        SparsightError: two columns that would be kept under one name.
+    """
+    if left_out := [column for column in further if column not in kept]:
+        log(
+            f"images: {path}: not kept are the columns {', '.join(left_out)}; kept are class labels, whole numbers, "
+            f"and text of at most {_MAX_BYTES} bytes"
+        )
+    for column in kept:
+        if kept_name(column) != column and kept_name(column) in kept:
+            raise SparsightError(
+                f"{path}: the column {column!r} is kept as {kept_name(column)!r}, which exists; rename one"
+            )
 
 
 def is_number(kind: pa.DataType) -> bool:
@@ -30,9 +55,9 @@ def is_categorical(kind: pa.DataType) -> bool:
 
 
 def is_short(column: pa.ChunkedArray) -> bool:
-    """Whether no text of a categorical column has more than MAX_BYTES bytes."""
+    """Whether no text of a categorical column has more than _MAX_BYTES bytes."""
     longest = pc.max(pc.binary_length(_as_text(column))).as_py()
-    return longest is None or longest <= MAX_BYTES
+    return longest is None or longest <= _MAX_BYTES
 
 
 def texts(column: pa.ChunkedArray, names: Sequence[str] | None, where: str) -> list[str | None]:

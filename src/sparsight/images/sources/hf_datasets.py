@@ -7,10 +7,9 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from sparsight.common.errors import SparsightError, reason
-from sparsight.common.progress import log
 from sparsight.images.class_names import in_order
 from sparsight.images.sources.base import Item, Reopening
-from sparsight.images.sources.columns import MAX_BYTES, is_categorical, is_number, is_short, kept_name, texts
+from sparsight.images.sources.columns import check_kept, is_categorical, is_number, is_short, kept_name, texts
 from sparsight.images.sources.listing import log_rows
 from sparsight.images.sources.splits import split_of
 
@@ -169,16 +168,7 @@ class HuggingFace(Reopening):
         """The further columns that are kept."""
         others = [name for name in self._features if name not in (self._image, self._label)]
         kept = [name for name in others if self._is_categorical(name) and self._is_short(name)]
-        if left_out := [name for name in others if name not in kept]:
-            log(
-                f"images: {self.path}: not kept are the columns {', '.join(left_out)}; kept are class labels, whole "
-                f"numbers, and text of at most {MAX_BYTES} bytes"
-            )
-        for name in kept:
-            if kept_name(name) != name and kept_name(name) in kept:
-                raise SparsightError(
-                    f"{self.path}: the column {name!r} is kept as {kept_name(name)!r}, which exists; rename one"
-                )
+        check_kept(self.path, others, kept)
         return kept
 
     def _is_short(self, column: str) -> bool:

@@ -12,8 +12,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from sparsight.common.errors import SparsightError
-from sparsight.common.progress import log
-from sparsight.images.sources.columns import MAX_BYTES, is_categorical, is_number, is_short, kept_name, texts
+from sparsight.images.sources.columns import check_kept, is_categorical, is_number, is_short, kept_name, texts
 
 
 class ParquetColumns:
@@ -139,18 +138,9 @@ class ParquetColumns:
     def _kept(self) -> list[str]:
         """The further columns that are kept."""
         others = [column for column in self._types if column not in (self.image, self._label)]
-        further = [column for column in others if self._is_kept(column)]
-        if left_out := [column for column in others if column not in further]:
-            log(
-                f"images: {self._path}: not kept are the columns {', '.join(left_out)}; kept are class labels, whole "
-                f"numbers, and text of at most {MAX_BYTES} bytes"
-            )
-        for column in further:
-            if kept_name(column) != column and kept_name(column) in further:
-                raise SparsightError(
-                    f"{self._path}: the column {column!r} is kept as {kept_name(column)!r}, which exists; rename one"
-                )
-        return further
+        kept = [column for column in others if self._is_kept(column)]
+        check_kept(self._path, others, kept)
+        return kept
 
     def _is_kept(self, column: str) -> bool:
         types = self._types[column]
