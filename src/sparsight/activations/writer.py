@@ -191,7 +191,7 @@ def finish_store(path: Path, parts: Sequence[Path], manifest_path: Path) -> None
         about = {"dtype": layout.dtype, "shape": list(layout.shape), "tokens": plan.tokens[site]}
         sites[site] = {**about, "mean": found.mean.tolist(), "rms": found.rms}
     metadata = {f"{site}/zarr.json": layout.metadata() for site, layout in plan.layouts.items()} | {"zarr.json": _GROUP}
-    for name in files_of(path) - files.keys() - metadata.keys():  # nothing that make_way leaves
+    for name in files_of(path) - files.keys() - metadata.keys():  # what came in since make_way
         (path / name).unlink()
     for name, value in metadata.items():
         write_atomic(path / name, partial(write_json, value=value))
