@@ -186,6 +186,11 @@ class Manifest:
         """sha256 of the file."""
         return file_digest(self._path)
 
+    @property
+    def table(self) -> pa.Table:
+        """All rows and columns, read into memory."""
+        return pq.read_table(self._path)
+
     def split(self, name: str) -> Split:
         """The images of one split, in manifest order."""
         return Split(self._source, table.SplitTable(self._path, name), self.classes)
