@@ -44,10 +44,15 @@ OTHERS = {
     "stores": expand(f"{R}/activations/{{backbone}}/test.json", backbone=RUN.backbones),
 }
 READ_BY_REPORT = [*chain(*RESULTS.values(), *OTHERS.values())]
+PARTS_OF_PAGE = Path(workflow.basedir, "src/sparsight/report")
+FILES_OF_PAGE = sorted(
+    path.relative_to(workflow.basedir).as_posix()
+    for folder in ("templates", "scripts")
+    for path in (PARTS_OF_PAGE / folder).iterdir()
+)
 CODE_OF_REPORT = code(
     "report.py",
-    "src/sparsight/report/page.html.j2",
-    "src/sparsight/report/browser.js",
+    *FILES_OF_PAGE,
     *expand("src/sparsight/report/captions/{kind}.rst", kind=CATEGORIES),
     *dict.fromkeys(map(variant, RUN.saes.values())),
 )

@@ -17,7 +17,8 @@ from sparsight.report.chapters import backbones, pipeline, pruning, saes, steeri
 from sparsight.report.chapters.latents import Browser
 from sparsight.sae.resae import ReSAE, load_chain
 
-_CAPTIONS = Path(__file__).parent / "captions"  # by kind of figure; Snakemake's own report uses them too
+_FOLDER = Path(__file__).parent
+_CAPTIONS = _FOLDER / "captions"  # by kind of figure; Snakemake's own report uses them too
 
 
 def write_page(section: config.Report, run: str, inputs: dict[str, Any], device: torch.device, out: Path) -> None:
@@ -40,7 +41,7 @@ def write_page(section: config.Report, run: str, inputs: dict[str, Any], device:
     for chapter in (*about_policies, about_saes, *about_steering, *about_backbones):
         figures |= chapter["figures"]
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("sparsight.report", "."), autoescape=True, undefined=jinja2.StrictUndefined
+        loader=jinja2.FileSystemLoader(_FOLDER / "templates"), autoescape=True, undefined=jinja2.StrictUndefined
     )
     page = environment.get_template("page.html.j2").render(
         title=section.title or f"sparsight: {run} run",
@@ -57,7 +58,7 @@ def write_page(section: config.Report, run: str, inputs: dict[str, Any], device:
         latents=_latents(section, inputs, manifest, device),
         configuration=yaml.safe_dump(json.loads(inputs["configuration"].read_text()), sort_keys=False),
         files=_files(inputs),
-        script=(Path(__file__).parent / "browser.js").read_text(),
+        script="".join(path.read_text() for path in sorted((_FOLDER / "scripts").glob("*.js"))),
     )
     (out / "index.html").write_text(page)
     (out / "figures").mkdir(exist_ok=True)
