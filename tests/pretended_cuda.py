@@ -39,8 +39,9 @@ from sparsight.kernels import triton as kernels
 CUDA = torch.device("cuda", 0)
 _aten = torch.ops.aten
 _FACTORIES = ("arange", "as_tensor", "empty", "eye", "full", "linspace", "ones", "rand", "randn", "tensor", "zeros")
-# Take indices or a source of the host beside a device tensor.
-_MIXING = {"_to_copy", "copy_", "index", "index_put", "index_put_", "_index_put_impl_"}
+# Take indices or a source of the host beside a device tensor. PyTorch writes x[i] = 1 as index_fill_ if both are on one
+# device, which is what its C++ sees here, and else as index_put_.
+_MIXING = {"_to_copy", "copy_", "index", "index_fill_", "index_put", "index_put_", "_index_put_impl_"}
 _INNER = (__file__, "_ops.py", "_compile.py", "eval_frame.py", "_python_dispatch.py", "_pytree.py")
 
 
@@ -171,7 +172,7 @@ def _check_devices(op: Any, name: str, args: Any, kwargs: dict[str, Any]) -> Non
     if name.startswith(("index", "_index")):
         if not isinstance(args[0], CudaTensor):
             raise RuntimeError("indices should be either on cpu or on the same device as the indexed tensor (cpu)")
-        if name != "index" and any(host is args[2] for host in hosts):
+        if name not in ("index", "index_fill_") and any(host is args[2] for host in hosts):
             raise RuntimeError(f"{op}: expected values on cuda:0, got cpu")
     _count(_activity.copies)
 
@@ -202,6 +203,12 @@ def _is_cuda(device: Any) -> bool:
 
 
 _host_to, _group = Tensor.to, Optimizer._group_tensors_by_device_and_dtype
+_host_autocast = torch.autocast
+
+
+def _autocast(device_type: str, *words: Any, **options: Any) -> Any:
+    """``torch.autocast``, by the rules of the CPU, which keep fewer operations in fp32."""
+    return _host_autocast("cpu" if _is_cuda(device_type) else device_type, *words, **options)
 
 
 def _grouped(lists: list[list[Any]], with_indices: bool = False) -> dict[Any, Any]:
@@ -231,6 +238,16 @@ def _to(x: Tensor, *words: Any, **options: Any) -> Tensor:
     copied = to_host(x).detach().clone()
     copied = copied.type(dtype) if dtype else copied
     return CudaTensor(copied) if wanted else copied
+
+
+_parse_to = torch._C._nn._parse_to
+
+
+def _parsed_to(*words: Any, **options: Any) -> Any:
+    """The arguments of ``Module.to``, whose C++ takes the tensors here for tensors of the CPU."""
+    if words and isinstance(words[0], CudaTensor):
+        words = (CUDA, words[0].dtype, *words[1:])
+    return _parse_to(*words, **options)
 
 
 def _factory(real: Callable[..., Tensor], name: str) -> Callable[..., Tensor]:
@@ -309,6 +326,8 @@ def pretended_cuda() -> Iterator[Activity]:
         for name in _FACTORIES:
             patch.setattr(torch, name, _factory(getattr(torch, name), name))
         patch.setattr(torch.nn.functional, "one_hot", _one_hot)
+        patch.setattr(torch, "autocast", _autocast)
+        patch.setattr(torch._C._nn, "_parse_to", _parsed_to)
         patch.setattr(Tensor, "to", _to)
         patch.setattr(Tensor, "pin_memory", lambda x: x)
         for stand_in in (_combine, _dots, _accumulate):
