@@ -19,6 +19,7 @@ from sparsight.activations.store import ActivationStore
 from sparsight.activations.writer import finish_store
 from sparsight.backbones import fit as backbones
 from sparsight.common import tables
+from sparsight.common.devices import sent
 from sparsight.common.work import Work
 from sparsight.config import Compute
 from sparsight.config.activations import StoredSite
@@ -98,6 +99,34 @@ def test_the_pretended_device_counts(cuda: Activity) -> None:
     assert sum(cuda.copies.values()) == 1
     assert cuda.operations == {"mm": 1, "add": 1, "sum": 1, "gt": 1, "index": 1}
     assert sum(cuda.waits.values()) == 2, "of the number, and of the places of the mask"
+
+
+def test_a_copy_of_page_locked_memory_waits_only_when_told_to(cuda: Activity) -> None:
+    there, back = torch.ones(3).pin_memory(), torch.zeros(3, pin_memory=True)
+    x = sent(torch.ones(3), DEVICE)
+    back.copy_(x, non_blocking=True)
+    assert (sum(cuda.waits.values()), back.tolist()) == (0, [0, 0, 0])
+    torch.cuda.current_stream().synchronize()
+    assert (sum(cuda.waits.values()), back.tolist()) == (1, [1, 1, 1])
+    back.copy_(x)
+    assert sum(cuda.waits.values()) == 2
+    there.to(DEVICE, non_blocking=True)
+    there.zero_()
+    with pytest.raises(RuntimeError, match="page-locked memory was changed"):
+        torch.cuda.synchronize()
+
+
+@pytest.mark.parametrize("told", [lambda a, b: a.wait_stream(b), lambda a, b: a.wait_event(b.record_event()), None])
+def test_a_stream_that_has_not_waited_for_another_may_not_read_its_work(told: Any, cuda: Activity) -> None:
+    side, main = torch.cuda.Stream(), torch.cuda.current_stream()
+    with torch.cuda.stream(side):
+        x = torch.ones(3, device=DEVICE) * 2
+    if told is None:
+        with pytest.raises(RuntimeError, match="let it wait"):
+            x + 1
+    else:
+        told(main, side)
+        assert (x + 1).tolist() == [3, 3, 3]
 
 
 def batch(number: int) -> torch.Tensor:
@@ -214,6 +243,21 @@ def test_the_activations_stage(manifest: Manifest, stores: Stores, tmp_path: Pat
     for split, store in extracted(manifest, tmp_path, DEVICE).items():
         for site in store.sites:
             np.testing.assert_allclose(store.rows(site)[:], stores[split].rows(site)[:], rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_extraction_waits_once_a_shard_in_the_thread_that_writes_it(
+    precision: Any, manifest: Manifest, tmp_path: Path, cuda: Activity
+) -> None:
+    section, backbone = config.Activations(sites=(StoredSite(SITES[0]),), batch_size=2, shard_images=8), two_classes()
+    backbone.to(DEVICE).normalize(np.zeros((1, 16, 16, 1), np.uint8))  # puts mean and deviation on the device
+    cuda.clear()
+    with Work(tmp_path / "work", "key") as work:
+        images, store = manifest.split("train"), tmp_path / "x.zarr"
+        extract(backbone, images, section, Compute(precision=precision), work, store, 0, {})
+        n_shards = len(list(work.state.glob("shard-*.json")))
+    assert n_shards > 1
+    assert sum(cuda.waits.values()) == n_shards, cuda.waits
 
 
 SAE: dict[str, Any] = {"backbone": "vit", "d_sae": 64, "k": 4, "epochs": 2, "batch_size": 14, "dead_after": 30}

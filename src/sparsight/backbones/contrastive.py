@@ -34,7 +34,7 @@ class Contrastive(Recipe):
         templates: Sequence[str], n_parallel: int,
     ) -> None:  # fmt: skip
         super().__init__(section, backbone, backbone, train, val, n_parallel)
-        self.pixels = Pixels(train, backbone.preprocess, torch.get_num_threads())
+        self.pixels = Pixels(train, backbone.preprocess, backbone.decoding_threads)
         self.names, self.templates = names, templates
         tokenizer = open_clip.tokenizer(backbone.model, backbone.name.partition("/")[2])
         texts = [[template.format(name) for template in templates] for name in names]

@@ -120,7 +120,7 @@ def spliced(
                     x_BTD[:, tokens] = value.unflatten(0, (len(x_BTD), -1))
         return backbone.classify(backbone.run_blocks(x_BTD, block, backbone.n_blocks)[0]), arrived
 
-    for pixels in split.batches(backbone.preprocess, _IMAGES, torch.get_num_threads()):
+    for pixels in split.batches(backbone.preprocess, _IMAGES, backbone.decoding_threads):
         tokens_BTD = backbone.tokens(backbone.normalize(pixels))
         x_BTD, _ = backbone.run_blocks(tokens_BTD, 0, starts[0])  # once for all modes
         logits, clean = forward(x_BTD, None)
