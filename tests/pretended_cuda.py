@@ -236,12 +236,11 @@ def _is_cuda(device: Any) -> bool:
 
 
 _host_to, _group = Tensor.to, Optimizer._group_tensors_by_device_and_dtype
-_host_autocast = torch.autocast
 
 
-def _autocast(device_type: str, *words: Any, **options: Any) -> Any:
-    """``torch.autocast``, by the rules of the CPU, which keep fewer operations in fp32."""
-    return _host_autocast("cpu" if _is_cuda(device_type) else device_type, *words, **options)
+def _on_host(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function of autocast that takes the kind of a device: the rules of the CPU keep fewer operations in fp32."""
+    return lambda kind, *words, **options: function("cpu" if _is_cuda(kind) else kind, *words, **options)
 
 
 def _grouped(lists: list[list[Any]], with_indices: bool = False) -> dict[Any, Any]:
@@ -366,7 +365,8 @@ def pretended_cuda() -> Iterator[Activity]:
         for name in _FACTORIES:
             patch.setattr(torch, name, _factory(getattr(torch, name), name))
         patch.setattr(torch.nn.functional, "one_hot", _one_hot)
-        patch.setattr(torch, "autocast", _autocast)
+        for name in ("autocast", "get_autocast_dtype", "is_autocast_enabled"):
+            patch.setattr(torch, name, _on_host(getattr(torch, name)))
         patch.setattr(torch._C._nn, "_parse_to", _parsed_to)
         patch.setattr(Tensor, "to", _to)
         patch.setattr(Tensor, "pin_memory", lambda x: cuda_streams.lock_pages(x.clone()))

@@ -198,10 +198,10 @@ def labels_of(split: Split, rows: np.ndarray, like: Tensor) -> Tensor:
 def correct(backbone: Backbone, split: Split, batch_size: int, parts: MicroBatches) -> np.ndarray:
     """Whether each labelled image of the split is classified correctly, bool (labelled images,)."""
     predicted = [
-        parts.forward(backbone, backbone.normalize(pixels)).argmax(dim=1).cpu().numpy()
+        parts.forward(backbone, backbone.normalize(pixels)).argmax(dim=1)
         for pixels in split.batches(backbone.preprocess, batch_size, backbone.decoding_threads)
     ]
-    return (np.concatenate(predicted) == split.labels)[split.labels >= 0]
+    return (torch.cat(predicted).cpu().numpy() == split.labels)[split.labels >= 0]
 
 
 def augment(images_BCHW: Tensor, section: config.Backbone, generator: torch.Generator) -> Tensor:
