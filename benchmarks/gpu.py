@@ -4,9 +4,9 @@
     python benchmarks/gpu.py [--rounds 10] [--runs] [--small]
 
 Contestants take turns. A time is that of several calls in a row, by CUDA events, divided by their number: minimum and
-median of the rounds, in milliseconds. The last column is the minimum over that of the part's first line. ``--runs`` also
-computes the default run twice with ``compute.device: cuda`` and compares the files. ``--small`` shrinks every size, to
-see that all parts run.
+median of the rounds, in milliseconds. The last column is the minimum over that of the part's first line. ``--runs``
+also computes the default run twice with ``compute.device: cuda`` and compares the files. ``--small`` shrinks all sizes,
+to see that all parts run.
 
 Shapes: B batch, D width (d_in), F latents (d_sae), K active latents (k).
 """

@@ -1,6 +1,7 @@
 """The code of ``compute.device: cuda`` on a pretended device: no device fault, and the results of the CPU."""
 
 import json
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from sparsight.activations.extract import extract
 from sparsight.activations.store import ActivationStore
 from sparsight.activations.writer import finish_store
 from sparsight.backbones import fit as backbones
+from sparsight.backbones.recipes import Recipe
 from sparsight.common import tables
 from sparsight.common.devices import sent
 from sparsight.common.work import Work
@@ -237,6 +239,52 @@ def test_the_backbones_stage(training: Any, manifest: Manifest, tmp_path: Path, 
         ema=0.8, flip=training == "supervised", shift=0.1 if training == "supervised" else 0.0,
     )  # fmt: skip
     assert_alike(lambda device, work: backbones.fit(section, manifest, "net", 0, work, device, 2, {}), tmp_path)
+
+
+CLIP: dict[str, Any] = {
+    "embed_dim": 16, "vision.image_size": 16, "vision.patch_size": 8, "vision.width": 16, "vision.layers": 1,
+    "vision.head_width": 8, "text.width": 16, "text.heads": 2, "text.layers": 1, "text.context_length": 12,
+}  # fmt: skip
+
+
+def test_contrastive_training_of_the_backbones_stage(manifest: Manifest, tmp_path: Path, cuda: Activity) -> None:
+    section = config.Backbone(
+        "open_clip/ViT-B-32", architecture=CLIP, training="contrastive", epochs=1, batch_size=14, lr=1e-3,
+        templates=("a photo of a {}.", "one {}."),
+    )  # fmt: skip
+    assert_alike(lambda device, work: backbones.fit(section, manifest, "clip", 0, work, device, 2, {}), tmp_path)
+
+
+def test_no_step_of_a_backbone_or_policy_waits(
+    manifest: Manifest, tmp_path: Path, cuda: Activity, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps: list[Counter[str]] = []
+
+    def watched(step: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*words: Any) -> Any:
+            before = cuda.waits.copy()
+            scalars = step(*words)
+            steps.append(cuda.waits - before)
+            return scalars
+
+        return run
+
+    for kind in (Recipe, policies._Training):
+        monkeypatch.setattr(kind, "step", watched(kind.step))
+    sizes = {"img_size": 16, "patch_size": 8, "embed_dim": 24, "depth": 1, "num_heads": 3}
+    short: dict[str, Any] = {"epochs": 1, "batch_size": 14, "lr": 1e-3, "shift": 0.1}
+    sections = [
+        config.Backbone("timm/vit_tiny_patch16_224", architecture=sizes, **short),
+        config.Backbone("open_clip/ViT-B-32", architecture=CLIP, training="contrastive", **short),
+    ]
+    for section in sections:
+        with Work(tmp_path / "work" / section.training, "key") as work:
+            backbones.fit(section, manifest, "x", 0, work, DEVICE, 2, {})
+    with Work(tmp_path / "work" / "policy", "key") as work:
+        policy = config.Policy("vit", target=0.5, epochs=1, batch_size=14)
+        policies.fit(policy, two_classes().to(DEVICE), manifest, "heads", 0, work, 2, {})
+    assert len(steps) > 6
+    assert sum(map(bool, steps)) <= 2, "the first of each backbone puts mean and deviation of pixels on the device"
 
 
 def test_the_activations_stage(manifest: Manifest, stores: Stores, tmp_path: Path, cuda: Activity) -> None:
