@@ -2,7 +2,8 @@
 
 Every contestant starts from the same weights (decoder rows of unit norm, encoder their transpose, biases zero) and
 does in a step what its own training loop does: the peers differ in whether they clip, remove the gradient parallel
-to the decoder rows, count dead latents and renormalise. All optimise with fused Adam at the same learning rate.
+to the decoder rows, count dead latents and renormalise. All optimise with fused Adam at the same learning rate. They
+train where the first decoder rows lie.
 
 Shapes: B batch, D width (d_in), F latents (d_sae), K active latents (k).
 """
@@ -40,7 +41,7 @@ class Sparsight:
     """Our own step, by the public interface."""
 
     def __init__(self, rows_FD: Tensor, k: int) -> None:
-        self.sae = ss.sae.create("topk", rows_FD.shape[1], len(rows_FD), k)
+        self.sae = ss.sae.create("topk", rows_FD.shape[1], len(rows_FD), k).to(rows_FD.device)
         with torch.no_grad():
             self.sae.W_dec.copy_(rows_FD)
             self.sae.W_enc.copy_(rows_FD.T)
@@ -65,10 +66,10 @@ class Dense:
         self.k = k
         self.W_enc = rows_FD.T.contiguous().requires_grad_()
         self.W_dec = rows_FD.clone().requires_grad_()
-        self.b_enc = torch.zeros(len(rows_FD), requires_grad=True)
-        self.b_dec = torch.zeros(rows_FD.shape[1], requires_grad=True)
+        self.b_enc = torch.zeros(len(rows_FD), device=rows_FD.device, requires_grad=True)
+        self.b_dec = torch.zeros(rows_FD.shape[1], device=rows_FD.device, requires_grad=True)
         self.optimizer = torch.optim.Adam(self.weights(), lr=LR, fused=True)
-        self.since_fired = torch.zeros(len(rows_FD), dtype=torch.int64)
+        self.since_fired = torch.zeros(len(rows_FD), dtype=torch.int64, device=rows_FD.device)
 
     def _backward(self, x: Tensor) -> Tensor:
         pre = (x - self.b_dec) @ self.W_enc + self.b_enc
@@ -102,19 +103,22 @@ class EaiSparsify:
     """eai-sparsify: the body of sparsify.trainer.Trainer.fit, which does not clip."""
 
     def __init__(self, rows_FD: Tensor, k: int) -> None:
-        os.environ["SPARSIFY_DISABLE_TRITON"] = "1"
+        if not rows_FD.is_cuda:
+            os.environ["SPARSIFY_DISABLE_TRITON"] = "1"
         from sparsify import SparseCoder, SparseCoderConfig
 
-        self.sae: Any = SparseCoder(rows_FD.shape[1], SparseCoderConfig(num_latents=len(rows_FD), k=k))
+        self.sae: Any = SparseCoder(rows_FD.shape[1], SparseCoderConfig(num_latents=len(rows_FD), k=k)).to(
+            rows_FD.device
+        )
         with torch.no_grad():
             self.sae.encoder.weight.copy_(rows_FD)
             self.sae.W_dec.copy_(rows_FD)
         self.optimizer = torch.optim.Adam(self.sae.parameters(), lr=LR, fused=True)
-        self.since_fired = torch.zeros(len(rows_FD), dtype=torch.int64)
+        self.since_fired = torch.zeros(len(rows_FD), dtype=torch.int64, device=rows_FD.device)
 
     def step(self, x: Tensor) -> None:
         self.sae.set_decoder_norm_to_unit_norm()
-        fired = torch.zeros(len(self.since_fired), dtype=torch.bool)
+        fired = torch.zeros_like(self.since_fired, dtype=torch.bool)
         out = self.sae(x, dead_mask=self.since_fired > 10_000_000)
         fired[out.latent_indices.flatten()] = True
         out.fvu.backward()
@@ -140,14 +144,15 @@ class SAELens:
         from sae_lens import TopKTrainingSAE, TopKTrainingSAEConfig
 
         config = TopKTrainingSAEConfig(
-            d_in=rows_FD.shape[1], d_sae=len(rows_FD), k=k, rescale_acts_by_decoder_norm=False
-        )
-        self.sae: Any = TopKTrainingSAE(config)
+            d_in=rows_FD.shape[1], d_sae=len(rows_FD), k=k, rescale_acts_by_decoder_norm=False,
+            device=str(rows_FD.device),
+        )  # fmt: skip
+        self.sae: Any = TopKTrainingSAE(config).to(rows_FD.device)
         with torch.no_grad():
             self.sae.W_enc.copy_(rows_FD.T)
             self.sae.W_dec.copy_(rows_FD)
         self.optimizer = torch.optim.Adam(self.sae.parameters(), lr=LR, fused=True)
-        self.since_fired = torch.zeros(len(rows_FD))
+        self.since_fired = torch.zeros(len(rows_FD), device=rows_FD.device)
 
     def _forward(self, x: Tensor) -> Any:
         from sae_lens.saes.sae import TrainStepInput
@@ -185,7 +190,7 @@ class DictionaryLearning:
 
         self.trainer: Any = TopKTrainer(
             steps=MANY_STEPS, activation_dim=rows_FD.shape[1], dict_size=len(rows_FD), k=k, layer=0, lm_name="x",
-            lr=LR, device="cpu", warmup_steps=1,
+            lr=LR, device=str(rows_FD.device), warmup_steps=1,
         )  # fmt: skip
         with torch.no_grad():
             self.trainer.ae.encoder.weight.copy_(rows_FD)

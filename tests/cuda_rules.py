@@ -31,8 +31,6 @@ def waits(name: str, args: Any) -> bool:
     if name in ("index", "index_put", "index_put_", "_index_put_impl_"):  # the places of a mask must be counted
         masks = [i for i in args[1] if i is not None and i.dtype in (torch.bool, torch.uint8)]
         return bool(masks) and not (name != "index" and args[2].numel() == 1)
-    if name == "copy_":
-        return args[1].is_cuda and not args[0].is_cuda
     if name == "repeat_interleave":
         return isinstance(args[0], Tensor) and len(args) == 1
     return name in _WAITING

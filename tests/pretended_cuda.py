@@ -4,17 +4,20 @@ Its tensors say ``cuda:0`` and hold a tensor of the CPU, which does the arithmet
 
 * tensors of the CPU and of the device do not mix, but for scalars and for indices into a device tensor;
 * only host memory can be pinned, and only host memory becomes a NumPy array;
+* work is in order on one stream only, and a copy that does not make the host wait comes later (cuda_streams.py);
 * a CPU generator draws no numbers on the device;
 * in deterministic mode, operations without a deterministic implementation raise (PyTorch's documented list).
 
 It counts three things by the line of sparsight that causes them. An operation is one launch; views and memory without
-content are none. A wait is what stops the host until the device is done: reading a number or an array, and operations
-whose result has a size that only the device knows. A copy goes from host to device.
+content are none. A wait is what stops the host until the device is done: reading a number or an array, operations whose
+result has a size that only the device knows, and a copy from host to device, unless it is from page-locked memory and
+``non_blocking``. Numbers without a dimension travel with the launch. A copy goes from host to device.
 
 A Triton kernel counts as one launch. Its arguments are checked, and the CPU backend computes its result in place of
 the interpreter, which tests/test_kernels.py uses and which takes minutes at the sizes here.
 
-What it cannot show: races between streams, speed, autocast, and how many kernels one operation of PyTorch launches.
+What it cannot show: speed, how many kernels one operation of PyTorch launches, and memory that is given to another
+stream too early. Autocast follows the rules of the CPU, which keep fewer operations in fp32.
 """
 
 import sys
@@ -25,6 +28,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import cuda_rules
+import cuda_streams
 import pytest
 import torch
 from torch import Tensor
@@ -39,9 +43,12 @@ from sparsight.kernels import triton as kernels
 CUDA = torch.device("cuda", 0)
 _aten = torch.ops.aten
 _FACTORIES = ("arange", "as_tensor", "empty", "eye", "full", "linspace", "ones", "rand", "randn", "tensor", "zeros")
-# Take indices or a source of the host beside a device tensor.
-_MIXING = {"_to_copy", "copy_", "index", "index_put", "index_put_", "_index_put_impl_"}
-_INNER = (__file__, "_ops.py", "_compile.py", "eval_frame.py", "_python_dispatch.py", "_pytree.py")
+# Take indices or a source of the host beside a device tensor. PyTorch writes x[i] = 1 as index_fill_ if both are on one
+# device, which is what its C++ sees here, and else as index_put_.
+_MIXING = {"_to_copy", "copy_", "index", "index_fill_", "index_put", "index_put_", "_index_put_impl_"}
+_INNER = (
+    __file__, cuda_streams.__file__, "_ops.py", "_compile.py", "eval_frame.py", "_python_dispatch.py", "_pytree.py",
+)  # fmt: skip
 
 
 @dataclass
@@ -101,8 +108,11 @@ class CudaTensor(Tensor):
         return self.to("cpu")
 
     def tolist(self) -> Any:
-        _count(_activity.waits, "tolist")
+        cuda_streams.waited("tolist")
         return self.host.tolist()
+
+    def record_stream(self, stream: Any) -> None:
+        pass
 
     def numpy(self, **_: Any) -> Any:
         raise TypeError("can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu() first")
@@ -128,6 +138,11 @@ def to_host(tensor: Any) -> Any:
     return tensor.host if isinstance(tensor, CudaTensor) else tensor
 
 
+def _hosts(values: Any) -> list[Tensor]:
+    """The CPU's tensors behind all device tensors of a nested structure, and its tensors of the CPU."""
+    return [to_host(z) for z in tree_leaves(values) if isinstance(z, Tensor)]
+
+
 def _to_device(tensor: Any) -> Any:
     return CudaTensor(tensor) if isinstance(tensor, Tensor) and not isinstance(tensor, CudaTensor) else tensor
 
@@ -135,6 +150,8 @@ def _to_device(tensor: Any) -> Any:
 def _compute(op: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     """Carry out one operation that has a device tensor among its arguments."""
     name = op._overloadpacket.__name__
+    if name == "copy_" and args[1].dim() and args[0].is_cuda != args[1].is_cuda:
+        return _copy(*args, **kwargs)
     if _called_by_autograd():  # formulas of PyTorch's C++ make tensors where the gradient is; here these say cpu
         args, kwargs = tree_map(lambda z: _to_device(z) if isinstance(z, Tensor) and z.dim() else z, (args, kwargs))
     _check_devices(op, name, args, kwargs)
@@ -142,19 +159,30 @@ def _compute(op: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     device = kwargs.pop("device", None)
     kwargs = {key: value for key, value in kwargs.items() if key not in ("non_blocking", "pin_memory")}
     if cuda_rules.waits(name, args):
-        _count(_activity.waits, name)
+        cuda_streams.waited(name)
     if cuda_rules.launches(op):
         _count(_activity.launches)
         _activity.operations[name] += 1
     out = op(*tree_map(to_host, args), **tree_map(to_host, kwargs))
+    if not op.is_view:
+        cuda_streams.ran(op, _hosts((args, kwargs)), _hosts(out))
     if device is not None and torch.device(device).type == "cpu":
         return out
-    if name == "copy_" and not isinstance(args[0], CudaTensor):
-        return args[0]
     outs = [kwargs[key] for key in ("out", "values", "indices") if key in kwargs]
     if outs:
         return outs[0] if len(outs) == 1 else tuple(outs)
     return return_and_correct_aliasing(op, args, kwargs, tree_map(_to_device, out))
+
+
+def _copy(out: Tensor, x: Tensor, non_blocking: bool = False) -> Tensor:
+    """``out.copy_(x)`` from one device to the other."""
+    if out.is_cuda:
+        _count(_activity.copies, "copy")
+        to_host(out).copy_(x)
+        cuda_streams.copy_to_device(x, to_host(out), non_blocking)
+    else:
+        cuda_streams.copy_to_host(to_host(x), out, non_blocking)
+    return out
 
 
 def _check_devices(op: Any, name: str, args: Any, kwargs: dict[str, Any]) -> None:
@@ -171,9 +199,10 @@ def _check_devices(op: Any, name: str, args: Any, kwargs: dict[str, Any]) -> Non
     if name.startswith(("index", "_index")):
         if not isinstance(args[0], CudaTensor):
             raise RuntimeError("indices should be either on cpu or on the same device as the indexed tensor (cpu)")
-        if name != "index" and any(host is args[2] for host in hosts):
+        if name not in ("index", "index_fill_") and any(host is args[2] for host in hosts):
             raise RuntimeError(f"{op}: expected values on cuda:0, got cpu")
     _count(_activity.copies)
+    cuda_streams.waited(cuda_streams.TO_DEVICE)
 
 
 def _callers() -> Iterator[Any]:
@@ -197,11 +226,21 @@ def _count(counter: Counter[str], what: str = "") -> None:
     counter[f"outside {what}".strip()] += 1
 
 
+def _count_wait(what: str) -> None:
+    _count(_activity.waits, what)
+    del _activity.waits[f"outside {cuda_streams.TO_DEVICE}"]  # a test that puts its own tensors on the device
+
+
 def _is_cuda(device: Any) -> bool:
     return device is not None and torch.device(device).type == "cuda"
 
 
 _host_to, _group = Tensor.to, Optimizer._group_tensors_by_device_and_dtype
+
+
+def _on_host(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function of autocast that takes the kind of a device: the rules of the CPU keep fewer operations in fp32."""
+    return lambda kind, *words, **options: function("cpu" if _is_cuda(kind) else kind, *words, **options)
 
 
 def _grouped(lists: list[list[Any]], with_indices: bool = False) -> dict[Any, Any]:
@@ -227,10 +266,21 @@ def _to(x: Tensor, *words: Any, **options: Any) -> Tensor:
             return _host_to(x, dtype=dtype) if dtype else x
         return x if dtype in (None, x.dtype) else _aten._to_copy(x, dtype=dtype)
     assert not (x.requires_grad and torch.is_grad_enabled()), "no gradients across devices here"
-    _count(_activity.copies if wanted else _activity.waits, "copy")
-    copied = to_host(x).detach().clone()
-    copied = copied.type(dtype) if dtype else copied
-    return CudaTensor(copied) if wanted else copied
+    source, non_blocking = to_host(x).detach(), options.get("non_blocking", False)
+    out = torch.empty_like(source, dtype=dtype)
+    if wanted:
+        return _copy(CudaTensor(out), source, non_blocking)
+    return _copy(cuda_streams.lock_pages(out) if non_blocking else out, x, non_blocking)
+
+
+_parse_to = torch._C._nn._parse_to
+
+
+def _parsed_to(*words: Any, **options: Any) -> Any:
+    """The arguments of ``Module.to``, whose C++ takes the tensors here for tensors of the CPU."""
+    if words and isinstance(words[0], CudaTensor):
+        words = (CUDA, words[0].dtype, *words[1:])
+    return _parse_to(*words, **options)
 
 
 def _factory(real: Callable[..., Tensor], name: str) -> Callable[..., Tensor]:
@@ -241,15 +291,19 @@ def _factory(real: Callable[..., Tensor], name: str) -> Callable[..., Tensor]:
             return args[0].to(args[0].device if device is None else device, options.get("dtype"))
         if not _is_cuda(device):
             made = real(*args, device=device, **options)
+            made = cuda_streams.lock_pages(made) if pin_memory else made
             return made.requires_grad_() if requires_grad else made
         if options.get("generator") is not None:
             raise RuntimeError("Expected a 'cuda' device type for generator but found 'cpu'")
         if name in ("as_tensor", "tensor"):
             _count(_activity.copies, "copy")
+            cuda_streams.waited(cuda_streams.TO_DEVICE)
         elif name != "empty":
             _count(_activity.launches)
             _activity.operations[name] += 1
-        return CudaTensor(real(*args, **options)).requires_grad_(requires_grad)
+        made = real(*args, **options)
+        cuda_streams.ran(name, [], [made])
+        return CudaTensor(made).requires_grad_(requires_grad)
 
     return make
 
@@ -277,6 +331,7 @@ class _Kernel:
             assert 0 < grid[0] < 2**31 and all(0 < size < 2**16 for size in grid[1:]), f"{self.name}: grid {grid}"
             _count(_activity.launches)
             _activity.operations[self.name] += 1
+            cuda_streams.ran(self.name, _hosts(args), _hosts(args))
             self.compute(*map(to_host, args))
 
         return launch
@@ -303,22 +358,26 @@ def _accumulate(
 def pretended_cuda() -> Iterator[Activity]:
     """Inside ``with``, PyTorch has the device; yields the counts of what it does."""
     _activity.clear()
+    cuda_streams.reset(_count_wait)
     overwrites = torch.__future__.get_overwrite_module_params_on_conversion()
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("SPARSIGHT_KERNELS", raising=False)
         for name in _FACTORIES:
             patch.setattr(torch, name, _factory(getattr(torch, name), name))
         patch.setattr(torch.nn.functional, "one_hot", _one_hot)
+        for name in ("autocast", "get_autocast_dtype", "is_autocast_enabled"):
+            patch.setattr(torch, name, _on_host(getattr(torch, name)))
+        patch.setattr(torch._C._nn, "_parse_to", _parsed_to)
         patch.setattr(Tensor, "to", _to)
-        patch.setattr(Tensor, "pin_memory", lambda x: x)
+        patch.setattr(Tensor, "pin_memory", lambda x: cuda_streams.lock_pages(x.clone()))
+        patch.setattr(Tensor, "is_pinned", cuda_streams.is_pinned)
         for stand_in in (_combine, _dots, _accumulate):
             patch.setattr(kernels, stand_in.__name__, _Kernel(stand_in.__name__, stand_in))
         patch.setattr(clip_grad, "_has_foreach_support", lambda tensors, device: isinstance(tensors[0], CudaTensor))
         patch.setattr(Optimizer, "_group_tensors_by_device_and_dtype", staticmethod(_grouped))
         patch.setattr(torch.cuda, "mem_get_info", lambda device: (2**33, 2**33))
-        patch.setattr(torch.cuda, "synchronize", lambda *_: _count(_activity.waits, "synchronize"))
-        patch.setattr(torch.cuda, "Stream", lambda *_: None)
-        patch.setattr(torch.cuda, "stream", lambda _: torch.no_grad())
+        for name in ("Event", "Stream", "current_stream", "stream", "synchronize"):
+            patch.setattr(torch.cuda, name, getattr(cuda_streams, name.replace("current_stream", "current")))
         torch.__future__.set_overwrite_module_params_on_conversion(True)
         try:
             yield _activity

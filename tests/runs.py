@@ -86,14 +86,18 @@ for command in sys.stdin.read().splitlines():
 """
 
 
-def run_in_one_process(folder: Path) -> Path:
-    """Run what Snakemake would, one command after the other, in a process that imports timm once."""
-    plan = snakemake(folder, "--dry-run", "--printshellcmds")
+def commands(folder: Path, *targets: str) -> list[str]:
+    """What Snakemake would run, in order."""
+    plan = snakemake(folder, "--dry-run", "--printshellcmds", *targets)
     assert plan.returncode == 0, plan.stderr
     every = re.findall(r"(python \S*workflow/scripts/.*) > ", plan.stdout + plan.stderr)
-    commands = [command for command in every if "provenance.py" not in command]  # it reads what Snakemake itself writes
-    python = [sys.executable, "-c", IN_ONE_PROCESS]
-    done = subprocess.run(python, cwd=folder, input="\n".join(commands), capture_output=True, text=True, check=False)
+    return [command for command in every if "provenance.py" not in command]  # it reads what Snakemake itself writes
+
+
+def run_in_one_process(folder: Path) -> Path:
+    """Run what Snakemake would, one command after the other, in a process that imports timm once."""
+    python, plan = [sys.executable, "-c", IN_ONE_PROCESS], "\n".join(commands(folder))
+    done = subprocess.run(python, cwd=folder, input=plan, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-5000:]
     for part in folder.rglob("*.part-*.json"):  # temporary, as Snakemake knows
         part.unlink()

@@ -1,6 +1,7 @@
 """The code of ``compute.device: cuda`` on a pretended device: no device fault, and the results of the CPU."""
 
 import json
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,9 @@ from sparsight.activations.extract import extract
 from sparsight.activations.store import ActivationStore
 from sparsight.activations.writer import finish_store
 from sparsight.backbones import fit as backbones
+from sparsight.backbones.recipes import Recipe
 from sparsight.common import tables
+from sparsight.common.devices import sent
 from sparsight.common.work import Work
 from sparsight.config import Compute
 from sparsight.config.activations import StoredSite
@@ -98,6 +101,34 @@ def test_the_pretended_device_counts(cuda: Activity) -> None:
     assert sum(cuda.copies.values()) == 1
     assert cuda.operations == {"mm": 1, "add": 1, "sum": 1, "gt": 1, "index": 1}
     assert sum(cuda.waits.values()) == 2, "of the number, and of the places of the mask"
+
+
+def test_a_copy_of_page_locked_memory_waits_only_when_told_to(cuda: Activity) -> None:
+    there, back = torch.ones(3).pin_memory(), torch.zeros(3, pin_memory=True)
+    x = sent(torch.ones(3), DEVICE)
+    back.copy_(x, non_blocking=True)
+    assert (sum(cuda.waits.values()), back.tolist()) == (0, [0, 0, 0])
+    torch.cuda.current_stream().synchronize()
+    assert (sum(cuda.waits.values()), back.tolist()) == (1, [1, 1, 1])
+    back.copy_(x)
+    assert sum(cuda.waits.values()) == 2
+    there.to(DEVICE, non_blocking=True)
+    there.zero_()
+    with pytest.raises(RuntimeError, match="page-locked memory was changed"):
+        torch.cuda.synchronize()
+
+
+@pytest.mark.parametrize("told", [lambda a, b: a.wait_stream(b), lambda a, b: a.wait_event(b.record_event()), None])
+def test_a_stream_that_has_not_waited_for_another_may_not_read_its_work(told: Any, cuda: Activity) -> None:
+    side, main = torch.cuda.Stream(), torch.cuda.current_stream()
+    with torch.cuda.stream(side):
+        x = torch.ones(3, device=DEVICE) * 2
+    if told is None:
+        with pytest.raises(RuntimeError, match="let it wait"):
+            x + 1
+    else:
+        told(main, side)
+        assert (x + 1).tolist() == [3, 3, 3]
 
 
 def batch(number: int) -> torch.Tensor:
@@ -210,10 +241,71 @@ def test_the_backbones_stage(training: Any, manifest: Manifest, tmp_path: Path, 
     assert_alike(lambda device, work: backbones.fit(section, manifest, "net", 0, work, device, 2, {}), tmp_path)
 
 
+CLIP: dict[str, Any] = {
+    "embed_dim": 16, "vision.image_size": 16, "vision.patch_size": 8, "vision.width": 16, "vision.layers": 1,
+    "vision.head_width": 8, "text.width": 16, "text.heads": 2, "text.layers": 1, "text.context_length": 12,
+}  # fmt: skip
+
+
+def test_contrastive_training_of_the_backbones_stage(manifest: Manifest, tmp_path: Path, cuda: Activity) -> None:
+    section = config.Backbone(
+        "open_clip/ViT-B-32", architecture=CLIP, training="contrastive", epochs=1, batch_size=14, lr=1e-3,
+        templates=("a photo of a {}.", "one {}."),
+    )  # fmt: skip
+    assert_alike(lambda device, work: backbones.fit(section, manifest, "clip", 0, work, device, 2, {}), tmp_path)
+
+
+def test_no_step_of_a_backbone_or_policy_waits(
+    manifest: Manifest, tmp_path: Path, cuda: Activity, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps: list[Counter[str]] = []
+
+    def watched(step: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*words: Any) -> Any:
+            before = cuda.waits.copy()
+            scalars = step(*words)
+            steps.append(cuda.waits - before)
+            return scalars
+
+        return run
+
+    for kind in (Recipe, policies._Training):
+        monkeypatch.setattr(kind, "step", watched(kind.step))
+    sizes = {"img_size": 16, "patch_size": 8, "embed_dim": 24, "depth": 1, "num_heads": 3}
+    short: dict[str, Any] = {"epochs": 1, "batch_size": 14, "lr": 1e-3, "shift": 0.1}
+    sections = [
+        config.Backbone("timm/vit_tiny_patch16_224", architecture=sizes, **short),
+        config.Backbone("open_clip/ViT-B-32", architecture=CLIP, training="contrastive", **short),
+    ]
+    for section in sections:
+        with Work(tmp_path / "work" / section.training, "key") as work:
+            backbones.fit(section, manifest, "x", 0, work, DEVICE, 2, {})
+    with Work(tmp_path / "work" / "policy", "key") as work:
+        policy = config.Policy("vit", target=0.5, epochs=1, batch_size=14)
+        policies.fit(policy, two_classes().to(DEVICE), manifest, "heads", 0, work, 2, {})
+    assert len(steps) > 6
+    assert sum(map(bool, steps)) <= 2, "the first of each backbone puts mean and deviation of pixels on the device"
+
+
 def test_the_activations_stage(manifest: Manifest, stores: Stores, tmp_path: Path, cuda: Activity) -> None:
     for split, store in extracted(manifest, tmp_path, DEVICE).items():
         for site in store.sites:
             np.testing.assert_allclose(store.rows(site)[:], stores[split].rows(site)[:], rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_extraction_waits_once_a_shard_in_the_thread_that_writes_it(
+    precision: Any, manifest: Manifest, tmp_path: Path, cuda: Activity
+) -> None:
+    section, backbone = config.Activations(sites=(StoredSite(SITES[0]),), batch_size=2, shard_images=8), two_classes()
+    backbone.to(DEVICE).normalize(np.zeros((1, 16, 16, 1), np.uint8))  # puts mean and deviation on the device
+    cuda.clear()
+    with Work(tmp_path / "work", "key") as work:
+        images, store = manifest.split("train"), tmp_path / "x.zarr"
+        extract(backbone, images, section, Compute(precision=precision), work, store, 0, {})
+        n_shards = len(list(work.state.glob("shard-*.json")))
+    assert n_shards > 1
+    assert sum(cuda.waits.values()) == n_shards, cuda.waits
 
 
 SAE: dict[str, Any] = {"backbone": "vit", "d_sae": 64, "k": 4, "epochs": 2, "batch_size": 14, "dead_after": 30}

@@ -6,17 +6,17 @@ Shapes: B batch, T tokens, D width.
 import dataclasses
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from sparsight.activations.transfers import Transfers
 from sparsight.activations.writer import Plan, StoreWriter, shard_size
 from sparsight.backbones.backbone import Backbone
 from sparsight.common import sites
@@ -61,14 +61,15 @@ def extract(
         split,
         [rows for shard in todo for rows in windows[shard]],
         backbone.preprocess,
-        compute.threads,
+        backbone.decoding_threads,
         compute.workers,
     )
-    images = _normalized(backbone, pixels)
+    transfers = Transfers(backbone.device)
     free = [_buffers(plan, backbone.device) for _ in todo[:2]]  # one is filled while the other is written
     writing: Future[None] | None = None
 
-    def write(shard: int, values: dict[str, Tensor]) -> None:
+    def write(shard: int, values: dict[str, Tensor], arrived: Callable[[], None]) -> None:
+        arrived()
         arrays = {site: x.numpy() for site, x in values.items()}
         records[shard] = writer.write(shard, arrays, split.uris(plan.shards[shard]))
         write_atomic(_record_path(work, shard), partial(write_json, value=records[shard]))
@@ -80,18 +81,17 @@ def extract(
         for shard in todo:
             buffers, start = free.pop(), plan.shards[shard].start
             for rows in windows[shard]:
+                images = backbone.normalize(transfers.sent(torch.from_numpy(next(pixels))))
                 with precision(compute, backbone.device):
-                    taps = backbone.taps(next(images), list(plan.shapes))
+                    taps = backbone.taps(images, list(plan.shapes))
                 for site, x in taps.items():
                     stored = _pick(x, plan.tokens[site], backbone.n_prefix).to(getattr(torch, section.dtype))
-                    buffers[site][rows.start - start : rows.stop - start].copy_(stored, non_blocking=True)
+                    transfers.store(stored, buffers[site][rows.start - start : rows.stop - start])
                 progress(rows.stop - rows.start)
-            if backbone.device.type == "cuda":
-                torch.cuda.synchronize(backbone.device)
             if writing is not None:
                 writing.result()
             size = plan.shards[shard].stop - start
-            writing = thread.submit(write, shard, {site: x[:size] for site, x in buffers.items()})
+            writing = thread.submit(write, shard, {site: x[:size] for site, x in buffers.items()}, transfers.so_far())
         if writing is not None:
             writing.result()
     positions = {
@@ -110,19 +110,6 @@ def extract(
 def precision(compute: Compute, device: torch.device) -> AbstractContextManager[object]:
     """Autocast to bfloat16 if ``compute.precision`` is ``bf16``."""
     return torch.autocast(device.type, torch.bfloat16, enabled=compute.precision == "bf16")
-
-
-def _normalized(backbone: Backbone, batches: Iterator[np.ndarray]) -> Iterator[Tensor]:
-    """Normalised batches; a GPU receives the next batch while it computes on the current one."""
-    if backbone.device.type != "cuda":
-        yield from map(backbone.normalize, batches)
-        return
-    copies = torch.cuda.Stream(backbone.device)
-    for pixels in batches:
-        with torch.cuda.stream(copies):
-            images = backbone.normalize(pixels)
-        torch.cuda.synchronize(backbone.device)  # so that at most two batches are on the GPU
-        yield images
 
 
 def _plan(backbone: Backbone, section: Activations, n_images: int) -> Plan:

@@ -4,7 +4,7 @@ Shapes: B batch, T tokens, R tokens that are read, D width, H heads, K kept head
 head masks of a batch.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -16,6 +16,7 @@ from timm.models.beit import Attention as BeitAttention
 from timm.models.eva import EvaAttention
 from torch import Tensor, nn
 
+from sparsight.common.devices import sent
 from sparsight.common.errors import SparsightError
 
 HeadMode = Literal["masked", "gathered"]
@@ -240,20 +241,27 @@ def _by_group(
         bias: added once to every image.
         run: (images, kept heads, bias) -> their part of the output.
     """
-    masks_GH, group_B = torch.unique(keep_BH, dim=0, return_inverse=True)
+    keep = keep_BH.cpu()  # the one wait for a GPU: the groups decide the sizes of all products
+    masks_GH, group_B = torch.unique(keep, dim=0, return_inverse=True)
     H, shape = keep_BH.shape[1], (*x_BTD.shape[:2], width)
     if len(masks_GH) <= H:
-        groups = [(torch.nonzero(group_B == g)[:, 0], torch.nonzero(mask)[:, 0]) for g, mask in enumerate(masks_GH)]
-        outs = [run(rows, kept, bias) for rows, kept in groups]
+        rows_G = _numbers([group_B == g for g in range(len(masks_GH))], x_BTD.device)
+        outs = [run(rows, kept, bias) for rows, kept in zip(rows_G, _numbers(masks_GH, x_BTD.device), strict=True)]
         out_BTD = outs[0].new_empty(shape)
-        for (rows, _), out in zip(groups, outs, strict=True):
+        for rows, out in zip(rows_G, outs, strict=True):
             out_BTD[rows] = out
         return out_BTD
     total_BTD = x_BTD.new_zeros(shape)  # float32 like the stream, even if the parts are bfloat16
-    for head in range(H):
-        rows = torch.nonzero(keep_BH[:, head])[:, 0]
-        total_BTD[rows] += run(rows, torch.tensor([head], device=keep_BH.device), None)
+    heads = torch.arange(H, device=x_BTD.device).split(1)
+    for rows, head in zip(_numbers(keep.T, x_BTD.device), heads, strict=True):
+        total_BTD[rows] += run(rows, head, None)
     return total_BTD if bias is None else total_BTD + bias
+
+
+def _numbers(masks: Iterable[Tensor], device: torch.device) -> list[Tensor]:
+    """The places where each mask of the host is true, int64, on the device after one copy."""
+    places = [torch.nonzero(mask)[:, 0] for mask in masks]
+    return list(sent(torch.cat(places), device).split([len(numbers) for numbers in places]))
 
 
 def _heads(layer: Layer, x_BTD: Tensor, kept_K: Tensor | None, n_read: int | None = None) -> Tensor:

@@ -5,7 +5,9 @@ C channels of a head, E joint embedding of images and texts.
 """
 
 import dataclasses
+import os
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -17,6 +19,7 @@ from sparsight.backbones.attention import HeadMode
 from sparsight.backbones.preprocessing import published
 from sparsight.backbones.towers import Tower, timm_tower
 from sparsight.common import sites
+from sparsight.common.devices import sent
 from sparsight.common.errors import SparsightError
 from sparsight.common.modules import Module
 from sparsight.images.preprocess import Preprocess
@@ -138,11 +141,16 @@ class Backbone(Module):
         """Device of the weights."""
         return next(self.parameters()).device
 
-    def normalize(self, pixels: np.ndarray) -> Tensor:
+    @property
+    def decoding_threads(self) -> int:
+        """Threads that decode its images: those of torch's operations; beside a GPU every core of the process."""
+        return len(os.sched_getaffinity(0)) if self.device.type == "cuda" else torch.get_num_threads()
+
+    def normalize(self, pixels: np.ndarray | Tensor) -> Tensor:
         """uint8 (B, H, W, C) as :meth:`Split.batch` gives it -> the model's input, float32 (B, C, H, W)."""
-        x = torch.from_numpy(pixels).to(self.device).permute(0, 3, 1, 2).float() / 255
-        mean = x.new_tensor(self.preprocess.mean).view(1, -1, 1, 1)
-        return (x - mean) / x.new_tensor(self.preprocess.std).view(1, -1, 1, 1)
+        x = sent(torch.from_numpy(pixels) if isinstance(pixels, np.ndarray) else pixels, self.device)
+        mean_C, std_C = _mean_and_std(self.preprocess, self.device)
+        return (x.permute(0, 3, 1, 2).float() / 255 - mean_C) / std_C
 
     def forward(
         self,
@@ -322,6 +330,13 @@ class Backbone(Module):
     def blank(self) -> Tensor:
         """One blank image, as input of :meth:`forward`."""
         return torch.zeros(1, self.preprocess.channels, *self.tower.image_size, device=self.device)
+
+
+@lru_cache
+def _mean_and_std(preprocess: Preprocess, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Both (1, C, 1, 1). Kept, because a copy to a GPU would make the host wait in every batch."""
+    mean_C, std_C = (torch.tensor(numbers, device=device) for numbers in (preprocess.mean, preprocess.std))
+    return mean_C.view(1, -1, 1, 1), std_C.view(1, -1, 1, 1)
 
 
 @dataclasses.dataclass

@@ -14,7 +14,8 @@ from torch import Tensor
 from sparsight import config
 from sparsight.backbones import open_clip
 from sparsight.backbones.backbone import Backbone
-from sparsight.backbones.recipes import Recipe, augment, labels_of, share
+from sparsight.backbones.recipes import Recipe, augment, share
+from sparsight.common.devices import sent
 from sparsight.images.split import Pixels, Split
 
 _MAX_LOGIT_SCALE = math.log(100)  # CLIP's limit (arXiv 2103.00020, section 2.5)
@@ -34,7 +35,7 @@ class Contrastive(Recipe):
         templates: Sequence[str], n_parallel: int,
     ) -> None:  # fmt: skip
         super().__init__(section, backbone, backbone, train, val, n_parallel)
-        self.pixels = Pixels(train, backbone.preprocess, torch.get_num_threads())
+        self.pixels = Pixels(train, backbone.preprocess, backbone.decoding_threads)
         self.names, self.templates = names, templates
         tokenizer = open_clip.tokenizer(backbone.model, backbone.name.partition("/")[2])
         texts = [[template.format(name) for template in templates] for name in names]
@@ -48,9 +49,11 @@ class Contrastive(Recipe):
 
     def loss(self, outputs_BE: Tensor, rows: np.ndarray, generator: torch.Generator) -> dict[str, Tensor]:
         model = self.backbone.model
-        present_C, index_B = labels_of(self.train, rows, outputs_BE).unique(return_inverse=True)
+        # The labels are on the host: to count the classes among them, nothing needs to wait for a GPU.
+        present_C, index_B = torch.from_numpy(self.train.labels[rows]).long().unique(return_inverse=True)
         chosen_C = torch.randint(len(self.templates), (len(present_C),), generator=generator)
-        texts_CE = model.encode_text(self.tokens[present_C.cpu(), chosen_C].to(outputs_BE.device), normalize=True)
+        texts_CE = model.encode_text(sent(self.tokens[present_C, chosen_C], outputs_BE.device), normalize=True)
+        index_B = sent(index_B, outputs_BE.device)
         logits_BC = open_clip.prompt_logits(model, outputs_BE, texts_CE)
         match_BC = F.one_hot(index_B, len(present_C)).to(logits_BC.dtype)
         smoothing = self.section.label_smoothing

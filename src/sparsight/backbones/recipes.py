@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from sparsight import config
 from sparsight.backbones.backbone import Backbone
+from sparsight.common.devices import sent
 from sparsight.common.errors import SparsightError
 from sparsight.common.progress import Progress
 from sparsight.images.split import Pixels, Split
@@ -137,7 +138,7 @@ class Supervised(Recipe):
 
     def __init__(self, section: config.Backbone, backbone: Backbone, train: Split, val: Split, n_parallel: int) -> None:
         super().__init__(section, backbone, backbone, train, val, n_parallel)
-        self.pixels = Pixels(train, backbone.preprocess, torch.get_num_threads())
+        self.pixels = Pixels(train, backbone.preprocess, backbone.decoding_threads)
 
     def inputs(self, rows: np.ndarray, generator: torch.Generator) -> Tensor:
         return augment(self.backbone.normalize(self.pixels[rows]), self.section, generator)
@@ -155,7 +156,7 @@ class LinearProbeRecipe(Recipe):
         self.embeddings_ND, self.val_ND = (_embeddings(backbone, split, section.batch_size) for split in (train, val))
 
     def inputs(self, rows: np.ndarray, generator: torch.Generator) -> Tensor:
-        return self.embeddings_ND[torch.from_numpy(rows).to(self.embeddings_ND.device)]
+        return self.embeddings_ND[sent(torch.from_numpy(rows), self.embeddings_ND.device)]
 
     @torch.no_grad()
     def on_val(self) -> float:
@@ -167,7 +168,7 @@ def _embeddings(backbone: Backbone, split: Split, batch_size: int) -> Tensor:
     """The classifier's input for each image, (N, D)."""
     embeddings = []
     with Progress(len(split), "images") as progress:
-        for pixels in split.batches(backbone.preprocess, batch_size, torch.get_num_threads()):
+        for pixels in split.batches(backbone.preprocess, batch_size, backbone.decoding_threads):
             embeddings.append(backbone.taps(backbone.normalize(pixels), ["embedding"])["embedding"])
             progress(len(pixels))
     return torch.cat(embeddings)
@@ -191,16 +192,16 @@ def share(logits_BC: Tensor, labels_B: Tensor) -> Tensor:
 
 def labels_of(split: Split, rows: np.ndarray, like: Tensor) -> Tensor:
     """Labels of some images, int64 (B,), on the device of ``like``."""
-    return torch.from_numpy(split.labels[rows]).long().to(like.device)
+    return sent(torch.from_numpy(split.labels[rows]).long(), like.device)
 
 
 def correct(backbone: Backbone, split: Split, batch_size: int, parts: MicroBatches) -> np.ndarray:
     """Whether each labelled image of the split is classified correctly, bool (labelled images,)."""
     predicted = [
-        parts.forward(backbone, backbone.normalize(pixels)).argmax(dim=1).cpu().numpy()
-        for pixels in split.batches(backbone.preprocess, batch_size, torch.get_num_threads())
+        parts.forward(backbone, backbone.normalize(pixels)).argmax(dim=1)
+        for pixels in split.batches(backbone.preprocess, batch_size, backbone.decoding_threads)
     ]
-    return (np.concatenate(predicted) == split.labels)[split.labels >= 0]
+    return (torch.cat(predicted).cpu().numpy() == split.labels)[split.labels >= 0]
 
 
 def augment(images_BCHW: Tensor, section: config.Backbone, generator: torch.Generator) -> Tensor:
@@ -214,6 +215,6 @@ def augment(images_BCHW: Tensor, section: config.Backbone, generator: torch.Gene
     mirror = torch.where(torch.rand(B, generator=generator) < 0.5 * section.flip, -1.0, 1.0)
     cos, sin = zoom * angle.cos(), zoom * angle.sin()
     rows = [torch.stack([mirror * cos, -sin, shift[:, 0]], 1), torch.stack([mirror * sin, cos, shift[:, 1]], 1)]
-    theta = torch.stack(rows, 1).to(images_BCHW.device)
+    theta = sent(torch.stack(rows, 1), images_BCHW.device)
     grid = F.affine_grid(theta, list(images_BCHW.shape), align_corners=False)
     return F.grid_sample(images_BCHW, grid, padding_mode="border", align_corners=False)

@@ -24,7 +24,7 @@ class Compute(Section):
     the hardware supports it; values differ in the third digit."""
     workers: CountOrZero = field(default=0, metadata=FREE)
     """Number of processes that decode images for each stage. 0 decodes in threads of the stage itself, which is
-    faster for small images. Never changes a result."""
+    faster for small images; beside a GPU they are as many as the stage may use cores. Never changes a result."""
 
 
 _ROWS = 32  # with fewer rows per part, launching operations takes a tenth to a quarter of the CPU time

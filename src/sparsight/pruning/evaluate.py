@@ -215,7 +215,7 @@ def _other_ways(
     def pruned(x_BTD: Tensor, heads: HeadMode) -> Tensor:
         return backbone.classify(backbone.run_blocks(x_BTD, first, L, policy, heads)[0])
 
-    for pixels in split.batches(backbone.preprocess, batch_size, torch.get_num_threads()):
+    for pixels in split.batches(backbone.preprocess, batch_size, backbone.decoding_threads):
         images = backbone.normalize(pixels)
         x_BTD, _ = backbone.run_blocks(backbone.tokens(images), 0, first)  # once for all: no head is decided there
         masked, gathered = pruned(x_BTD, "masked"), pruned(x_BTD, "gathered")

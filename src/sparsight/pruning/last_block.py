@@ -19,6 +19,7 @@ from torch import Tensor
 
 from sparsight.backbones import attention
 from sparsight.backbones.backbone import Backbone
+from sparsight.common.devices import sent
 from sparsight.common.progress import Progress
 from sparsight.images.split import Split
 from sparsight.pruning.head_outputs import HeadOutputs, affordable
@@ -131,7 +132,7 @@ class _BlockRunner:
             predictions = []
             for start in range(0, len(pairs), self.batch_size):
                 part = pairs[start : start + self.batch_size]
-                rows = torch.from_numpy(part // 2**H).to(x_BTD.device)
+                rows = sent(torch.from_numpy(part // 2**H), x_BTD.device)
                 predictions.append(self._last(x_BTD[rows], part % 2**H, "gathered"))
             predicted_SN[:, window] = np.concatenate(predictions)[inverse].reshape(codes_SB.shape)
         return predicted_SN
@@ -155,7 +156,7 @@ class _BlockRunner:
         x_BTD[:, backbone.policy_positions] += edit_BD[:, None]
         if backbone.tower.n_read * backbone.n_heads > x_BTD.shape[1]:  # more rows than the whole stream
             return self._last(x_BTD, codes_B, "masked")
-        keep_BH = torch.from_numpy(unpack(codes_B, backbone.n_heads)).to(x_BTD.device)
+        keep_BH = sent(torch.from_numpy(unpack(codes_B, backbone.n_heads)), x_BTD.device)
         return HeadOutputs.of(backbone, x_BTD).logits(keep_BH).argmax(dim=1).cpu().numpy()
 
     def _windows(self) -> Iterator[tuple[slice, Tensor]]:
@@ -175,7 +176,7 @@ class _BlockRunner:
 
     def _last(self, x_BTD: Tensor, codes_B: np.ndarray, heads: attention.HeadMode) -> np.ndarray:
         last = self.backbone.n_blocks - 1
-        keep = FixedMask(torch.from_numpy(unpack(codes_B, self.backbone.n_heads)).to(x_BTD.device))
+        keep = FixedMask(sent(torch.from_numpy(unpack(codes_B, self.backbone.n_heads)), x_BTD.device))
         out_BTD, _ = self.backbone.run_blocks(x_BTD, last, last + 1, keep, heads)
         return self.backbone.classify(out_BTD).argmax(dim=1).cpu().numpy()
 
@@ -184,6 +185,6 @@ def _prefixes(
     backbone: Backbone, policy: HeadPolicy, split: Split, batch_size: int
 ) -> Iterator[tuple[Tensor, dict[int, Tensor]]]:
     """Per batch, the residual stream at the last block's input, and the masks of the earlier blocks."""
-    for pixels in split.batches(backbone.preprocess, batch_size, torch.get_num_threads()):
+    for pixels in split.batches(backbone.preprocess, batch_size, backbone.decoding_threads):
         tokens = backbone.tokens(backbone.normalize(pixels))
         yield backbone.run_blocks(tokens, 0, backbone.n_blocks - 1, policy, "gathered")

@@ -29,7 +29,7 @@ class LatentEffects:
     def __init__(self, sae: SAE, weight_HD: Tensor, found: ClassLatents) -> None:
         self.sae, self.found, self._weight_HD = sae, found, weight_HD
         self._encoded: tuple[Tensor, Tensor] | None = None
-        self.push_HF = weight_HD @ sae.W_dec.T
+        self.push_HF = weight_HD @ sae.W_dec.detach().T
         """W_head W_dec: what each latent adds to each head's logit, per unit of its code."""
         self.alive = np.flatnonzero((found.mean_code > 0).cpu().numpy())
         """Latents that fire on train."""

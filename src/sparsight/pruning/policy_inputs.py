@@ -37,7 +37,7 @@ class Whole:
     def __init__(self, backbone: Backbone, train: Split, val: Split, blocks: list[int], batch_size: int) -> None:
         self.backbone, self.train, self.val = backbone, train, val
         self.blocks, self.batch_size = blocks, batch_size
-        self.pixels = Pixels(train, backbone.preprocess, torch.get_num_threads())
+        self.pixels = Pixels(train, backbone.preprocess, backbone.decoding_threads)
 
     @torch.no_grad()
     def statistics(self) -> tuple[Tensor, Tensor]:
@@ -98,7 +98,7 @@ class AtLastBlock:
 
 
 def _images(backbone: Backbone, split: Split, batch_size: int) -> Iterator[Tensor]:
-    for pixels in split.batches(backbone.preprocess, batch_size, torch.get_num_threads()):
+    for pixels in split.batches(backbone.preprocess, batch_size, backbone.decoding_threads):
         yield backbone.normalize(pixels)
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from sparsight import config
 from sparsight.backbones.backbone import Backbone
+from sparsight.common.devices import sent
 from sparsight.common.errors import SparsightError
 from sparsight.common.progress import log
 from sparsight.common.seeds import derive_seed
@@ -110,12 +111,13 @@ class _Training:
         def forward(places_B: Tensor) -> Tensor:
             """Class logits of some images of the batch, and each head's evaluated and sampled mask."""
             sampled = _Sampled(self, noise_BPH[places_B])
-            logits_BC = self.passes.logits(rows[places_B.cpu().numpy()], sampled)
+            whole = len(places_B) == len(rows)  # always on a GPU, whose places the host would have to wait for
+            logits_BC = self.passes.logits(rows if whole else rows[places_B.numpy()], sampled)
             return torch.cat([logits_BC, *sampled.evaluated, *sampled.sampled], dim=1)
 
         def loss(outputs: Tensor) -> dict[str, Tensor]:
             logits_BC, evaluated, sampled = outputs.tensor_split([-2 * n_heads, -n_heads], dim=1)
-            labels_B = torch.from_numpy(self.train_labels[rows]).long().to(logits_BC.device)
+            labels_B = sent(torch.from_numpy(self.train_labels[rows]).long(), logits_BC.device)
             cross_entropy, usage = F.cross_entropy(logits_BC, labels_B), evaluated.mean()
             return {
                 "loss": cross_entropy + section.usage_weight * (usage - section.target).square(),
@@ -135,7 +137,7 @@ class _Training:
         if self.section.noise == "none":
             return like_PH.new_zeros(n_images, *like_PH.shape)
         u_PBH = torch.rand(len(like_PH), n_images, like_PH.shape[1], generator=generator).clamp(1e-6, 1 - 1e-6)
-        return (torch.log(u_PBH) - torch.log1p(-u_PBH)).transpose(0, 1).to(like_PH.device)
+        return sent((torch.log(u_PBH) - torch.log1p(-u_PBH)).transpose(0, 1), like_PH.device)
 
     def check(self) -> None:
         """Nothing: a loss that is not finite is one of the scalars."""

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sparsight.common.devices import sent
 from sparsight.common.errors import SparsightError
 from sparsight.sae.base import SAE, Loss
 from sparsight.sae.class_means import ClassMeans
@@ -115,7 +116,7 @@ class Trainer:
             if y.shape != (len(loss.x_hat),) or y.min() < 0:
                 raise SparsightError(f"labels: expected {len(loss.x_hat)} class numbers from 0, got {tuple(y.shape)}")
             self.prototypes[i].grow(int(y.max()) + 1)  # labels of the host, so that nothing waits for the device
-            y = y.to(device)
+            y = sent(y, device)
             total = total + self.prototype_weight * sae.loss_scale * self.prototypes[i].term(loss.codes, y)
         sae.zero_grad()
         total.backward()

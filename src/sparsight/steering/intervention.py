@@ -117,7 +117,7 @@ class Intervention:
         """In batches, the positions of the images in the split and the stream (B, T, D) at the first site."""
         at_once = max(1, min(_IMAGES, _ROWS // max(where.n_tokens for where in self.places)))
         windows = list(row_slices(len(split), at_once))
-        pixels = split.stream(windows, self.backbone.preprocess, torch.get_num_threads())
+        pixels = split.stream(windows, self.backbone.preprocess, self.backbone.decoding_threads)
         with Progress(len(split), "images") as progress:
             for images, block in zip(windows, pixels, strict=True):
                 x_BTD = self.backbone.tokens(self.backbone.normalize(block))

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from sparsight.backbones.backbone import Backbone
+from sparsight.common.devices import sent
 from sparsight.common.errors import SparsightError
 from sparsight.common.intervals import paired, wilson
 from sparsight.images.split import Split
@@ -102,7 +103,7 @@ class Runner:
         judged = (split.labels >= 0) & self.classifies
         outcomes = {row: Outcome.empty(judged) for row in rows}
         for images, x_BTD in self.where.streams(split):
-            truth_B = torch.from_numpy(split.labels[images]).long().to(x_BTD.device)
+            truth_B = sent(torch.from_numpy(split.labels[images]).long(), x_BTD.device)
             last_BTD = self.where.rest(x_BTD)
             plain = {"logits": self._read(last_BTD)}
             if any(edit.at == "embedding" for edit in edits[0].values()):
@@ -142,12 +143,14 @@ class Runner:
             outcome.cosine[images] = torch.cosine_similarity(out.double(), plain.double(), dim=1).cpu().numpy()
             return
         predicted_B, first_B5 = out.argmax(dim=1), out.topk(min(5, out.shape[1]), dim=1).indices
-        outcome.predicted[images] = predicted_B.cpu().numpy()
-        outcome.hits[images] = (predicted_B == truth_B).cpu().numpy()
-        outcome.top5[images] = (first_B5 == truth_B.unsqueeze(1)).any(dim=1).cpu().numpy()
+        found = [predicted_B, predicted_B == truth_B, (first_B5 == truth_B.unsqueeze(1)).any(dim=1)]
         if not votes:
             log_p, log_q = plain.double().log_softmax(dim=1), out.double().log_softmax(dim=1)
-            outcome.kl[images] = (log_p.exp() * (log_p - log_q)).sum(dim=1).cpu().numpy()
+            found.append((log_p.exp() * (log_p - log_q)).sum(dim=1))
+        numbers = torch.stack([values.double() for values in found]).cpu().numpy()  # one wait for a GPU
+        arrays = (outcome.predicted, outcome.hits, outcome.top5, outcome.kl)
+        for array, values in zip(arrays, numbers, strict=False):
+            array[images] = values
 
     @torch.no_grad()
     def sample_fvu(self, split: Split, found: Sequence[vs2.Calibration]) -> list[np.ndarray]:

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sparsight.common.devices import sent
 from sparsight.common.errors import SparsightError
 from sparsight.common.seeds import derive_seed
 from sparsight.common.slices import row_slices
@@ -161,7 +162,7 @@ class StoreBatches:
             yield from batches
             return
         for rows, x in batches:
-            yield Batch(rows, {site: self._move(value) for site, value in x.items()})
+            yield Batch(rows, {site: sent(value, self.device) for site, value in x.items()})
 
     def _plan(self, epoch: int, skip: int) -> list[_Pool]:
         """The pools of an epoch without its first ``skip`` rows."""
@@ -234,7 +235,7 @@ class StoreBatches:
         parts: list[Batch] = []
         missing = self.batch_size
         for pool, x in pools:
-            order = torch.from_numpy(pool.order).to(next(iter(x.values())).device)
+            order = sent(torch.from_numpy(pool.order), next(iter(x.values())).device)
             start = 0
             while start < len(order):
                 rows = pool.order[start : start + missing] + pool.first * self._tokens
@@ -262,10 +263,6 @@ class StoreBatches:
             site: torch.empty(n_rows, source.shape[1], dtype=getattr(torch, source.dtype.name), device=device)
             for site, source in self.sites.items()
         }
-
-    def _move(self, x: Tensor) -> Tensor:
-        """The rows on the GPU; the host does not wait for a copy from page-locked memory."""
-        return x if x.is_cuda else x.pin_memory().to(self.device, non_blocking=True)
 
 
 def _join(parts: list[Batch]) -> Batch:

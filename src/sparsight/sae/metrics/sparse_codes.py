@@ -21,8 +21,9 @@ def from_codes(codes: Codes) -> Matrix:
     """The active latents as a CSR array (B, F)."""
     if not isinstance(codes, SparseCodes):
         return sparse.csr_array(codes.dense().cpu().numpy())
-    active = codes.values > 0  # the rest is padding, which may repeat the index of an active latent
-    return _csr(codes.values[active], codes.indices[active], active.sum(dim=1), codes.d_sae)
+    values, indices = codes.values.cpu(), codes.indices.cpu()  # what a mask picks on a GPU, the host waits for
+    active = values > 0  # the rest is padding, which may repeat the index of an active latent
+    return _csr(values[active], indices[active], active.sum(dim=1), codes.d_sae)
 
 
 def from_entries(values_BK: Tensor, indices_BK: Tensor, width: int) -> Matrix:

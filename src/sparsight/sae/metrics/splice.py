@@ -103,8 +103,8 @@ def spliced(
         return Spliced({}, {}, {})
     starts = [int(block or 0) + (part == "output") for block, part in places]
     positions = {group: list(tokens) for group, tokens in positions.items()}
-    answers: dict[str, list[np.ndarray]] = {name: [] for name in ("untouched", *modes)}
-    kl = dict.fromkeys(modes, 0.0)
+    answers: dict[str, list[Tensor]] = {name: [] for name in ("untouched", *modes)}
+    kl: dict[str, Tensor | float] = dict.fromkeys(modes, 0.0)
 
     def forward(x_BTD: Tensor, replace: Replacement | None) -> tuple[Tensor, list[dict[str, Tensor]]]:
         """Run the model from the first site on: logits (B, C), and the rows that arrived at each site."""
@@ -120,17 +120,17 @@ def spliced(
                     x_BTD[:, tokens] = value.unflatten(0, (len(x_BTD), -1))
         return backbone.classify(backbone.run_blocks(x_BTD, block, backbone.n_blocks)[0]), arrived
 
-    for pixels in split.batches(backbone.preprocess, _IMAGES, torch.get_num_threads()):
+    for pixels in split.batches(backbone.preprocess, _IMAGES, backbone.decoding_threads):
         tokens_BTD = backbone.tokens(backbone.normalize(pixels))
         x_BTD, _ = backbone.run_blocks(tokens_BTD, 0, starts[0])  # once for all modes
         logits, clean = forward(x_BTD, None)
-        answers["untouched"].append(logits.argmax(dim=1).cpu().numpy())
+        answers["untouched"].append(logits.argmax(dim=1))
         for name, mode in modes.items():
             changed, _ = forward(x_BTD, mode(clean))
-            answers[name].append(changed.argmax(dim=1).cpu().numpy())
+            answers[name].append(changed.argmax(dim=1))
             log_p, log_q = logits.double().log_softmax(dim=1), changed.double().log_softmax(dim=1)
-            kl[name] += float((log_p.exp() * (log_p - log_q)).sum())
-    predicted = {name: np.concatenate(blocks) for name, blocks in answers.items()}
+            kl[name] = kl[name] + (log_p.exp() * (log_p - log_q)).sum()
+    predicted = {name: torch.cat(blocks).cpu().numpy() for name, blocks in answers.items()}
     right = {name: (classes == split.labels)[split.labels >= 0] for name, classes in predicted.items()}
     different = {name: predicted[name] != predicted["untouched"] for name in modes}
-    return Spliced(right, different, {name: total / len(split) for name, total in kl.items()})
+    return Spliced(right, different, {name: float(total) / len(split) for name, total in kl.items()})
