@@ -346,12 +346,15 @@ def _dots(g: Tensor, W: Tensor, indices: Tensor, active: Tensor, out: Tensor, *_
 
 
 def _accumulate(
-    values: Tensor, order: Tensor, starts: Tensor, g: Tensor, out: Tensor, sums: Tensor, k: int, *_: Any
-) -> None:
-    places = order[: int(starts[-1])]
-    latents = torch.repeat_interleave(torch.arange(len(sums)), starts.diff())
-    out.zero_().index_add_(0, latents, values.flatten()[places, None] * g[places // k])
-    sums.zero_().index_add_(0, latents, values.flatten()[places])
+    values: Tensor, order: Tensor, g: Tensor, latents: Tensor, starts: Tensor, out: Tensor, sums: Tensor,
+    parts: Tensor, part_sums: Tensor, n_latents: int, k: int, *_: Any,
+) -> None:  # fmt: skip
+    out.zero_().index_add_(0, latents, values.flatten()[order, None] * g[order // k])
+    sums.zero_().index_add_(0, latents, values.flatten()[order])
+
+
+def _add_parts(*_: Any) -> None:
+    """Nothing: the sums above are whole."""
 
 
 @contextmanager
@@ -371,7 +374,7 @@ def pretended_cuda() -> Iterator[Activity]:
         patch.setattr(Tensor, "to", _to)
         patch.setattr(Tensor, "pin_memory", lambda x: cuda_streams.lock_pages(x.clone()))
         patch.setattr(Tensor, "is_pinned", cuda_streams.is_pinned)
-        for stand_in in (_combine, _dots, _accumulate):
+        for stand_in in (_combine, _dots, _accumulate, _add_parts):
             patch.setattr(kernels, stand_in.__name__, _Kernel(stand_in.__name__, stand_in))
         patch.setattr(clip_grad, "_has_foreach_support", lambda tensors, device: isinstance(tensors[0], CudaTensor))
         patch.setattr(Optimizer, "_group_tensors_by_device_and_dtype", staticmethod(_grouped))

@@ -96,6 +96,21 @@ def test_blocks_of_rows_select_what_a_loop_over_the_experts_does(experts: Tensor
     assert counter.get_total_flops() <= 2 * 2 * (len(experts) + 6) * D * 60 // 6, "twice what the rows need"
 
 
+@pytest.mark.parametrize("kind", ["topk", "batchtopk", "switch"])
+def test_the_gradient_of_the_center_is_that_of_the_cpu(kind: str, cuda: Activity) -> None:
+    grads = []
+    for device in ("cpu", "cuda"):
+        one = sae.create(kind, D, 64, K).to(device)
+        one.set_center(torch.linspace(-1, 1, D).to(device))
+        one.loss(batch(0).to(device)).total.backward()
+        grads.append([to_host(p.grad) for p in one.parameters() if p.grad is not None])
+    assert len(grads[0]) == len(grads[1])
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5 * float(a.abs().max()))
+    assert cuda.operations["addmv"] == 1
+    assert cuda.operations["_combine"] == 1, "decoding only"
+
+
 def test_both_gradients_of_a_batch_share_one_sort(cuda: Activity) -> None:
     second_step("topk", 256, cuda)
     assert (cuda.operations["sort"], cuda.operations["_accumulate"]) == (1, 2)

@@ -1,6 +1,7 @@
 """Every backend against dense float64 autograd, screening against the dense product, and what routing computes."""
 
 from collections.abc import Callable, Sequence
+from importlib import import_module
 from importlib.util import find_spec
 
 import pytest
@@ -13,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from sparsight import kernels
 from sparsight.common.errors import SparsightError
 from sparsight.kernels import cpu, dense, screening
+from sparsight.kernels.largest import largest
 
 no_triton = pytest.mark.skipif(find_spec("triton") is None, reason="PyTorch comes without Triton on this system")
 every_backend = pytest.mark.parametrize("backend", ["reference", "cpu", pytest.param("triton", marks=no_triton)])
@@ -144,6 +146,46 @@ def test_same_bits_twice_and_gradients_in_the_layout_of_the_weights(
     assert inputs[1].grad.stride() == inputs[1].stride()
 
 
+@every_backend
+def test_latents_that_fire_on_every_row_or_on_none_get_their_whole_gradient(
+    backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SPARSIGHT_KERNELS", backend)
+    generator = torch.Generator().manual_seed(0)
+    indices = torch.stack([torch.randperm(9, generator=generator)[:3] for _ in range(300)]) + 2
+    indices[:, 0] = 1  # two more entries than two chunks of 128 hold, and the next latent starts within a chunk
+    values, g = torch.randn(300, 3, generator=generator), torch.randn(300, 20, generator=generator)
+    sums, totals = import_module(f"sparsight.kernels.{backend}").accumulate(values, indices, g, 14)
+    z = torch.zeros(300, 14, dtype=torch.float64).scatter(1, indices, values.double())
+    assert_equal_to_rounding([sums, totals], [z.T @ g.double(), z.sum(0)])
+
+
+@no_triton
+@pytest.mark.parametrize("n", [1, 127, 128, 129, 256, 385])
+def test_parts_of_a_latent_end_where_chunks_do(n: int) -> None:
+    kernels = import_module("sparsight.kernels.triton")
+    g = torch.randn(n, 5, generator=torch.Generator().manual_seed(n))
+    for before in (0, 1, 127):  # entries of the latent before
+        rows = torch.cat([g[:1].expand(before, -1), g])
+        latents = (torch.arange(before + n) >= before).long().unsqueeze(1)
+        sums, totals = kernels.accumulate(torch.ones(before + n, 1), latents, rows, 3)
+        expected = torch.stack([before * g[0].double(), g.double().sum(0), torch.zeros(5).double()])
+        assert (sums - expected).abs().max() <= 1e-5 * expected.abs().max()
+        assert totals.tolist() == [before, n, 0]
+
+
+@every_backend
+def test_a_gradient_after_indices_changed_in_place_uses_the_new_ones(
+    backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SPARSIGHT_KERNELS", backend)
+    indices, W = torch.tensor([[0, 3], [1, 2]]), torch.ones(5, 4, requires_grad=True)
+    for move in (0, 1):
+        indices += move
+        (grad,) = torch.autograd.grad(kernels.decode(torch.ones(2, 2), indices, W).sum(), W)
+        assert torch.equal(grad.sum(1) / 4, torch.zeros(5).index_fill_(0, indices.flatten(), 1.0))
+
+
 def test_autocast_lowers_only_the_encoder_product() -> None:
     inputs = tensors(24, 32, 96)
     with torch.autocast("cpu", torch.bfloat16):
@@ -155,6 +197,52 @@ def test_autocast_lowers_only_the_encoder_product() -> None:
     fixed = chosen + (values.double() - chosen).detach()  # the values of the bf16 product, the gradients of the exact
     expected = torch.zeros(24, 96, dtype=torch.float64).scatter(1, indices, fixed) @ W_dec
     assert_equal_to_rounding([x_hat, *found], [expected, *gradients([expected], double)])
+
+
+def spread(generator: torch.Generator) -> Tensor:
+    return torch.randn(20, 1040, generator=generator)
+
+
+def tied(generator: torch.Generator) -> Tensor:
+    return torch.randint(0, 3, (20, 1040), generator=generator).float()
+
+
+def equal(generator: torch.Generator) -> Tensor:
+    return torch.full((20, 1040), -1.5)
+
+
+def in_one_group(generator: torch.Generator) -> Tensor:
+    rows = torch.randn(20, 1040, generator=generator)
+    rows[:, 7::65] += 100  # columns at a distance of the number of groups
+    return rows
+
+
+def with_infinities(generator: torch.Generator) -> Tensor:
+    rows = torch.randn(20, 1040, generator=generator)
+    rows[torch.rand(rows.shape, generator=generator) < 0.02] = torch.inf
+    rows[10:, 20:] = -torch.inf
+    return rows
+
+
+def at_the_end(generator: torch.Generator) -> Tensor:
+    return torch.cat([torch.randn(20, 1030, generator=generator), torch.ones(20, 10) * 50], dim=1)[:, 3:]
+
+
+@pytest.mark.parametrize("rows", [spread, tied, equal, in_one_group, with_infinities, at_the_end])
+@pytest.mark.parametrize("k", [1, 7, 16, 17])
+def test_the_largest_are_found_by_groups(rows: Callable[[torch.Generator], Tensor], k: int) -> None:
+    pre = rows(torch.Generator().manual_seed(k))
+    values, columns = largest(pre, k)
+    assert torch.equal(values.sort(dim=1, descending=True).values, pre.topk(k, dim=1).values)
+    assert torch.equal(pre.gather(1, columns), values)
+    assert (columns.sort(dim=1).values.diff() > 0).all()
+
+
+def test_the_largest_hide_no_nan() -> None:
+    pre = torch.randn(6, 1040, generator=torch.Generator().manual_seed(0))
+    pre[2, 1001] = torch.nan
+    values, _ = largest(pre, 8)
+    assert values.isnan().sum(dim=1).tolist() == [0, 0, 1, 0, 0, 0]
 
 
 def test_an_unknown_backend_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

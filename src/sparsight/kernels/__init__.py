@@ -21,34 +21,39 @@ __all__ = ["BACKENDS", "decode", "routed_topk", "topk"]
 BACKENDS = ("reference", "cpu", "triton")
 
 
-def topk(x_BD: Tensor, W_enc_DF: Tensor, b_enc_F: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """ReLU of the k largest entries of x W_enc + b_enc (Gao et al. 2024, arXiv 2406.04093, equation 3).
+def topk(
+    x_BD: Tensor, W_enc_DF: Tensor, b_enc_F: Tensor, k: int, center_D: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """ReLU of the k largest entries of (x - center) W_enc + b_enc (Gao et al. 2024, arXiv 2406.04093, equation 3).
 
     Args:
-        x_BD: activations, b_dec already subtracted.
+        x_BD: activations.
+        center_D: b_dec; None if it is already subtracted.
 
     Returns:
         values (B, K), 0 where a chosen pre-activation is not positive, and indices (B, K) int64, in no
-        particular order. Gradients reach x, W_enc and b_enc through the positive entries.
+        particular order. Gradients reach x, W_enc, b_enc and center through the positive entries.
 
     Raises:
         SparsightError: ``SPARSIGHT_KERNELS`` names an unknown backend.
     """
-    return functions.topk(_backend(x_BD), x_BD, W_enc_DF, b_enc_F, k)
+    return functions.topk(_backend(x_BD), x_BD, W_enc_DF, b_enc_F, k, center_D)
 
 
 def routed_topk(
-    x_BD: Tensor, W_enc_DF: Tensor, b_enc_F: Tensor | None, expert_B: Tensor, n_experts: int, k: int
-) -> tuple[Tensor, Tensor]:
+    x_BD: Tensor, W_enc_DF: Tensor, b_enc_F: Tensor | None, expert_B: Tensor, n_experts: int, k: int,
+    center_D: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Like :func:`topk`, but each row uses only its expert's latents (Switch SAE, arXiv 2410.08201, equation 6).
 
     Expert e owns the latents from e F / E to (e + 1) F / E. The other experts' latents are not computed, neither
     forward nor backward.
 
     Args:
-        x_BD: activations, b_pre already subtracted.
+        x_BD: activations.
         b_enc_F: biases, or None.
         expert_B: int64, the expert of each row; some experts may have no rows.
+        center_D: b_pre, see :func:`topk`.
 
     Returns:
         values (B, K) and indices (B, K) into all F latents.
@@ -56,7 +61,7 @@ def routed_topk(
     Raises:
         SparsightError: ``SPARSIGHT_KERNELS`` names an unknown backend.
     """
-    return functions.routed_topk(_backend(x_BD), x_BD, W_enc_DF, b_enc_F, expert_B, n_experts, k)
+    return functions.routed_topk(_backend(x_BD), x_BD, W_enc_DF, b_enc_F, expert_B, n_experts, k, center_D)
 
 
 def decode(values_BK: Tensor, indices_BK: Tensor, W_dec_FD: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
-from sparsight.kernels import dense, screening
+from sparsight.kernels import dense, ordering, screening
 
 _ROWS = 256  # new memory costs page faults; a block of pre-activations this small reuses its memory
 
@@ -29,12 +29,14 @@ def select(x_BD: Tensor, W_enc_DF: Tensor, b_enc_F: Tensor | None, k: int) -> tu
 def combine(values_BK: Tensor, indices_BK: Tensor, W_FD: Tensor) -> Tensor:
     """See :class:`sparsight.kernels.functions.Backend`."""
     active_BK = values_BK != 0
-    return _bags(_starts(active_BK.sum(dim=1)), indices_BK[active_BK], values_BK[active_BK], W_FD)
+    latents_N, values_N = indices_BK.masked_select(active_BK), values_BK.masked_select(active_BK)
+    return _bags(_starts(active_BK.sum(dim=1)), latents_N, values_N, W_FD)
 
 
 def dots(g_BD: Tensor, W_FD: Tensor, indices_BK: Tensor, active_BK: Tensor) -> Tensor:
     """See :class:`sparsight.kernels.functions.Backend`."""
-    starts, rows_N, order_N = _by_latent(indices_BK, active_BK, len(W_FD))
+    active_BK = active_BK != 0
+    starts, rows_N, order_N = ordering.once(_by_latent, indices_BK, active_BK, len(W_FD))
     # Sorted by latent: W is read once in order, and random access goes to g, which is small.
     shape = (len(W_FD), len(g_BD))
     pattern = torch.sparse_csr_tensor(starts, rows_N, g_BD.new_zeros(len(rows_N)), shape, check_invariants=False)
@@ -46,17 +48,18 @@ def dots(g_BD: Tensor, W_FD: Tensor, indices_BK: Tensor, active_BK: Tensor) -> T
 def accumulate(values_BK: Tensor, indices_BK: Tensor, g_BD: Tensor, n_rows: int) -> tuple[Tensor, Tensor]:
     """See :class:`sparsight.kernels.functions.Backend`."""
     active_BK = values_BK != 0
-    starts, rows_N, order_N = _by_latent(indices_BK, active_BK, n_rows)
-    sums_F = values_BK.new_zeros(n_rows).index_add_(0, indices_BK[active_BK], values_BK[active_BK])
-    return _bags(starts, rows_N, values_BK[active_BK][order_N], g_BD), sums_F
+    starts, rows_N, order_N = ordering.once(_by_latent, indices_BK, active_BK, n_rows)
+    values_N = values_BK.masked_select(active_BK)
+    sums_F = values_BK.new_zeros(n_rows).index_add_(0, indices_BK.masked_select(active_BK), values_N)
+    return _bags(starts, rows_N, values_N.index_select(0, order_N), g_BD), sums_F
 
 
 def _by_latent(indices_BK: Tensor, active_BK: Tensor, n_latents: int) -> tuple[Tensor, Tensor, Tensor]:
     """Active entries sorted by latent: start of each latent, rows of the entries, their positions before sorting."""
     rows_N, _ = active_BK.nonzero(as_tuple=True)
-    latents_N = indices_BK[active_BK]
+    latents_N = indices_BK.masked_select(active_BK)
     order_N = latents_N.int().argsort(stable=True)
-    return _starts(torch.bincount(latents_N, minlength=n_latents)), rows_N[order_N], order_N
+    return _starts(torch.bincount(latents_N, minlength=n_latents)), rows_N.index_select(0, order_N), order_N
 
 
 def _dense_select(x_BD: Tensor, W_enc_DF: Tensor, b_enc_F: Tensor | None, k: int) -> tuple[Tensor, Tensor]:

@@ -28,7 +28,7 @@ class Backend(Protocol):
         ...
 
     def dots(self, g_BD: Tensor, W_FD: Tensor, indices_BK: Tensor, active_BK: Tensor) -> Tensor:
-        """Products g_b . W[index], (B, K); 0 where ``active`` is false."""
+        """Products g_b . W[index], (B, K); 0 where ``active``, of any type, is 0."""
         ...
 
     def accumulate(self, values_BK: Tensor, indices_BK: Tensor, g_BD: Tensor, n_rows: int) -> tuple[Tensor, Tensor]:
@@ -37,30 +37,32 @@ class Backend(Protocol):
 
 
 class _Encode(torch.autograd.Function):
-    """Gradients of x W_enc + b_enc at chosen latents; the values are already known."""
+    """Gradients of (x - center) W_enc + b_enc at chosen latents; the values are already known."""
 
     @staticmethod
     def forward(
-        ctx: Any, x_BD: Tensor, W_enc_DF: Tensor, b_enc_F: Tensor | None, values_BK: Tensor, indices_BK: Tensor,
-        active_BK: Tensor, backend: Backend,
+        ctx: Any, x_BD: Tensor, W_enc_DF: Tensor, b_enc_F: Tensor | None, center_D: Tensor | None, pre_BK: Tensor,
+        indices_BK: Tensor, backend: Backend,
     ) -> Tensor:  # fmt: skip
-        ctx.save_for_backward(x_BD, W_enc_DF, indices_BK, active_BK)
+        ctx.save_for_backward(x_BD, W_enc_DF, center_D, indices_BK)
         ctx.backend = backend
-        return values_BK
+        return pre_BK
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g_BK: Tensor) -> tuple[Tensor | None, ...]:
-        x_BD, W_enc_DF, indices_BK, active_BK = ctx.saved_tensors
-        dx = dW = db = None
+        x_BD, W_enc_DF, center_D, indices_BK = ctx.saved_tensors
+        dx = dW = db = dcenter = None
+        needs_x, needs_W, needs_b, needs_center, *_ = ctx.needs_input_grad
         with _no_autocast(g_BK):
-            g_BK = g_BK * active_BK
-            if ctx.needs_input_grad[0]:
+            if needs_x:
                 dx = ctx.backend.combine(g_BK, indices_BK, W_enc_DF.T)
-            if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
+            if needs_W or needs_b or needs_center:
                 dW, db = ctx.backend.accumulate(g_BK, indices_BK, x_BD, W_enc_DF.shape[1])
                 dW = dW.T
-        return dx, dW, db if ctx.needs_input_grad[2] else None, None, None, None, None
+                if needs_center:
+                    dcenter = torch.addmv(center_D, W_enc_DF, db, beta=0, alpha=-1)  # -W_enc db, in one launch
+        return dx, dW, db if needs_b else None, dcenter, None, None, None
 
 
 class _Decode(torch.autograd.Function):
@@ -79,33 +81,51 @@ class _Decode(torch.autograd.Function):
         dvalues = dW = None
         with _no_autocast(g_BD):
             if ctx.needs_input_grad[0]:
-                dvalues = ctx.backend.dots(g_BD, W_dec_FD, indices_BK, values_BK != 0)
+                dvalues = ctx.backend.dots(g_BD, W_dec_FD, indices_BK, values_BK)
             if ctx.needs_input_grad[2]:
                 dW, _ = ctx.backend.accumulate(values_BK, indices_BK, g_BD, len(W_dec_FD))
         return dvalues, None, dW, None
 
 
-def topk(backend: Backend, x_BD: Tensor, W_enc_DF: Tensor, b_enc_F: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def topk(
+    backend: Backend, x_BD: Tensor, W_enc_DF: Tensor, b_enc_F: Tensor, k: int, center_D: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """See :func:`sparsight.kernels.topk`."""
+    x_BD, center_D = _centered(x_BD, center_D)
     with torch.no_grad():
         pre_BK, indices_BK = _select(backend.select, x_BD, W_enc_DF, b_enc_F, k)
-    return _chosen(backend, x_BD, W_enc_DF, b_enc_F, pre_BK, indices_BK)
+    return _Encode.apply(x_BD, W_enc_DF, b_enc_F, center_D, pre_BK, indices_BK, backend).relu(), indices_BK
 
 
 def routed_topk(
-    backend: Backend, x_BD: Tensor, W_enc_DF: Tensor, b_enc_F: Tensor | None, expert_B: Tensor, n_experts: int, k: int
-) -> tuple[Tensor, Tensor]:
+    backend: Backend, x_BD: Tensor, W_enc_DF: Tensor, b_enc_F: Tensor | None, expert_B: Tensor, n_experts: int, k: int,
+    center_D: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """See :func:`sparsight.kernels.routed_topk`."""
     width = W_enc_DF.shape[1] // n_experts
     assert width * n_experts == W_enc_DF.shape[1]
     assert k <= width
+    x_BD, center_D = _centered(x_BD, center_D)
     with torch.no_grad():
         if x_BD.is_cuda:
             in_blocks = partial(routing.select, expert_B=expert_B, n_experts=n_experts)
             pre_BK, indices_BK = _select(in_blocks, x_BD, W_enc_DF, b_enc_F, k)
         else:
             pre_BK, indices_BK = _expert_by_expert(backend, x_BD, W_enc_DF, b_enc_F, expert_B, n_experts, k)
-    return _chosen(backend, x_BD, W_enc_DF, b_enc_F, pre_BK, indices_BK)
+    return _Encode.apply(x_BD, W_enc_DF, b_enc_F, center_D, pre_BK, indices_BK, backend).relu(), indices_BK
+
+
+def _centered(x_BD: Tensor, center_D: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Rows less the center, and the center if :class:`_Encode` is to compute its gradient.
+
+    On a GPU, where x needs no gradient, the center's is a product of matrix and vector, which reads the weights once.
+    Its way through the gradient of x would read B K rows of them.
+    """
+    if center_D is None:
+        return x_BD, None
+    if x_BD.is_cuda and not x_BD.requires_grad:
+        return x_BD - center_D.detach(), center_D
+    return x_BD - center_D, None
 
 
 def _expert_by_expert(
@@ -143,14 +163,6 @@ def _select(select: Select, x_BD: Tensor, W_DF: Tensor, b_F: Tensor | None, k: i
         bias = None if b_F is None else b_F.to(dtype)
         pre_BK, indices_BK = select(x_BD.to(dtype), W_DF.to(dtype), bias, k)
         return pre_BK.to(W_DF.dtype), indices_BK
-
-
-def _chosen(
-    backend: Backend, x_BD: Tensor, W_DF: Tensor, b_F: Tensor | None, pre_BK: Tensor, indices_BK: Tensor
-) -> tuple[Tensor, Tensor]:
-    active_BK = pre_BK > 0
-    values_BK = _Encode.apply(x_BD, W_DF, b_F, pre_BK.relu(), indices_BK, active_BK, backend)
-    return values_BK, indices_BK
 
 
 def _no_autocast(tensor: Tensor) -> torch.autocast:

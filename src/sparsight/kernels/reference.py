@@ -21,7 +21,7 @@ def combine(values_BK: Tensor, indices_BK: Tensor, W_FD: Tensor) -> Tensor:
 
 def dots(g_BD: Tensor, W_FD: Tensor, indices_BK: Tensor, active_BK: Tensor) -> Tensor:
     """See :class:`sparsight.kernels.functions.Backend`."""
-    return (g_BD @ W_FD.T).gather(1, indices_BK) * active_BK
+    return (g_BD @ W_FD.T).gather(1, indices_BK) * (active_BK != 0)
 
 
 def accumulate(values_BK: Tensor, indices_BK: Tensor, g_BD: Tensor, n_rows: int) -> tuple[Tensor, Tensor]:

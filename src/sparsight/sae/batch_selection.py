@@ -43,7 +43,7 @@ class BatchSelection(SAE):
         """The B * K largest codes of the batch, found among the M largest of each row. M doubles while too small."""
         m, n = min(4 * self.k, self.d_sae), len(x) * self.k
         while True:
-            values, indices = kernels.topk(x - self.b_dec, self.W_enc, self.b_enc, m)
+            values, indices = kernels.topk(x, self.W_enc, self.b_enc, m, self.b_dec)
             kept = values.detach().flatten().topk(n, sorted=False).indices
             keep = torch.zeros_like(values, dtype=torch.bool)
             keep.view(-1)[kept] = True

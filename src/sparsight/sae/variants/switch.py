@@ -79,7 +79,7 @@ class Switch(SAE):
 
     def _codes(self, x: Tensor, p_BE: Tensor) -> SparseCodes:
         p_B, expert_B = p_BE.max(dim=1)
-        values, indices = kernels.routed_topk(x - self.b_dec, self.W_enc, None, expert_B, self.experts, self.k)
+        values, indices = kernels.routed_topk(x, self.W_enc, None, expert_B, self.experts, self.k, self.b_dec)
         return SparseCodes(values * p_B.unsqueeze(1), indices, self.d_sae)
 
     def _from_dead(self, x: Tensor, dead: Tensor) -> Tensor:
@@ -87,7 +87,7 @@ class Switch(SAE):
         p_B, expert_B = self._route(x).max(dim=1)
         only_dead = x.new_full((self.d_sae,), -torch.inf).index_fill_(0, dead, 0.0)
         k = min(self.aux_k, self.d_sae // self.experts)
-        values, indices = kernels.routed_topk(x - self.b_dec, self.W_enc, only_dead, expert_B, self.experts, k)
+        values, indices = kernels.routed_topk(x, self.W_enc, only_dead, expert_B, self.experts, k, self.b_dec)
         return kernels.decode(values * p_B.unsqueeze(1), indices, self.W_dec)
 
     @torch.no_grad()

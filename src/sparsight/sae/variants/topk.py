@@ -22,5 +22,5 @@ class TopK(SAE):
         return self._codes(x), None
 
     def _codes(self, x: Tensor) -> SparseCodes:
-        values, indices = kernels.topk(x - self.b_dec, self.W_enc, self.b_enc, self.k)
+        values, indices = kernels.topk(x, self.W_enc, self.b_enc, self.k, self.b_dec)
         return SparseCodes(values, indices, self.d_sae)
