@@ -101,42 +101,71 @@ class Trainer:
         return x[site]
 
     def _step(self, i: int, x: Tensor | np.ndarray, labels: Tensor | np.ndarray | None) -> Loss:
-        sae, optimizer = self.saes[i], self.optimizers[i]
+        self._begin(i, x)
+        loss, total, y = self._losses(i, x, labels)
+        self._gradients(i, total)
+        norm = self._norm(i)
+        self._judge(i, total, norm)
+        self._update(i, norm)
+        self._count(i, loss)
+        if y is not None:
+            self.prototypes[i].learn(loss.codes, y)
+        return loss
+
+    def _begin(self, i: int, x: Tensor | np.ndarray) -> None:
+        """What the step needs to know before it starts: the data's variance, and whether latents may be dead."""
+        sae = self.saes[i]
         if not sae.started:
             rows = sae.validate(x).double()
             sae.start(float((rows - rows.mean(dim=0)).square().sum() / len(rows)))
         sae.none_dead = self._at_most[i] < self.dead_after
+
+    def _losses(
+        self, i: int, x: Tensor | np.ndarray, labels: Tensor | np.ndarray | None
+    ) -> tuple[Loss, Tensor, Tensor | None]:
+        """The SAE's losses, what the gradients are of, and the labels on the SAE's device."""
+        sae = self.saes[i]
         device = sae.W_dec.device
         with torch.autocast(device.type, torch.bfloat16, enabled=self.precision == "bf16"):
             loss = sae.loss(x)
-        total = loss.total
-        if labels is not None:
-            y = torch.as_tensor(labels).long()
-            if y.shape != (len(loss.x_hat),) or y.min() < 0:
-                raise SparsightError(f"labels: expected {len(loss.x_hat)} class numbers from 0, got {tuple(y.shape)}")
-            self.prototypes[i].grow(int(y.max()) + 1)  # labels of the host, so that nothing waits for the device
-            y = y.to(device)
-            total = total + self.prototype_weight * sae.loss_scale * self.prototypes[i].term(loss.codes, y)
-        sae.zero_grad()
+        if labels is None:
+            return loss, loss.total, None
+        y = torch.as_tensor(labels).long()
+        if y.shape != (len(loss.x_hat),) or y.min() < 0:
+            raise SparsightError(f"labels: expected {len(loss.x_hat)} class numbers from 0, got {tuple(y.shape)}")
+        self.prototypes[i].grow(int(y.max()) + 1)  # labels of the host, so that nothing waits for the device
+        y = y.to(device)
+        term = self.prototypes[i].term(loss.codes, y)
+        return loss, loss.total + self.prototype_weight * sae.loss_scale * term, y
+
+    def _gradients(self, i: int, total: Tensor) -> None:
+        """Gradients of all parameters, without the part of W_dec's that its unit rows undo."""
+        self.saes[i].zero_grad()
         total.backward()
-        sae.remove_parallel_gradient()
-        for view, p in zip(optimizer.param_groups[0]["params"], sae.parameters(), strict=True):
-            view.grad = None if p.grad is None else _rows(p.grad)
-        norm = torch.nn.utils.get_total_norm([p.grad for p in sae.parameters() if p.grad is not None])
+        self.saes[i].remove_parallel_gradient()
+
+    def _norm(self, i: int) -> Tensor:
+        """Euclidean norm of all gradients together."""
+        return torch.nn.utils.get_total_norm([p.grad for p in self.saes[i].parameters() if p.grad is not None])
+
+    def _judge(self, i: int, total: Tensor, norm: Tensor) -> None:
+        """Refuse a step that is not finite; on a GPU, keep the device from taking it."""
         now = torch.stack([total.detach(), norm])
-        if device.type == "cuda":
+        if now.is_cuda:
             self._health[i].note(now)
-            optimizer.found_inf = self._health[i].failed  # type: ignore[attr-defined]
+            self.optimizers[i].found_inf = self._health[i].failed  # type: ignore[attr-defined]
         else:
             self._refuse(i, *now.tolist())
+
+    def _update(self, i: int, norm: Tensor) -> None:
+        """Clipping, Adam, and unit rows."""
+        sae, optimizer = self.saes[i], self.optimizers[i]
+        for view, p in zip(optimizer.param_groups[0]["params"], sae.parameters(), strict=True):
+            view.grad = None if p.grad is None else _rows(p.grad)
         # Fused Adam divides by this while it reads the gradients, so clipping needs no extra pass.
         optimizer.grad_scale = (norm / _MAX_NORM).clamp(min=1)  # type: ignore[attr-defined]
         optimizer.step()
         sae.constrain()
-        self._count(i, loss)
-        if labels is not None:
-            self.prototypes[i].learn(loss.codes, y)
-        return loss
 
     @torch.no_grad()
     def _count(self, i: int, loss: Loss) -> None:
