@@ -33,7 +33,7 @@ from torch.optim import Optimizer
 from torch.utils._python_dispatch import return_and_correct_aliasing
 from torch.utils._pytree import tree_leaves, tree_map
 
-from sparsight.kernels import cpu
+from sparsight.kernels import cpu, update
 from sparsight.kernels import triton as kernels
 
 CUDA = torch.device("cuda", 0)
@@ -299,6 +299,29 @@ def _accumulate(
     sums.zero_().index_add_(0, latents, values.flatten()[places])
 
 
+def _norms(gradient: Tensor, W: Tensor, norms: Tensor, *_: Any) -> None:
+    norms.copy_(_across(gradient, W).norm(dim=1))
+
+
+def _across(gradient: Tensor, W: Tensor) -> Tensor:
+    return gradient - torch.linalg.vecdot(gradient, W).unsqueeze(1) * W
+
+
+def _update(
+    W: Tensor, gradient: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, step: Tensor, taken: Tensor, correction1: Tensor,
+    correction2: Tensor, clip: Tensor, failed: Tensor, d_in: int, lr: float, beta1: float, beta2: float, eps: float,
+    *_: Any,
+) -> None:  # fmt: skip
+    if failed:
+        return
+    g = _across(gradient, W) / clip
+    exp_avg.lerp_(g, 1 - beta1)
+    exp_avg_sq.mul_(beta2).addcmul_(g, g, value=1 - beta2)
+    W.addcdiv_(exp_avg, exp_avg_sq.sqrt() / (-correction2).sqrt() + eps, value=float(lr / correction1))
+    W.div_(W.norm(dim=1, keepdim=True))
+    step.copy_(taken)
+
+
 @contextmanager
 def pretended_cuda() -> Iterator[Activity]:
     """Inside ``with``, PyTorch has the device; yields the counts of what it does."""
@@ -313,6 +336,8 @@ def pretended_cuda() -> Iterator[Activity]:
         patch.setattr(Tensor, "pin_memory", lambda x: x)
         for stand_in in (_combine, _dots, _accumulate):
             patch.setattr(kernels, stand_in.__name__, _Kernel(stand_in.__name__, stand_in))
+        for stand_in in (_norms, _update):
+            patch.setattr(update, stand_in.__name__, _Kernel(stand_in.__name__, stand_in))
         patch.setattr(clip_grad, "_has_foreach_support", lambda tensors, device: isinstance(tensors[0], CudaTensor))
         patch.setattr(Optimizer, "_group_tensors_by_device_and_dtype", staticmethod(_grouped))
         patch.setattr(torch.cuda, "mem_get_info", lambda device: (2**33, 2**33))

@@ -15,8 +15,6 @@ from sparsight.common.errors import SparsightError
 from sparsight.sae.base import SAE, Loss
 from sparsight.sae.class_means import ClassMeans
 
-_MAX_NORM = 1.0
-
 
 class Trainer:
     """Optimises one or many SAEs on the same rows. Each ends with the same bytes as if trained alone.
@@ -66,7 +64,7 @@ class Trainer:
         Raises:
             SparsightError: activations that are not finite or of another width, a missing site, or a loss that is not
                 finite. The weights of the SAE at fault stay as they were before the step. On a GPU, :meth:`check` says
-                what is not finite, and from there on the weights stay but for the rounding of unit rows.
+                what is not finite, and from there on the weights stay.
         """
         return [self._step(i, self._rows(i, x), labels) for i in range(len(self.saes))]
 
@@ -139,14 +137,22 @@ class Trainer:
         return loss, loss.total + self.prototype_weight * sae.loss_scale * term, y
 
     def _gradients(self, i: int, total: Tensor) -> None:
-        """Gradients of all parameters, without the part of W_dec's that its unit rows undo."""
-        self.saes[i].zero_grad()
+        """Gradients of all parameters, without the part of W_dec's along its rows; a GPU removes it as it reads it."""
+        sae = self.saes[i]
+        sae.zero_grad()
         total.backward()
-        self.saes[i].remove_parallel_gradient()
+        if not sae.W_dec.is_cuda:
+            sae.remove_parallel_gradient()
 
     def _norm(self, i: int) -> Tensor:
         """Euclidean norm of all gradients together."""
-        return torch.nn.utils.get_total_norm([p.grad for p in self.saes[i].parameters() if p.grad is not None])
+        sae = self.saes[i]
+        gradients = {name: p.grad for name, p in sae.named_parameters() if p.grad is not None}
+        if sae.W_dec.is_cuda:
+            from sparsight.kernels import update  # Triton comes with the PyTorch of GPUs only
+
+            gradients["W_dec"] = update.norms(gradients["W_dec"], sae.W_dec.detach())
+        return torch.nn.utils.get_total_norm(gradients.values())
 
     def _judge(self, i: int, total: Tensor, norm: Tensor) -> None:
         """Refuse a step that is not finite; on a GPU, keep the device from taking it."""
@@ -157,15 +163,30 @@ class Trainer:
         else:
             self._refuse(i, *now.tolist())
 
+    @torch.no_grad()
     def _update(self, i: int, norm: Tensor) -> None:
         """Clipping, Adam, and unit rows."""
         sae, optimizer = self.saes[i], self.optimizers[i]
-        for view, p in zip(optimizer.param_groups[0]["params"], sae.parameters(), strict=True):
-            view.grad = None if p.grad is None else _rows(p.grad)
-        # Fused Adam divides by this while it reads the gradients, so clipping needs no extra pass.
-        optimizer.grad_scale = (norm / _MAX_NORM).clamp(min=1)  # type: ignore[attr-defined]
+        (group,) = optimizer.param_groups
+        views = dict(zip((name for name, _ in sae.named_parameters()), group["params"], strict=True))
+        for name, p in sae.named_parameters():
+            views[name].grad = None if p.grad is None else _rows(p.grad)
+        # Clips to norm 1: fused Adam divides by this while it reads the gradients, so clipping needs no extra pass.
+        optimizer.grad_scale = clip = norm.clamp(min=1)  # type: ignore[attr-defined]
+        if not sae.W_dec.is_cuda:
+            optimizer.step()
+            sae.constrain()
+            return
+        from sparsight.kernels import update
+
+        views["W_dec"].grad = None  # so Adam leaves it to the kernel
         optimizer.step()
-        sae.constrain()
+        assert sae.W_dec.grad is not None
+        update.update(
+            sae.W_dec.detach(), sae.W_dec.grad, optimizer.state[views["W_dec"]], optimizer.state[views["b_dec"]]["step"],
+            clip, self._health[i].failed, group["lr"], group["betas"], group["eps"],
+        )  # fmt: skip
+        sae.bound()
 
     @torch.no_grad()
     def _count(self, i: int, loss: Loss) -> None:

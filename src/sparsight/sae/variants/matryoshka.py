@@ -54,5 +54,4 @@ class Matryoshka(BatchSelection):
         values_PBM = codes.values * (codes.indices < ends_P11)
         indices_PBM = codes.indices.expand(values_PBM.shape)
         x_hat = kernels.decode(values_PBM.flatten(0, 1), indices_PBM.flatten(0, 1), self.W_dec) + self.b_dec
-        error = x - x_hat.unflatten(0, values_PBM.shape[:2])
-        return codes, self._squared_error(error.flatten(0, 1)) * len(ends)
+        return codes, self._squared_error(x_hat, x.repeat(len(ends), 1)) * len(ends)

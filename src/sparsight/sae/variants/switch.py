@@ -82,10 +82,10 @@ class Switch(SAE):
         values, indices = kernels.routed_topk(x - self.b_dec, self.W_enc, None, expert_B, self.experts, self.k)
         return SparseCodes(values * p_B.unsqueeze(1), indices, self.d_sae)
 
-    def _from_dead(self, x: Tensor, dead: Tensor) -> Tensor:
+    def _from_dead(self, x: Tensor, dead: Tensor | None) -> Tensor:
         """The same from dead latents of the routed expert only; no other expert is computed."""
         p_B, expert_B = self._route(x).max(dim=1)
-        only_dead = x.new_full((self.d_sae,), -torch.inf).index_fill_(0, dead, 0.0)
+        only_dead = x.new_zeros(self.d_sae).masked_fill_(~self.dead, -torch.inf)
         k = min(self.aux_k, self.d_sae // self.experts)
         values, indices = kernels.routed_topk(x - self.b_dec, self.W_enc, only_dead, expert_B, self.experts, k)
         return kernels.decode(values * p_B.unsqueeze(1), indices, self.W_dec)

@@ -1,0 +1,96 @@
+"""The decoder's update on a GPU: parallel gradient, clipping, Adam and unit rows in one pass over the weights.
+
+    g' = g - (g . w) w,   v = Adam(w, g' / clip),   w <- v / |v|
+
+Clipping needs the norm of all gradients first, so :func:`norms` reads gradient and weights once before. g' is never
+written. A program holds a row, and its sums run in a fixed order.
+
+Shapes: D width (d_in), F latents (d_sae).
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+def norms(gradient_FD: Tensor, W_FD: Tensor) -> Tensor:
+    """Norm of each row's gradient without its part along the row of W, which has unit norm: (F,)."""
+    (n_rows, d_in), norms_F = W_FD.shape, W_FD.new_empty(len(W_FD))
+    _norms[(n_rows,)](gradient_FD.contiguous(), W_FD, norms_F, d_in, _sum_type(W_FD), **_options(d_in))
+    return norms_F
+
+
+def update(
+    W_FD: Tensor, gradient_FD: Tensor, state: Mapping[str, Tensor], taken: Tensor, clip: Tensor, failed: Tensor,
+    lr: float, betas: tuple[float, float], eps: float,
+) -> None:  # fmt: skip
+    """One step of Adam (Kingma and Ba 2015, algorithm 1) on rows that keep their unit norm, in place.
+
+    Args:
+        gradient_FD: the gradient; its part along the rows takes no part.
+        state: Adam's ``exp_avg`` and ``exp_avg_sq``, (F, D) both, and ``step``, which becomes ``taken``.
+        taken: scalar, the number of steps, this one included.
+        clip: scalar that divides the gradient.
+        failed: scalar; unless it is 0, everything stays as it is.
+    """
+    n_rows, d_in = W_FD.shape
+    corrections = torch._foreach_expm1(torch._foreach_mul([taken, taken], [math.log(beta) for beta in betas]))
+    _update[(n_rows,)](
+        W_FD, gradient_FD.contiguous(), state["exp_avg"], state["exp_avg_sq"], state["step"], taken, *corrections,
+        clip, failed, d_in, lr, *betas, eps, _sum_type(W_FD), **_options(d_in),
+    )  # fmt: skip
+
+
+def _options(d_in: int) -> dict[str, Any]:
+    """A block that holds a row, and warps that keep its numbers in registers."""
+    size = triton.next_power_of_2(d_in)
+    # Triton's default of fusion depends on its version, and so would the bits of the sums.
+    return {"BLOCK_D": size, "num_warps": min(max(size // 128, 1), 16), "enable_fp_fusion": True}
+
+
+def _sum_type(tensor: Tensor) -> tl.dtype:
+    return tl.float64 if tensor.dtype == torch.float64 else tl.float32
+
+
+@triton.jit
+def _norms(gradient, W, norms, d_in, SUM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """One row: norms[row] = |g - (g . w) w|."""
+    row = tl.program_id(0).to(tl.int64)
+    d = tl.arange(0, BLOCK_D)
+    g = tl.load(gradient + row * d_in + d, mask=d < d_in, other=0.0).to(SUM)
+    w = tl.load(W + row * d_in + d, mask=d < d_in, other=0.0).to(SUM)
+    g -= tl.sum(g * w, axis=0) * w
+    tl.store(norms + row, tl.sqrt(tl.sum(g * g, axis=0)))
+
+
+@triton.jit
+def _update(
+    W, gradient, exp_avg, exp_avg_sq, step, taken, correction1, correction2, clip, failed, d_in, lr,
+    beta1: tl.constexpr, beta2: tl.constexpr, eps: tl.constexpr, SUM: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """One row. The corrections are beta^taken - 1, computed without cancellation."""
+    if tl.load(failed) == 0:
+        row = tl.program_id(0).to(tl.int64)
+        d = tl.arange(0, BLOCK_D)
+        mask = d < d_in
+        g = tl.load(gradient + row * d_in + d, mask=mask, other=0.0).to(SUM)
+        w = tl.load(W + row * d_in + d, mask=mask, other=0.0).to(SUM)
+        g = (g - tl.sum(g * w, axis=0) * w) / tl.load(clip).to(SUM)
+        first = tl.load(exp_avg + row * d_in + d, mask=mask, other=0.0).to(SUM)
+        second = tl.load(exp_avg_sq + row * d_in + d, mask=mask, other=0.0).to(SUM)
+        first = beta1 * first + (1 - beta1) * g
+        second = beta2 * second + (1 - beta2) * g * g
+        tl.store(exp_avg + row * d_in + d, first, mask=mask)
+        tl.store(exp_avg_sq + row * d_in + d, second, mask=mask)
+        size = -lr / tl.load(correction1).to(SUM)
+        root = tl.sqrt(-tl.load(correction2).to(SUM))
+        w -= size * first / (tl.sqrt(second) / root + eps)
+        w /= tl.sqrt(tl.sum(w * w, axis=0))
+        tl.store(W + row * d_in + d, w, mask=mask)
+        if row == 0:
+            tl.store(step, tl.load(taken))
