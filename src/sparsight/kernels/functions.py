@@ -3,6 +3,7 @@
 Shapes: B batch, D width (d_in), F latents (d_sae), K active latents (k), E experts.
 """
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, Protocol
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from sparsight.kernels import routing
+from sparsight.kernels import batch, routing
 
 Select = Callable[[Tensor, Tensor, Tensor | None, int], tuple[Tensor, Tensor]]
 
@@ -89,7 +90,7 @@ def topk(backend: Backend, x_BD: Tensor, W_enc_DF: Tensor, b_enc_F: Tensor, k: i
     """See :func:`sparsight.kernels.topk`."""
     with torch.no_grad():
         pre_BK, indices_BK = _select(backend.select, x_BD, W_enc_DF, b_enc_F, k)
-    return _chosen(backend, x_BD, W_enc_DF, b_enc_F, pre_BK, indices_BK)
+    return chosen(backend, x_BD, W_enc_DF, b_enc_F, pre_BK, indices_BK), indices_BK
 
 
 def routed_topk(
@@ -105,7 +106,27 @@ def routed_topk(
             pre_BK, indices_BK = _select(in_blocks, x_BD, W_enc_DF, b_enc_F, k)
         else:
             pre_BK, indices_BK = _expert_by_expert(backend, x_BD, W_enc_DF, b_enc_F, expert_B, n_experts, k)
-    return _chosen(backend, x_BD, W_enc_DF, b_enc_F, pre_BK, indices_BK)
+    return chosen(backend, x_BD, W_enc_DF, b_enc_F, pre_BK, indices_BK), indices_BK
+
+
+@torch.no_grad()
+def batch_topk(
+    x_BD: Tensor, W_enc_DF: Tensor, b_enc_F: Tensor, k: int, ends: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See :func:`sparsight.kernels.batch_topk`."""
+    pre_N, keys_N = _select(batch.select, x_BD, W_enc_DF, b_enc_F, k)
+    n_rows, d_sae, ranges = len(x_BD), W_enc_DF.shape[1], 1
+    if ends is not None:
+        keys_N = keys_N + torch.bucketize(keys_N % d_sae, ends, right=True) * (n_rows * d_sae)
+        ranges += len(ends)
+    return batch.cut(pre_N, keys_N, ranges * n_rows, d_sae, math.ceil(k / ranges))
+
+
+def chosen(
+    backend: Backend, x_BD: Tensor, W_DF: Tensor, b_F: Tensor | None, pre_BK: Tensor, indices_BK: Tensor
+) -> Tensor:
+    """See :func:`sparsight.kernels.chosen`."""
+    return _Encode.apply(x_BD, W_DF, b_F, pre_BK.relu(), indices_BK, pre_BK > 0, backend)
 
 
 def _expert_by_expert(
@@ -143,14 +164,6 @@ def _select(select: Select, x_BD: Tensor, W_DF: Tensor, b_F: Tensor | None, k: i
         bias = None if b_F is None else b_F.to(dtype)
         pre_BK, indices_BK = select(x_BD.to(dtype), W_DF.to(dtype), bias, k)
         return pre_BK.to(W_DF.dtype), indices_BK
-
-
-def _chosen(
-    backend: Backend, x_BD: Tensor, W_DF: Tensor, b_F: Tensor | None, pre_BK: Tensor, indices_BK: Tensor
-) -> tuple[Tensor, Tensor]:
-    active_BK = pre_BK > 0
-    values_BK = _Encode.apply(x_BD, W_DF, b_F, pre_BK.relu(), indices_BK, active_BK, backend)
-    return values_BK, indices_BK
 
 
 def _no_autocast(tensor: Tensor) -> torch.autocast:

@@ -133,14 +133,18 @@ class SAE(Module, ABC):
                 loss that is not finite, because the check would wait for the device in every step.
         """
         x = self._rows(x) if self.W_dec.is_cuda else self.validate(x)
-        codes, penalty = self.training_codes(x)
-        x_hat = self.decode(codes)
+        codes, x_hat, penalty = self._forward(x)
         reconstruction = self._squared_error(x_hat, x)
         aux, none = self._auxk(x, x_hat.detach()), reconstruction.new_zeros(())
         total = reconstruction if aux is None else reconstruction + self.aux_coefficient * aux
         total = total if penalty is None else total + penalty
         aux, penalty = (none if term is None else term for term in (aux, penalty))
         return Loss(total, reconstruction, aux, penalty, x_hat, codes)
+
+    def _forward(self, x: Tensor) -> tuple[Codes, Tensor, Tensor | None]:
+        """:meth:`training_codes` with the reconstruction between codes and loss term."""
+        codes, penalty = self.training_codes(x)
+        return codes, self.decode(codes), penalty
 
     def _squared_error(self, x_hat_BD: Tensor, x_BD: Tensor) -> Tensor:
         return nn.functional.mse_loss(x_hat_BD, x_BD, reduction="sum") / len(x_BD) * self.loss_scale
