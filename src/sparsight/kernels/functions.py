@@ -87,9 +87,21 @@ class _Decode(torch.autograd.Function):
 
 def topk(backend: Backend, x_BD: Tensor, W_enc_DF: Tensor, b_enc_F: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """See :func:`sparsight.kernels.topk`."""
-    with torch.no_grad():
-        pre_BK, indices_BK = _select(backend.select, x_BD, W_enc_DF, b_enc_F, k)
-    return _chosen(backend, x_BD, W_enc_DF, b_enc_F, pre_BK, indices_BK)
+    pre_BK, indices_BK = select(backend, x_BD, W_enc_DF, b_enc_F, k)
+    return chosen(backend, x_BD, W_enc_DF, b_enc_F, pre_BK, indices_BK), indices_BK
+
+
+@torch.no_grad()
+def select(backend: Backend, x_BD: Tensor, W_enc_DF: Tensor, b_enc_F: Tensor | None, k: int) -> tuple[Tensor, Tensor]:
+    """See :func:`sparsight.kernels.select`."""
+    return _select(backend.select, x_BD, W_enc_DF, b_enc_F, k)
+
+
+def chosen(
+    backend: Backend, x_BD: Tensor, W_DF: Tensor, b_F: Tensor | None, pre_BK: Tensor, indices_BK: Tensor
+) -> Tensor:
+    """See :func:`sparsight.kernels.chosen`."""
+    return _Encode.apply(x_BD, W_DF, b_F, pre_BK.relu(), indices_BK, pre_BK > 0, backend)
 
 
 def routed_topk(
@@ -105,7 +117,7 @@ def routed_topk(
             pre_BK, indices_BK = _select(in_blocks, x_BD, W_enc_DF, b_enc_F, k)
         else:
             pre_BK, indices_BK = _expert_by_expert(backend, x_BD, W_enc_DF, b_enc_F, expert_B, n_experts, k)
-    return _chosen(backend, x_BD, W_enc_DF, b_enc_F, pre_BK, indices_BK)
+    return chosen(backend, x_BD, W_enc_DF, b_enc_F, pre_BK, indices_BK), indices_BK
 
 
 def _expert_by_expert(
@@ -143,14 +155,6 @@ def _select(select: Select, x_BD: Tensor, W_DF: Tensor, b_F: Tensor | None, k: i
         bias = None if b_F is None else b_F.to(dtype)
         pre_BK, indices_BK = select(x_BD.to(dtype), W_DF.to(dtype), bias, k)
         return pre_BK.to(W_DF.dtype), indices_BK
-
-
-def _chosen(
-    backend: Backend, x_BD: Tensor, W_DF: Tensor, b_F: Tensor | None, pre_BK: Tensor, indices_BK: Tensor
-) -> tuple[Tensor, Tensor]:
-    active_BK = pre_BK > 0
-    values_BK = _Encode.apply(x_BD, W_DF, b_F, pre_BK.relu(), indices_BK, active_BK, backend)
-    return values_BK, indices_BK
 
 
 def _no_autocast(tensor: Tensor) -> torch.autocast:

@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sparsight import kernels
 from sparsight.sae.base import SAE
 from sparsight.sae.codes import Codes, DenseCodes, SparseCodes
 
@@ -43,7 +42,7 @@ class BatchSelection(SAE):
         """The B * K largest codes of the batch, found among the M largest of each row. M doubles while too small."""
         m, n = min(4 * self.k, self.d_sae), len(x) * self.k
         while True:
-            values, indices = kernels.topk(x - self.b_dec, self.W_enc, self.b_enc, m)
+            values, indices = self._topk(x, m)
             kept = values.detach().flatten().topk(n, sorted=False).indices
             keep = torch.zeros_like(values, dtype=torch.bool)
             keep.view(-1)[kept] = True

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsight import kernels
 from sparsight.common.errors import SparsightError
 from sparsight.sae.base import SAE, variant
 from sparsight.sae.batch_selection import BatchSelection
@@ -53,6 +52,6 @@ class Matryoshka(BatchSelection):
         ends_P11 = torch.tensor(ends, device=x.device)[:, None, None]
         values_PBM = codes.values * (codes.indices < ends_P11)
         indices_PBM = codes.indices.expand(values_PBM.shape)
-        x_hat = kernels.decode(values_PBM.flatten(0, 1), indices_PBM.flatten(0, 1), self.W_dec) + self.b_dec
+        x_hat = self._combine(values_PBM.flatten(0, 1), indices_PBM.flatten(0, 1)) + self.b_dec
         error = x - x_hat.unflatten(0, values_PBM.shape[:2])
         return codes, self._squared_error(error.flatten(0, 1)) * len(ends)
