@@ -16,7 +16,7 @@ from torch import Tensor
 from sparsight.common.errors import SparsightError
 from sparsight.kernels import functions
 
-__all__ = ["BACKENDS", "batch_topk", "chosen", "decode", "routed_topk", "topk"]
+__all__ = ["BACKENDS", "batch_topk", "chosen", "decode", "routed_topk", "select", "topk"]
 
 BACKENDS = ("reference", "cpu", "triton")
 
@@ -35,6 +35,24 @@ def topk(x_BD: Tensor, W_enc_DF: Tensor, b_enc_F: Tensor, k: int) -> tuple[Tenso
         SparsightError: ``SPARSIGHT_KERNELS`` names an unknown backend.
     """
     return functions.topk(_backend(x_BD), x_BD, W_enc_DF, b_enc_F, k)
+
+
+def select(x_BD: Tensor, W_enc_DF: Tensor, b_enc_F: Tensor | None, k: int) -> tuple[Tensor, Tensor]:
+    """The selection of :func:`topk` alone: pre-activations (B, K), positive or not, and indices, without gradients.
+
+    Raises:
+        SparsightError: ``SPARSIGHT_KERNELS`` names an unknown backend.
+    """
+    return functions.select(_backend(x_BD), x_BD, W_enc_DF, b_enc_F, k)
+
+
+def chosen(x_BD: Tensor, W_enc_DF: Tensor, b_enc_F: Tensor | None, pre_BK: Tensor, indices_BK: Tensor) -> Tensor:
+    """The values (B, K) of :func:`topk` with their gradients, for a selection that was made before.
+
+    Raises:
+        SparsightError: ``SPARSIGHT_KERNELS`` names an unknown backend.
+    """
+    return functions.chosen(_backend(x_BD), x_BD, W_enc_DF, b_enc_F, pre_BK, indices_BK)
 
 
 def routed_topk(
@@ -73,15 +91,6 @@ def batch_topk(
         of each part, (V,), rising: the number of its range times B, plus its row.
     """
     return functions.batch_topk(x_BD, W_enc_DF, b_enc_F, k, ends)
-
-
-def chosen(x_BD: Tensor, W_enc_DF: Tensor, b_enc_F: Tensor, pre_BK: Tensor, indices_BK: Tensor) -> Tensor:
-    """ReLU of the entries of x W_enc + b_enc at chosen latents, whose values are known; with gradients, (B, K).
-
-    Raises:
-        SparsightError: ``SPARSIGHT_KERNELS`` names an unknown backend.
-    """
-    return functions.chosen(_backend(x_BD), x_BD, W_enc_DF, b_enc_F, pre_BK, indices_BK)
 
 
 def decode(values_BK: Tensor, indices_BK: Tensor, W_dec_FD: Tensor) -> Tensor:

@@ -35,9 +35,7 @@ def select(x_BD: Tensor, W_enc_DF: Tensor, b_enc_F: Tensor, k: int) -> tuple[Ten
     return values, places[best]
 
 
-def cut(
-    values_N: Tensor, keys_N: Tensor, n_groups: int, d_sae: int, width: int
-) -> tuple[Tensor, Tensor, Tensor]:
+def cut(values_N: Tensor, keys_N: Tensor, n_groups: int, d_sae: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
     """Entries in parts of ``width``; the rest of a part is padding of value 0.
 
     Args:

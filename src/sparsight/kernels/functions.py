@@ -88,9 +88,21 @@ class _Decode(torch.autograd.Function):
 
 def topk(backend: Backend, x_BD: Tensor, W_enc_DF: Tensor, b_enc_F: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """See :func:`sparsight.kernels.topk`."""
-    with torch.no_grad():
-        pre_BK, indices_BK = _select(backend.select, x_BD, W_enc_DF, b_enc_F, k)
+    pre_BK, indices_BK = select(backend, x_BD, W_enc_DF, b_enc_F, k)
     return chosen(backend, x_BD, W_enc_DF, b_enc_F, pre_BK, indices_BK), indices_BK
+
+
+@torch.no_grad()
+def select(backend: Backend, x_BD: Tensor, W_enc_DF: Tensor, b_enc_F: Tensor | None, k: int) -> tuple[Tensor, Tensor]:
+    """See :func:`sparsight.kernels.select`."""
+    return _select(backend.select, x_BD, W_enc_DF, b_enc_F, k)
+
+
+def chosen(
+    backend: Backend, x_BD: Tensor, W_DF: Tensor, b_F: Tensor | None, pre_BK: Tensor, indices_BK: Tensor
+) -> Tensor:
+    """See :func:`sparsight.kernels.chosen`."""
+    return _Encode.apply(x_BD, W_DF, b_F, pre_BK.relu(), indices_BK, pre_BK > 0, backend)
 
 
 def routed_topk(
@@ -120,13 +132,6 @@ def batch_topk(
         keys_N = keys_N + torch.bucketize(keys_N % d_sae, ends, right=True) * (n_rows * d_sae)
         ranges += len(ends)
     return batch.cut(pre_N, keys_N, ranges * n_rows, d_sae, math.ceil(k / ranges))
-
-
-def chosen(
-    backend: Backend, x_BD: Tensor, W_DF: Tensor, b_F: Tensor | None, pre_BK: Tensor, indices_BK: Tensor
-) -> Tensor:
-    """See :func:`sparsight.kernels.chosen`."""
-    return _Encode.apply(x_BD, W_DF, b_F, pre_BK.relu(), indices_BK, pre_BK > 0, backend)
 
 
 def _expert_by_expert(

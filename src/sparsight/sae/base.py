@@ -66,6 +66,8 @@ class SAE(Module, ABC):
     """Names of the arguments besides the sizes and the seed. Attributes of the same names are saved in config.json."""
     has_auxk: ClassVar[bool] = True
     """Whether the variant's loss has the AuxK term."""
+    has_b_enc: ClassVar[bool] = True
+    """Whether latents have a bias."""
     scaled: ClassVar[tuple[str, ...]] = ("b_enc", "b_dec")
     """Names of the parameters and buffers in the units of x."""
 
@@ -78,11 +80,7 @@ class SAE(Module, ABC):
         self.d_in, self.d_sae, self.k = d_in, d_sae, k
         self.aux_k = min(d_in // 2 if aux_k is None else aux_k, d_sae)
         self.aux_coefficient = aux_coefficient
-        rows = torch.randn(d_sae, d_in, generator=torch.Generator().manual_seed(seed))
-        self.W_dec = nn.Parameter(rows / rows.norm(dim=1, keepdim=True))
-        # A transposed view of (F, D) memory: the gradient of a latent is one contiguous row.
-        self.W_enc = nn.Parameter(self.W_dec.detach().clone().T)
-        self.b_enc = nn.Parameter(torch.zeros(d_sae))
+        self._make_weights(seed)
         self.b_dec = nn.Parameter(torch.zeros(d_in))
         self.loss_scale = 1.0
         """Factor on the reconstruction loss: 1 / E||x - mean||^2 once training has started, 1 before."""
@@ -94,6 +92,21 @@ class SAE(Module, ABC):
         self.dead: Tensor
         self.none_dead = False
         """Whether the trainer knows, without asking the device, that ``dead`` is false throughout."""
+
+    def _make_weights(self, seed: int) -> None:
+        """Create the parameters that have a row, column or entry for every latent."""
+        rows = torch.randn(self.d_sae, self.d_in, generator=torch.Generator().manual_seed(seed))
+        self.W_dec = nn.Parameter(rows / rows.norm(dim=1, keepdim=True))
+        # A transposed view of (F, D) memory: the gradient of a latent is one contiguous row.
+        self.W_enc = nn.Parameter(self.W_dec.detach().clone().T)
+        if self.has_b_enc:
+            self.b_enc = nn.Parameter(torch.zeros(self.d_sae))
+
+    @property
+    def gpu_step(self) -> bool:
+        """Whether training takes the step for a GPU: shapes that no value decides, so that nothing waits for it, and a
+        kernel that updates the decoder."""
+        return "W_dec" in self._parameters and self.W_dec.is_cuda
 
     @property
     def macs_encode(self) -> int:
@@ -118,6 +131,14 @@ class SAE(Module, ABC):
     def decode(self, codes: Codes) -> Tensor:
         """Reconstruction (B, D), in the units of x."""
         return codes.combine(self.W_dec) + self.b_dec
+
+    def _topk(self, x: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """Values and indices, (B, K) both, of the ``k`` largest ReLU((x - b_dec) W_enc + b_enc)."""
+        return kernels.topk(x - self.b_dec, self.W_enc, self.b_enc, k)
+
+    def _combine(self, values_BK: Tensor, indices_BK: Tensor) -> Tensor:
+        """Sum of decoder rows weighted by the values, (B, D), without bias."""
+        return kernels.decode(values_BK, indices_BK, self.W_dec)
 
     def forward(self, x: Tensor | np.ndarray) -> Tensor:
         """decode(encode(x)), (B, D)."""
@@ -156,7 +177,7 @@ class SAE(Module, ABC):
         """
         if not (self.has_auxk and self.aux_k) or self.none_dead:
             return None
-        dead = None if self.dead.is_cuda else self.dead.nonzero().squeeze(1)  # on a GPU this would wait for it
+        dead = None if self.gpu_step else self.dead.nonzero().squeeze(1)  # on a GPU this would wait for it
         if dead is not None and not len(dead):
             return None
         residual = x - x_hat
@@ -174,7 +195,7 @@ class SAE(Module, ABC):
         """
         if dead is None:
             only_dead = torch.where(self.dead, self.b_enc, -torch.inf)
-            return kernels.decode(*kernels.topk(x - self.b_dec, self.W_enc, only_dead, self.aux_k), self.W_dec)
+            return self._combine(*kernels.topk(x - self.b_dec, self.W_enc, only_dead, self.aux_k))
         W_enc, W_dec = self.W_enc.T.index_select(0, dead).T, self.W_dec.index_select(0, dead)
         if len(dead) <= self.aux_k:  # all of them are used, and for so few dense products are faster
             return torch.addmm(self.b_enc[dead], x - self.b_dec, W_enc).relu() @ W_dec

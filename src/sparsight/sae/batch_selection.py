@@ -37,7 +37,7 @@ class BatchSelection(SAE):
         return DenseCodes(pre * (pre > self.threshold))
 
     def training_codes(self, x: Tensor) -> tuple[SparseCodes, Tensor | None]:
-        if not x.is_cuda:
+        if not self.gpu_step:
             return self._largest(x), None
         pre, indices, rows = kernels.batch_topk(x - self.b_dec, self.W_enc, self.b_enc, self.k)
         return self._codes_in_parts(x, pre, indices, rows), None
@@ -51,7 +51,7 @@ class BatchSelection(SAE):
         """The B * K largest codes of the batch, found among the M largest of each row. M doubles while too small."""
         m, n = min(4 * self.k, self.d_sae), len(x) * self.k
         while True:
-            values, indices = kernels.topk(x - self.b_dec, self.W_enc, self.b_enc, m)
+            values, indices = self._topk(x, m)
             kept = values.detach().flatten().topk(n, sorted=False).indices
             keep = torch.zeros_like(values, dtype=torch.bool)
             keep.view(-1)[kept] = True

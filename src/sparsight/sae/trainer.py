@@ -141,14 +141,14 @@ class Trainer:
         sae = self.saes[i]
         sae.zero_grad()
         total.backward()
-        if not sae.W_dec.is_cuda:
+        if not sae.gpu_step:
             sae.remove_parallel_gradient()
 
     def _norm(self, i: int) -> Tensor:
         """Euclidean norm of all gradients together."""
         sae = self.saes[i]
         gradients = {name: p.grad for name, p in sae.named_parameters() if p.grad is not None}
-        if sae.W_dec.is_cuda:
+        if sae.gpu_step:
             from sparsight.kernels import update  # Triton comes with the PyTorch of GPUs only
 
             gradients["W_dec"] = update.norms(gradients["W_dec"], sae.W_dec.detach())
@@ -173,7 +173,7 @@ class Trainer:
             views[name].grad = None if p.grad is None else _rows(p.grad)
         # Clips to norm 1: fused Adam divides by this while it reads the gradients, so clipping needs no extra pass.
         optimizer.grad_scale = clip = norm.clamp(min=1)  # type: ignore[attr-defined]
-        if not sae.W_dec.is_cuda:
+        if not sae.gpu_step:
             optimizer.step()
             sae.constrain()
             return

@@ -21,11 +21,11 @@ from sparsight.sae.l1_penalty import L1Penalised
 class Gated(L1Penalised):
     """A gate decides which latents are active, separately from their magnitude, so the penalty shrinks no code."""
 
+    has_b_enc = False
     scaled = ("b_gate", "b_mag", "b_dec")
 
     def __init__(self, *sizes: int, **options: Any) -> None:
         super().__init__(*sizes, **options)
-        del self.b_enc
         for name in ("b_gate", "r_mag", "b_mag"):
             setattr(self, name, nn.Parameter(torch.zeros(self.d_sae)))
         self.b_gate: Tensor

@@ -41,6 +41,7 @@ class Switch(SAE):
     """
 
     options = (*SAE.options, "experts", "balance")
+    has_b_enc = False
     scaled = ("b_dec", "b_router")
 
     def __init__(
@@ -48,7 +49,6 @@ class Switch(SAE):
         experts: int | None = None, balance: float = 0.025, **options: Any,
     ) -> None:  # fmt: skip
         super().__init__(d_in, d_sae, k, seed, **options)
-        del self.b_enc
         if experts is None:
             experts = max((e for e in range(2, 17) if d_sae % e == 0 and d_sae // e >= 4 * k), default=1)
         if experts < 1 or d_sae % experts or d_sae // experts < k:
@@ -78,17 +78,19 @@ class Switch(SAE):
         return ((x - self.b_router) @ self.W_router).float().softmax(dim=1)
 
     def _codes(self, x: Tensor, p_BE: Tensor) -> SparseCodes:
+        return SparseCodes(*self._routed(x, p_BE, None, self.k), self.d_sae)
+
+    def _routed(self, x: Tensor, p_BE: Tensor, bias_F: Tensor | None, k: int) -> tuple[Tensor, Tensor]:
+        """Values and indices, (B, K) both, of the ``k`` largest p_e ReLU((x - b_dec) W_enc[e] + bias[e])."""
         p_B, expert_B = p_BE.max(dim=1)
-        values, indices = kernels.routed_topk(x - self.b_dec, self.W_enc, None, expert_B, self.experts, self.k)
-        return SparseCodes(values * p_B.unsqueeze(1), indices, self.d_sae)
+        values, indices = kernels.routed_topk(x - self.b_dec, self.W_enc, bias_F, expert_B, self.experts, k)
+        return values * p_B.unsqueeze(1), indices
 
     def _from_dead(self, x: Tensor, dead: Tensor | None) -> Tensor:
         """The same from dead latents of the routed expert only; no other expert is computed."""
-        p_B, expert_B = self._route(x).max(dim=1)
         only_dead = x.new_zeros(self.d_sae).masked_fill_(~self.dead, -torch.inf)
         k = min(self.aux_k, self.d_sae // self.experts)
-        values, indices = kernels.routed_topk(x - self.b_dec, self.W_enc, only_dead, expert_B, self.experts, k)
-        return kernels.decode(values * p_B.unsqueeze(1), indices, self.W_dec)
+        return self._combine(*self._routed(x, self._route(x), only_dead, k))
 
     @torch.no_grad()
     def set_center(self, center_D: Tensor | np.ndarray) -> None:
