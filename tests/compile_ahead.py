@@ -24,8 +24,8 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction, MockTensor
 
+from sparsight.kernels import batch, update
 from sparsight.kernels import triton as kernels
-from sparsight.kernels import update
 
 ARCHITECTURES = (80, 90, 100)
 """sm_80: A100; sm_90: H100 and H200; sm_100: B200."""
@@ -79,8 +79,9 @@ def _launch(dtype: torch.dtype, k: int, d_in: int) -> None:
     kernels.dots(x, W, indices, values > 0)
     kernels.accumulate(values, indices, x, d_sae)
     one, state = torch.ones(()), {"exp_avg": W, "exp_avg_sq": W, "step": torch.ones(())}
-    update.norms(W, W)
-    update.update(W, W, state, one, one, one, 1e-3, (0.9, 0.999), 1e-8)
+    update.prepare(W, W, one, (0.9, 0.999), torch.ones(3))
+    update.update(W, W, state, torch.ones(3), one, one, 1e-3, (0.9, 0.999), 1e-8)
+    batch.cut(values.flatten(), indices.flatten(), n, d_sae, k)
 
 
 def _usage(cubin: bytes) -> dict[str, int]:

@@ -10,8 +10,8 @@ import pytest
 from conftest import ROOT
 from triton.runtime.interpreter import InterpretedFunction
 
+from sparsight.kernels import batch, update
 from sparsight.kernels import triton as kernels
-from sparsight.kernels import update
 
 REGISTERS = 128
 """A thread may take 255. With 128, a multiprocessor holds 512 threads."""
@@ -26,7 +26,7 @@ def compiled() -> list[dict[str, Any]]:
 
 
 def test_every_kernel_compiles_for_every_card_without_spills(compiled: list[dict[str, Any]]) -> None:
-    values = {**vars(kernels), **vars(update)}
+    values = {**vars(kernels), **vars(batch), **vars(update)}
     names = {name for name, value in values.items() if isinstance(value, InterpretedFunction)}
     wanted = {
         (name, card, f"torch.{dtype}")

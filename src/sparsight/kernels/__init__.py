@@ -80,7 +80,7 @@ def routed_topk(
 def batch_topk(
     x_BD: Tensor, W_enc_DF: Tensor, b_enc_F: Tensor, k: int, ends: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The B k largest entries of x W_enc + b_enc, in shapes that do not depend on where they are; no gradients.
+    """On a GPU, the B k largest entries of x W_enc + b_enc, without gradients, in shapes that no value decides.
 
     Args:
         x_BD: activations, b_dec already subtracted.

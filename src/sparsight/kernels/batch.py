@@ -1,17 +1,19 @@
 """Selection over a whole batch on a GPU, in shapes that do not depend on where the largest entries are.
 
 A row may hold any number of the B K largest pre-activations, and the host must not ask how many. So the entries are
-sorted by group (the row, or row and range of latents) and cut into parts of w entries. Part s // w + g is the first of
+sorted by group (the row, or row and range of latents) and cut into parts of W entries. Part s // W + g is the first of
 group g, whose entries start at s. Its n entries end before the first part of the next group, because
-(s + n) // w + 1 >= s // w + ceil(n / w). With N = B K entries and G groups there are N // w + G parts, whatever the data.
+(s + n) // W + 1 >= s // W + ceil(n / W). N = B K entries in G groups thus have N // W + G parts, wherever they are.
 
-Shapes: B batch, D width (d_in), F latents (d_sae), K active latents (k), N entries, G groups, V parts, w entries of a
+Shapes: B batch, D width (d_in), F latents (d_sae), K active latents (k), N entries, G groups, V parts, W entries of a
 part.
 """
 
 import math
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
 _PRODUCT = 2**28  # pre-activations that exist at a time: 1 GiB in fp32
@@ -42,15 +44,30 @@ def cut(values_N: Tensor, keys_N: Tensor, n_groups: int, d_sae: int, width: int)
         keys_N: group * F + latent of each entry.
 
     Returns:
-        values (V, w), latents (V, w) int64, and the group of each part, (V,), rising.
+        values (V, W), latents (V, W) int64, and the group of each part, (V,) int64, rising.
     """
     keys_N, order_N = keys_N.sort()
-    n, n_parts = len(keys_N), len(keys_N) // width + n_groups
-    steps = torch.arange(max(n, n_parts, n_groups + 1), device=keys_N.device)
-    starts = torch.searchsorted(keys_N, steps[: n_groups + 1] * d_sae)
-    first = starts // width + steps[: n_groups + 1]
-    slot_N = (first * width - starts)[keys_N // d_sae] + steps[:n]
-    values_VW = values_N.new_zeros(n_parts * width).index_copy_(0, slot_N, values_N[order_N])
-    latents_VW = keys_N.new_zeros(n_parts * width).index_copy_(0, slot_N, keys_N % d_sae)
-    groups_V = torch.searchsorted(first[1:], steps[:n_parts], right=True)
-    return values_VW.view(n_parts, width), latents_VW.view(n_parts, width), groups_V
+    starts = torch.searchsorted(keys_N, torch.arange(0, (n_groups + 1) * d_sae, d_sae, device=keys_N.device))
+    n_parts = len(keys_N) // width + n_groups
+    values_VW, latents_VW = values_N.new_empty(n_parts, width), keys_N.new_empty(n_parts, width)
+    groups_V = keys_N.new_empty(n_parts)
+    _cut[(n_groups,)](values_N, keys_N, order_N, starts, values_VW, latents_VW, groups_V, d_sae, width, 32)
+    return values_VW, latents_VW, groups_V
+
+
+@triton.jit
+def _cut(values, keys, order, starts, out_values, out_latents, out_groups, d_sae, width, BLOCK: tl.constexpr):
+    """One group: its parts, and padding up to the first part of the next group."""
+    group = tl.program_id(0).to(tl.int64)
+    start = tl.load(starts + group)
+    end = tl.load(starts + group + 1)
+    first = (start // width + group) * width
+    last = (end // width + group + 1) * width
+    for block in range(first, last, BLOCK):
+        slot = block + tl.arange(0, BLOCK)
+        n = start + slot - first
+        key = tl.load(keys + n, mask=n < end, other=0)
+        place = tl.load(order + n, mask=n < end, other=0)
+        tl.store(out_values + slot, tl.load(values + place, mask=n < end, other=0.0), mask=slot < last)
+        tl.store(out_latents + slot, key % d_sae, mask=slot < last)
+        tl.store(out_groups + slot // width, group + tl.zeros((BLOCK,), tl.int64), mask=slot < last)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from sparsight.kernels import batch, routing
+from sparsight.kernels import routing
 
 Select = Callable[[Tensor, Tensor, Tensor | None, int], tuple[Tensor, Tensor]]
 
@@ -126,6 +126,8 @@ def batch_topk(
     x_BD: Tensor, W_enc_DF: Tensor, b_enc_F: Tensor, k: int, ends: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See :func:`sparsight.kernels.batch_topk`."""
+    from sparsight.kernels import batch  # Triton comes with the PyTorch of GPUs only
+
     pre_N, keys_N = _select(batch.select, x_BD, W_enc_DF, b_enc_F, k)
     n_rows, d_sae, ranges = len(x_BD), W_enc_DF.shape[1], 1
     if ends is not None:

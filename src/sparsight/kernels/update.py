@@ -2,7 +2,7 @@
 
     g' = g - (g . w) w,   v = Adam(w, g' / clip),   w <- v / |v|
 
-Clipping needs the norm of all gradients first, so :func:`norms` reads gradient and weights once before. g' is never
+Clipping needs the norm of all gradients first, so :func:`prepare` reads gradient and weights once before. g' is never
 written. A program holds a row, and its sums run in a fixed order.
 
 Shapes: D width (d_in), F latents (d_sae).
@@ -18,31 +18,48 @@ import triton.language as tl
 from torch import Tensor
 
 
-def norms(gradient_FD: Tensor, W_FD: Tensor) -> Tensor:
-    """Norm of each row's gradient without its part along the row of W, which has unit norm: (F,)."""
+def prepare(gradient_FD: Tensor, W_FD: Tensor, step: Tensor, betas: tuple[float, float], bias_3: Tensor) -> Tensor:
+    """What :func:`update` needs to know of all rows together, and of the step.
+
+    Args:
+        gradient_FD: the gradient of W.
+        W_FD: rows of unit norm.
+        step: scalar, the number of steps taken.
+        betas: those of Adam.
+        bias_3: receives the number of the next step t, 1 - beta1^t and 1 - beta2^t.
+
+    Returns:
+        the norm of each row's gradient without its part along the row, (F,).
+    """
     (n_rows, d_in), norms_F = W_FD.shape, W_FD.new_empty(len(W_FD))
-    _norms[(n_rows,)](gradient_FD.contiguous(), W_FD, norms_F, d_in, _sum_type(W_FD), **_options(d_in))
+    _prepare[(n_rows,)](
+        gradient_FD.contiguous(), W_FD, step, norms_F, bias_3, d_in, math.log(betas[0]), math.log(betas[1]),
+        _sum_type(W_FD), **_options(d_in),
+    )  # fmt: skip
     return norms_F
 
 
 def update(
-    W_FD: Tensor, gradient_FD: Tensor, state: Mapping[str, Tensor], taken: Tensor, clip: Tensor, failed: Tensor,
+    gradient_FD: Tensor, W_FD: Tensor, state: Mapping[str, Tensor], bias_3: Tensor, clip: Tensor, failed: Tensor,
     lr: float, betas: tuple[float, float], eps: float,
 ) -> None:  # fmt: skip
     """One step of Adam (Kingma and Ba 2015, algorithm 1) on rows that keep their unit norm, in place.
 
     Args:
         gradient_FD: the gradient; its part along the rows takes no part.
-        state: Adam's ``exp_avg`` and ``exp_avg_sq``, (F, D) both, and ``step``, which becomes ``taken``.
-        taken: scalar, the number of steps, this one included.
+        W_FD: rows of unit norm.
+        state: Adam's ``exp_avg`` and ``exp_avg_sq``, (F, D) both, and ``step``.
+        bias_3: what :func:`prepare` left there.
         clip: scalar that divides the gradient.
         failed: scalar; unless it is 0, everything stays as it is.
+        lr: learning rate.
+        betas: those of Adam.
+        eps: that of Adam.
     """
     n_rows, d_in = W_FD.shape
-    corrections = torch._foreach_expm1(torch._foreach_mul([taken, taken], [math.log(beta) for beta in betas]))
     _update[(n_rows,)](
-        W_FD, gradient_FD.contiguous(), state["exp_avg"], state["exp_avg_sq"], state["step"], taken, *corrections,
-        clip, failed, d_in, lr, *betas, eps, _sum_type(W_FD), **_options(d_in),
+        gradient_FD.contiguous(), W_FD, state["exp_avg"], state["exp_avg_sq"], state["step"], bias_3, clip, failed,
+        d_in, lr, *betas, eps, _sum_type(W_FD), **_options(d_in),
     )  # fmt: skip
 
 
@@ -58,22 +75,30 @@ def _sum_type(tensor: Tensor) -> tl.dtype:
 
 
 @triton.jit
-def _norms(gradient, W, norms, d_in, SUM: tl.constexpr, BLOCK_D: tl.constexpr):
-    """One row: norms[row] = |g - (g . w) w|."""
+def _prepare(
+    gradient, W, step, norms, bias, d_in, log1: tl.constexpr, log2: tl.constexpr,
+    SUM: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """One row: norms[row] = |g - (g . w) w|. The first also computes the bias of Adam's moments."""
     row = tl.program_id(0).to(tl.int64)
     d = tl.arange(0, BLOCK_D)
     g = tl.load(gradient + row * d_in + d, mask=d < d_in, other=0.0).to(SUM)
     w = tl.load(W + row * d_in + d, mask=d < d_in, other=0.0).to(SUM)
     g -= tl.sum(g * w, axis=0) * w
     tl.store(norms + row, tl.sqrt(tl.sum(g * g, axis=0)))
+    if row == 0:
+        t = tl.load(step).to(tl.float64) + 1
+        tl.store(bias, t)
+        tl.store(bias + 1, 1 - tl.exp(t * log1))  # fp64, because fp32 has few digits of 1 - 0.999^1
+        tl.store(bias + 2, 1 - tl.exp(t * log2))
 
 
 @triton.jit
 def _update(
-    W, gradient, exp_avg, exp_avg_sq, step, taken, correction1, correction2, clip, failed, d_in, lr,
+    gradient, W, exp_avg, exp_avg_sq, step, bias, clip, failed, d_in, lr,
     beta1: tl.constexpr, beta2: tl.constexpr, eps: tl.constexpr, SUM: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """One row. The corrections are beta^taken - 1, computed without cancellation."""
+    """One row."""
     if tl.load(failed) == 0:
         row = tl.program_id(0).to(tl.int64)
         d = tl.arange(0, BLOCK_D)
@@ -87,10 +112,10 @@ def _update(
         second = beta2 * second + (1 - beta2) * g * g
         tl.store(exp_avg + row * d_in + d, first, mask=mask)
         tl.store(exp_avg_sq + row * d_in + d, second, mask=mask)
-        size = -lr / tl.load(correction1).to(SUM)
-        root = tl.sqrt(-tl.load(correction2).to(SUM))
+        size = lr / tl.load(bias + 1).to(SUM)
+        root = tl.sqrt(tl.load(bias + 2).to(SUM))
         w -= size * first / (tl.sqrt(second) / root + eps)
         w /= tl.sqrt(tl.sum(w * w, axis=0))
         tl.store(W + row * d_in + d, w, mask=mask)
         if row == 0:
-            tl.store(step, tl.load(taken))
+            tl.store(step, tl.load(bias))

@@ -104,8 +104,10 @@ class SAE(Module, ABC):
 
     @property
     def gpu_step(self) -> bool:
-        """Whether training takes the step for a GPU: shapes that no value decides, so that nothing waits for it, and a
-        kernel that updates the decoder."""
+        """Whether training takes the step for a GPU.
+
+        Its shapes do not depend on values, so that nothing waits for the device, and one kernel updates the decoder.
+        """
         return "W_dec" in self._parameters and self.W_dec.is_cuda
 
     @property

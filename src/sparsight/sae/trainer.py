@@ -44,6 +44,8 @@ class Trainer:
         """Per SAE, the number of activations since each latent last fired, (F,)."""
         self.prototypes = [ClassMeans(sae.d_sae, sae.W_dec.device) for sae in self.saes]
         self._health = [_Health(sae.W_dec.device) for sae in self.saes]
+        self._bias = [torch.zeros(3, device=sae.W_dec.device) for sae in self.saes]
+        """For the update on a GPU, see :func:`sparsight.kernels.update.prepare`."""
         self._at_most = [0 for _ in self.saes]
         """Per SAE, a bound on ``since_fired`` that is known without asking the device."""
 
@@ -151,7 +153,9 @@ class Trainer:
         if sae.gpu_step:
             from sparsight.kernels import update  # Triton comes with the PyTorch of GPUs only
 
-            gradients["W_dec"] = update.norms(gradients["W_dec"], sae.W_dec.detach())
+            decoder, betas = self._state(i)["W_dec"], self.optimizers[i].param_groups[0]["betas"]
+            gradient, rows = gradients["W_dec"], sae.W_dec.detach()
+            gradients["W_dec"] = update.prepare(gradient, rows, decoder["step"], betas, self._bias[i])
         return torch.nn.utils.get_total_norm(gradients.values())
 
     def _judge(self, i: int, total: Tensor, norm: Tensor) -> None:
@@ -168,9 +172,8 @@ class Trainer:
         """Clipping, Adam, and unit rows."""
         sae, optimizer = self.saes[i], self.optimizers[i]
         (group,) = optimizer.param_groups
-        views = dict(zip((name for name, _ in sae.named_parameters()), group["params"], strict=True))
-        for name, p in sae.named_parameters():
-            views[name].grad = None if p.grad is None else _rows(p.grad)
+        for view, p in zip(group["params"], sae.parameters(), strict=True):
+            view.grad = None if p.grad is None else _rows(p.grad)
         # Clips to norm 1: fused Adam divides by this while it reads the gradients, so clipping needs no extra pass.
         optimizer.grad_scale = clip = norm.clamp(min=1)  # type: ignore[attr-defined]
         if not sae.gpu_step:
@@ -179,14 +182,21 @@ class Trainer:
             return
         from sparsight.kernels import update
 
-        views["W_dec"].grad = None  # so Adam leaves it to the kernel
+        gradient = sae.W_dec.grad
+        assert gradient is not None
+        group["params"][0].grad = None  # W_dec's: Adam leaves it to the kernel
         optimizer.step()
-        assert sae.W_dec.grad is not None
         update.update(
-            sae.W_dec.detach(), sae.W_dec.grad, optimizer.state[views["W_dec"]], optimizer.state[views["b_dec"]]["step"],
-            clip, self._health[i].failed, group["lr"], group["betas"], group["eps"],
+            gradient, sae.W_dec.detach(), self._state(i)["W_dec"], self._bias[i], clip, self._health[i].failed,
+            group["lr"], group["betas"], group["eps"],
         )  # fmt: skip
         sae.bound()
+
+    def _state(self, i: int) -> dict[str, dict[str, Tensor]]:
+        """Adam's step and moments for each parameter."""
+        optimizer, names = self.optimizers[i], (name for name, _ in self.saes[i].named_parameters())
+        views = optimizer.param_groups[0]["params"]
+        return {name: optimizer.state[view] for name, view in zip(names, views, strict=True)}
 
     @torch.no_grad()
     def _count(self, i: int, loss: Loss) -> None:
@@ -225,9 +235,9 @@ class Trainer:
             tensors |= {f"{i}.{name}": buffer for name, buffer in sae.named_buffers()}
             tensors[f"{i}.since_fired"] = self.since_fired[i]
             views = optimizer.param_groups[0]["params"]
-            for (name, _), view in zip(sae.named_parameters(), views, strict=True):
+            for (name, state), view in zip(self._state(i).items(), views, strict=True):
                 tensors[f"{i}.{name}"] = view.detach()
-                tensors |= {f"{i}.{name}.{slot}": value for slot, value in optimizer.state[view].items()}
+                tensors |= {f"{i}.{name}.{slot}": value for slot, value in state.items()}
         return tensors
 
 
