@@ -80,6 +80,7 @@ def _launch(dtype: torch.dtype, k: int, d_in: int) -> None:
     kernels.accumulate(values, indices, x, d_sae)
     one, state = torch.ones(()), {"exp_avg": W, "exp_avg_sq": W, "step": torch.ones(())}
     update.prepare(W, W, one, (0.9, 0.999), torch.ones(3))
+    update.judge(one.to(dtype), one.to(dtype), torch.ones(2), one)
     update.update(W, W, state, torch.ones(3), one, one, 1e-3, (0.9, 0.999), 1e-8)
     batch.cut(values.flatten(), indices.flatten(), n, d_sae, k)
 

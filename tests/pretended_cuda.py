@@ -305,6 +305,13 @@ def _prepare(gradient: Tensor, W: Tensor, step: Tensor, norms: Tensor, bias: Ten
     bias.copy_(torch.stack([t, *(-torch.expm1(t * log) for log in logs[:2])]))
 
 
+def _judge(total: Tensor, norm: Tensor, first: Tensor, failed: Tensor, clip: Tensor) -> None:
+    if not failed:
+        first.copy_(torch.stack([total, norm]))
+        failed.fill_(float(not first.isfinite().all()))
+    clip.copy_(norm.clamp(min=1))
+
+
 def _across(gradient: Tensor, W: Tensor) -> Tensor:
     return gradient - torch.linalg.vecdot(gradient, W).unsqueeze(1) * W
 
@@ -349,7 +356,7 @@ def pretended_cuda() -> Iterator[Activity]:
         patch.setattr(Tensor, "pin_memory", lambda x: x)
         for stand_in in (_combine, _dots, _accumulate):
             patch.setattr(kernels, stand_in.__name__, _Kernel(stand_in.__name__, stand_in))
-        for module, stand_in in ((update, _prepare), (update, _update), (batch, _cut)):
+        for module, stand_in in ((update, _prepare), (update, _judge), (update, _update), (batch, _cut)):
             patch.setattr(module, stand_in.__name__, _Kernel(stand_in.__name__, stand_in))
         patch.setattr(clip_grad, "_has_foreach_support", lambda tensors, device: isinstance(tensors[0], CudaTensor))
         patch.setattr(Optimizer, "_group_tensors_by_device_and_dtype", staticmethod(_grouped))

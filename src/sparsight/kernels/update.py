@@ -39,6 +39,23 @@ def prepare(gradient_FD: Tensor, W_FD: Tensor, step: Tensor, betas: tuple[float,
     return norms_F
 
 
+def judge(total: Tensor, norm: Tensor, first_2: Tensor, failed: Tensor) -> Tensor:
+    """Keep the first loss and norm that are not finite, or else these, and set ``failed`` to 1 where they are not.
+
+    Args:
+        total: scalar, the loss.
+        norm: scalar, the norm of all gradients.
+        first_2: receives both, unless a step before has failed.
+        failed: scalar, 1 from the first such step on.
+
+    Returns:
+        scalar, what divides the gradients so that their norm is at most 1.
+    """
+    clip = norm.new_empty(())
+    _judge[(1,)](total, norm, first_2, failed, clip)
+    return clip
+
+
 def update(
     gradient_FD: Tensor, W_FD: Tensor, state: Mapping[str, Tensor], bias_3: Tensor, clip: Tensor, failed: Tensor,
     lr: float, betas: tuple[float, float], eps: float,
@@ -91,6 +108,18 @@ def _prepare(
         tl.store(bias, t)
         tl.store(bias + 1, 1 - tl.exp(t * log1))  # fp64, because fp32 has few digits of 1 - 0.999^1
         tl.store(bias + 2, 1 - tl.exp(t * log2))
+
+
+@triton.jit
+def _judge(total, norm, first, failed, clip):
+    loss = tl.load(total).to(tl.float32)
+    length = tl.load(norm).to(tl.float32)
+    if tl.load(failed) == 0:
+        tl.store(first, loss)
+        tl.store(first + 1, length)
+        finite = (loss - loss == 0) & (length - length == 0)
+        tl.store(failed, tl.where(finite, 0.0, 1.0))
+    tl.store(clip, tl.maximum(length, 1.0))
 
 
 @triton.jit

@@ -81,6 +81,7 @@ class Trainer:
                 taken = optimizer.state[optimizer.param_groups[0]["params"][0]]["step"]  # Adam counts no other steps
                 value, length, steps = torch.cat([health.loss_and_norm, taken.unsqueeze(0)]).tolist()
                 self._refuse(i, value, length, f" in step {steps + 1:.0f}")
+                self._at_most[i] = int(self.since_fired[i].max())  # AuxK rests while nothing can be dead
 
     def _refuse(self, i: int, value: float, length: float, where: str = "") -> None:
         if not math.isfinite(value + length):
@@ -105,8 +106,7 @@ class Trainer:
         loss, total, y = self._losses(i, x, labels)
         self._gradients(i, total)
         norm = self._norm(i)
-        self._judge(i, total, norm)
-        self._update(i, norm)
+        self._update(i, self._judge(i, total, norm))
         self._count(i, loss)
         if y is not None:
             self.prototypes[i].learn(loss.codes, y)
@@ -151,31 +151,33 @@ class Trainer:
         sae = self.saes[i]
         gradients = {name: p.grad for name, p in sae.named_parameters() if p.grad is not None}
         if sae.gpu_step:
-            from sparsight.kernels import update  # Triton comes with the PyTorch of GPUs only
+            from sparsight.kernels import update
 
             decoder, betas = self._state(i)["W_dec"], self.optimizers[i].param_groups[0]["betas"]
             gradient, rows = gradients["W_dec"], sae.W_dec.detach()
             gradients["W_dec"] = update.prepare(gradient, rows, decoder["step"], betas, self._bias[i])
         return torch.nn.utils.get_total_norm(gradients.values())
 
-    def _judge(self, i: int, total: Tensor, norm: Tensor) -> None:
-        """Refuse a step that is not finite; on a GPU, keep the device from taking it."""
-        now = torch.stack([total.detach(), norm])
-        if now.is_cuda:
-            self._health[i].note(now)
-            self.optimizers[i].found_inf = self._health[i].failed  # type: ignore[attr-defined]
-        else:
-            self._refuse(i, *now.tolist())
+    def _judge(self, i: int, total: Tensor, norm: Tensor) -> Tensor:
+        """Refuse a step that is not finite; a GPU does not take it. Returns what clips the gradients to norm 1."""
+        if not norm.is_cuda:
+            self._refuse(i, float(total.detach()), float(norm))
+            return norm.clamp(min=1)
+        from sparsight.kernels import update  # Triton comes with the PyTorch of GPUs only
+
+        health = self._health[i]
+        self.optimizers[i].found_inf = health.failed  # type: ignore[attr-defined]
+        return update.judge(total.detach(), norm, health.loss_and_norm, health.failed)
 
     @torch.no_grad()
-    def _update(self, i: int, norm: Tensor) -> None:
-        """Clipping, Adam, and unit rows."""
+    def _update(self, i: int, clip: Tensor) -> None:
+        """Adam, which divides the gradients by ``clip``, and unit rows."""
         sae, optimizer = self.saes[i], self.optimizers[i]
         (group,) = optimizer.param_groups
         for view, p in zip(group["params"], sae.parameters(), strict=True):
             view.grad = None if p.grad is None else _rows(p.grad)
-        # Clips to norm 1: fused Adam divides by this while it reads the gradients, so clipping needs no extra pass.
-        optimizer.grad_scale = clip = norm.clamp(min=1)  # type: ignore[attr-defined]
+        # Fused Adam divides by this while it reads the gradients, so clipping needs no extra pass.
+        optimizer.grad_scale = clip  # type: ignore[attr-defined]
         if not sae.gpu_step:
             optimizer.step()
             sae.constrain()
@@ -249,12 +251,6 @@ class _Health:
         """Of the last step, or of the first one where they are not finite."""
         self.failed = torch.zeros((), device=device)
         """1 from the first step on that is not finite. Adam then leaves weights and moments as they are."""
-        self._one = torch.ones((), device=device)
-
-    def note(self, loss_and_norm: Tensor) -> None:
-        self.loss_and_norm = torch.where(self.failed > 0, self.loss_and_norm, loss_and_norm)
-        # The operation of PyTorch's GradScaler: sets ``failed`` to 1 if a number is not finite.
-        torch._amp_foreach_non_finite_check_and_unscale_([loss_and_norm], self.failed, self._one)
 
 
 def _rows(p: Tensor) -> Tensor:

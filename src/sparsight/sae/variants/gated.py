@@ -43,5 +43,5 @@ class Gated(L1Penalised):
         h_BF = (x - self.b_dec) @ self.W_enc
         gate = (h_BF + self.b_gate).relu()
         without_gate = x - gate @ self.W_dec.detach()
-        error = self._squared_error(without_gate, self.b_dec.detach().expand_as(x))
+        error = self._squared_error(without_gate, self.b_dec.detach().expand_as(x), len(x))
         return self._codes(h_BF), self.l1(gate) + error

@@ -62,7 +62,7 @@ class Matryoshka(BatchSelection):
         values_PBM = codes.values * (codes.indices < ends_P11)
         indices_PBM = codes.indices.expand(values_PBM.shape)
         x_hat = self._combine(values_PBM.flatten(0, 1), indices_PBM.flatten(0, 1)) + self.b_dec
-        return codes, self._squared_error(x_hat, x.repeat(len(ends), 1)) * len(ends)
+        return codes, self._squared_error(x_hat, x.repeat(len(ends), 1), len(x_hat)) * len(ends)
 
     def _forward(self, x: Tensor) -> tuple[SparseCodes, Tensor, Tensor | None]:
         """On a GPU, every code is decoded once: a prefix is the sum of the ranges of latents between the ends."""
@@ -77,7 +77,7 @@ class Matryoshka(BatchSelection):
         ranges = decoded.new_zeros((n_ends + 1) * n, self.d_in).index_add(0, groups, decoded).view(n_ends + 1, -1)
         with torch.autocast("cuda", enabled=False):
             sums = torch.ones(n_ends + 1, n_ends + 1, device=x.device).tril() @ ranges
-        *_, x_hat = both = (sums.view(-1, self.d_in) + self.b_dec).split([n_ends * n, n])
+        prefixes, (x_hat,) = (sums.view(-1, n, self.d_in) + self.b_dec).split([n_ends, 1])
         if not n_ends:
             return codes, x_hat, None
-        return codes, x_hat, self._squared_error(both[0], x.repeat(n_ends, 1)) * n_ends
+        return codes, x_hat, self._squared_error(prefixes, x.expand_as(prefixes), n)

@@ -71,7 +71,7 @@ class Switch(SAE):
     def training_codes(self, x: Tensor) -> tuple[SparseCodes, Tensor]:
         p_BE = self._route(x)
         experts_E = torch.arange(self.experts, device=x.device)  # bincount would wait for a GPU
-        share_E = (p_BE.argmax(dim=1, keepdim=True) == experts_E).sum(dim=0) / len(x)
+        share_E = (p_BE.argmax(dim=1, keepdim=True) == experts_E).mean(dim=0, dtype=p_BE.dtype)
         return self._codes(x, p_BE), self.balance * self.experts * (share_E * p_BE.mean(dim=0)).sum()
 
     def _route(self, x: Tensor) -> Tensor:
