@@ -3,6 +3,7 @@
 Shapes: B batch, D width (d_in), F latents (d_sae), K active latents (k), E experts.
 """
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, Protocol
@@ -92,9 +93,22 @@ def topk(
 ) -> tuple[Tensor, Tensor]:
     """See :func:`sparsight.kernels.topk`."""
     x_BD, center_D = _centered(x_BD, center_D)
-    with torch.no_grad():
-        pre_BK, indices_BK = _select(backend.select, x_BD, W_enc_DF, b_enc_F, k)
-    return _Encode.apply(x_BD, W_enc_DF, b_enc_F, center_D, pre_BK, indices_BK, backend).relu(), indices_BK
+    pre_BK, indices_BK = select(backend, x_BD, W_enc_DF, b_enc_F, k)
+    return chosen(backend, x_BD, W_enc_DF, b_enc_F, pre_BK, indices_BK, center_D), indices_BK
+
+
+@torch.no_grad()
+def select(backend: Backend, x_BD: Tensor, W_enc_DF: Tensor, b_enc_F: Tensor | None, k: int) -> tuple[Tensor, Tensor]:
+    """See :func:`sparsight.kernels.select`."""
+    return _select(backend.select, x_BD, W_enc_DF, b_enc_F, k)
+
+
+def chosen(
+    backend: Backend, x_BD: Tensor, W_DF: Tensor, b_F: Tensor | None, pre_BK: Tensor, indices_BK: Tensor,
+    center_D: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """See :func:`sparsight.kernels.chosen`; with ``center_D`` as :func:`_centered` gives it."""
+    return _Encode.apply(x_BD, W_DF, b_F, center_D, pre_BK, indices_BK, backend).relu()
 
 
 def routed_topk(
@@ -112,7 +126,7 @@ def routed_topk(
             pre_BK, indices_BK = _select(in_blocks, x_BD, W_enc_DF, b_enc_F, k)
         else:
             pre_BK, indices_BK = _expert_by_expert(backend, x_BD, W_enc_DF, b_enc_F, expert_B, n_experts, k)
-    return _Encode.apply(x_BD, W_enc_DF, b_enc_F, center_D, pre_BK, indices_BK, backend).relu(), indices_BK
+    return chosen(backend, x_BD, W_enc_DF, b_enc_F, pre_BK, indices_BK, center_D), indices_BK
 
 
 def _centered(x_BD: Tensor, center_D: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -126,6 +140,21 @@ def _centered(x_BD: Tensor, center_D: Tensor | None) -> tuple[Tensor, Tensor | N
     if x_BD.is_cuda and not x_BD.requires_grad:
         return x_BD - center_D.detach(), center_D
     return x_BD - center_D, None
+
+
+@torch.no_grad()
+def batch_topk(
+    x_BD: Tensor, W_enc_DF: Tensor, b_enc_F: Tensor, k: int, ends: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See :func:`sparsight.kernels.batch_topk`."""
+    from sparsight.kernels import batch  # Triton comes with the PyTorch of GPUs only
+
+    pre_N, keys_N = _select(batch.select, x_BD, W_enc_DF, b_enc_F, k)
+    n_rows, d_sae, ranges = len(x_BD), W_enc_DF.shape[1], 1
+    if ends is not None:
+        keys_N = keys_N + torch.bucketize(keys_N % d_sae, ends, right=True) * (n_rows * d_sae)
+        ranges += len(ends)
+    return batch.cut(pre_N, keys_N, ranges * n_rows, d_sae, math.ceil(k / ranges))
 
 
 def _expert_by_expert(

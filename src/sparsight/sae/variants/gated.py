@@ -21,11 +21,11 @@ from sparsight.sae.l1_penalty import L1Penalised
 class Gated(L1Penalised):
     """A gate decides which latents are active, separately from their magnitude, so the penalty shrinks no code."""
 
+    has_b_enc = False
     scaled = ("b_gate", "b_mag", "b_dec")
 
     def __init__(self, *sizes: int, **options: Any) -> None:
         super().__init__(*sizes, **options)
-        del self.b_enc
         for name in ("b_gate", "r_mag", "b_mag"):
             setattr(self, name, nn.Parameter(torch.zeros(self.d_sae)))
         self.b_gate: Tensor
@@ -42,5 +42,6 @@ class Gated(L1Penalised):
     def training_codes(self, x: Tensor) -> tuple[DenseCodes, Tensor]:
         h_BF = (x - self.b_dec) @ self.W_enc
         gate = (h_BF + self.b_gate).relu()
-        error = x - gate @ self.W_dec.detach() - self.b_dec.detach()
-        return self._codes(h_BF), self.l1(gate) + self._squared_error(error)
+        without_gate = x - gate @ self.W_dec.detach()
+        error = self._squared_error(without_gate, self.b_dec.detach().expand_as(x), len(x))
+        return self._codes(h_BF), self.l1(gate) + error

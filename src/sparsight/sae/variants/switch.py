@@ -41,6 +41,7 @@ class Switch(SAE):
     """
 
     options = (*SAE.options, "experts", "balance")
+    has_b_enc = False
     scaled = ("b_dec", "b_router")
 
     def __init__(
@@ -48,7 +49,6 @@ class Switch(SAE):
         experts: int | None = None, balance: float = 0.025, **options: Any,
     ) -> None:  # fmt: skip
         super().__init__(d_in, d_sae, k, seed, **options)
-        del self.b_enc
         if experts is None:
             experts = max((e for e in range(2, 17) if d_sae % e == 0 and d_sae // e >= 4 * k), default=1)
         if experts < 1 or d_sae % experts or d_sae // experts < k:
@@ -71,24 +71,26 @@ class Switch(SAE):
     def training_codes(self, x: Tensor) -> tuple[SparseCodes, Tensor]:
         p_BE = self._route(x)
         experts_E = torch.arange(self.experts, device=x.device)  # bincount would wait for a GPU
-        share_E = (p_BE.argmax(dim=1, keepdim=True) == experts_E).sum(dim=0) / len(x)
+        share_E = (p_BE.argmax(dim=1, keepdim=True) == experts_E).mean(dim=0, dtype=p_BE.dtype)
         return self._codes(x, p_BE), self.balance * self.experts * (share_E * p_BE.mean(dim=0)).sum()
 
     def _route(self, x: Tensor) -> Tensor:
         return ((x - self.b_router) @ self.W_router).float().softmax(dim=1)
 
     def _codes(self, x: Tensor, p_BE: Tensor) -> SparseCodes:
-        p_B, expert_B = p_BE.max(dim=1)
-        values, indices = kernels.routed_topk(x, self.W_enc, None, expert_B, self.experts, self.k, self.b_dec)
-        return SparseCodes(values * p_B.unsqueeze(1), indices, self.d_sae)
+        return SparseCodes(*self._routed(x, p_BE, None, self.k), self.d_sae)
 
-    def _from_dead(self, x: Tensor, dead: Tensor) -> Tensor:
+    def _routed(self, x: Tensor, p_BE: Tensor, bias_F: Tensor | None, k: int) -> tuple[Tensor, Tensor]:
+        """Values and indices, (B, K) both, of the ``k`` largest p_e ReLU((x - b_dec) W_enc[e] + bias[e])."""
+        p_B, expert_B = p_BE.max(dim=1)
+        values, indices = kernels.routed_topk(x, self.W_enc, bias_F, expert_B, self.experts, k, self.b_dec)
+        return values * p_B.unsqueeze(1), indices
+
+    def _from_dead(self, x: Tensor, dead: Tensor | None) -> Tensor:
         """The same from dead latents of the routed expert only; no other expert is computed."""
-        p_B, expert_B = self._route(x).max(dim=1)
-        only_dead = x.new_full((self.d_sae,), -torch.inf).index_fill_(0, dead, 0.0)
+        only_dead = x.new_zeros(self.d_sae).masked_fill_(~self.dead, -torch.inf)
         k = min(self.aux_k, self.d_sae // self.experts)
-        values, indices = kernels.routed_topk(x, self.W_enc, only_dead, expert_B, self.experts, k, self.b_dec)
-        return kernels.decode(values * p_B.unsqueeze(1), indices, self.W_dec)
+        return self._combine(*self._routed(x, self._route(x), only_dead, k))
 
     @torch.no_grad()
     def set_center(self, center_D: Tensor | np.ndarray) -> None:

@@ -6,7 +6,6 @@ z = TopK(ReLU((x - b_dec) W_enc + b_enc)),  x_hat = z W_dec + b_dec
 import numpy as np
 from torch import Tensor
 
-from sparsight import kernels
 from sparsight.sae.base import SAE, variant
 from sparsight.sae.codes import SparseCodes
 
@@ -22,5 +21,4 @@ class TopK(SAE):
         return self._codes(x), None
 
     def _codes(self, x: Tensor) -> SparseCodes:
-        values, indices = kernels.topk(x, self.W_enc, self.b_enc, self.k, self.b_dec)
-        return SparseCodes(values, indices, self.d_sae)
+        return SparseCodes(*self._topk(x, self.k), self.d_sae)
