@@ -10,6 +10,9 @@ from sparsight.common.tokens import Tokens
 from sparsight.config.bounds import Count, CountOrZero, NotNegative, Positive, PositiveShare
 from sparsight.config.checks import Section, only_if
 
+SHARDS = 8
+"""Logical shards of an SAE over several processes. They are fixed, so that results do not depend on the processes."""
+
 
 @dataclass(frozen=True)
 class Sae(Section):
