@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-STAGE = "import os; from sparsight.pipeline.gpu_slots import take_card; take_card(); "
+STAGE = "import os; from sparsight.pipeline.gpu_slots import take_cards; take_cards(int(os.getenv('CARDS', 1))); "
 STAGE += "print(os.environ.get('CUDA_VISIBLE_DEVICES'), flush=True); input()"
 
 

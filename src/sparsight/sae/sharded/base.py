@@ -102,8 +102,10 @@ class Sharded(SAE):
         k = min(k, self.width)
         found, columns = kernels.select(centered, W, b, min(k, W.shape[1]))
         missing = (0, k - found.shape[1])
-        pad = torch.nn.functional.pad
-        return pad(found, missing, value=-torch.inf), pad(columns + n * self.width, missing).int()
+        if missing[1]:
+            found = torch.nn.functional.pad(found, missing, value=-torch.inf)
+            columns = torch.nn.functional.pad(columns, missing)
+        return found, (columns + n * self.width).int()
 
     def _of_shard(self, n: int, values: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
         """The entries of a shard's latents, numbered from 0; 0 in place of the others."""
