@@ -7,6 +7,7 @@ kernel's own (VmHWM), read while the processes run. The process that starts the 
 """
 
 import argparse
+import dataclasses
 import subprocess
 import sys
 import tempfile
@@ -51,7 +52,7 @@ def _store(folder: Path, n: int, width: int) -> Path:
         records[shard] = writer.write(shard, {_SITE: rows}, [])
     about = {"split": "train", "token_positions": {"class": [0], "register": [1], "patches": [2, 2]}, "backbone": "vit"}
     part = folder / "train.part-0.json"
-    write_json(part, {"plan": vars(plan), "about": about, "shards": records})
+    write_json(part, {"plan": dataclasses.asdict(plan), "about": about, "shards": records})
     finish_store(folder / "train.zarr", [part], folder / "train.json")
     return folder / "train.json"
 

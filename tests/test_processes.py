@@ -260,7 +260,7 @@ class Three:
 
     def end(self) -> tuple[int, str]:
         """Exit status and errors."""
-        _, errors = self.stage.communicate(timeout=60)
+        _, errors = self.stage.communicate(timeout=300)
         return self.stage.returncode, errors
 
 

@@ -47,8 +47,9 @@ def take_cards(n: int = 1) -> list[str]:
         cards = {name: f"{job}-{key}" for name, key in cards.items()}
     while len(taken := _lock(folder, cards, n)) < n:
         if not logged:
-            few = "every card" if n == 1 else "too many of the cards"
-            log(f"{few} ({', '.join(cards)}) is in use by another stage; waiting for {'one' if n == 1 else n}")
+            names = ", ".join(cards)
+            one = f"every card ({names}) is in use by another stage; waiting for one"
+            log(one if n == 1 else f"fewer than {n} of the cards ({names}) are free; waiting for {n}")
         logged = True
         time.sleep(_SECONDS)
     os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(taken)
