@@ -72,7 +72,7 @@ class PartedCheckpoint(Checkpoint):
 
     def _write(self, step: int, state: dict[str, Tensor]) -> None:
         save_file(state, self._part(step, self.ranks.rank))
-        self.ranks.any()  # all parts are there
+        self.ranks.wait()  # all parts are there
         if self.ranks.first:
             write_atomic(self.path, lambda path: path.write_text(str(step)))
             whole = {self._part(step, rank) for rank in range(self.ranks.size)}

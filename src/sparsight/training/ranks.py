@@ -78,8 +78,13 @@ class Ranks:
         """The sum over all shards."""
         return self.tree([(tensor,) for tensor in shards], lambda a, b: (a[0] + b[0],))[0]
 
+    def wait(self) -> None:
+        """Return when every process has come as far as this."""
+        self.any(False)
+
     def any(self, *flags: bool) -> list[bool]:
-        """For each flag, whether any process has it set. No process goes on before all have asked."""
+        """For each flag, whether any process has it set."""
+        assert flags, "nothing would be sent, and nothing waited for"
         if self.size == 1:
             return list(flags)
         counts = torch.tensor(flags, dtype=torch.int32)

@@ -172,14 +172,14 @@ class Sharded(SAE):
             for name, value in common.items():
                 file.write(name, value.reshape(1, -1))
             self._save_config(folder, about)
-        self.ranks.any()
+        self.ranks.wait()
         for n, shard in self.own:
             first = n * self.width
             file.write("W_dec", shard.W_dec.reshape(1, -1), first * D)
             file.write("W_enc", shard.W_enc, first, F)
             if shard.b_enc is not None:
                 file.write("b_enc", shard.b_enc.reshape(1, -1), first)
-        self.ranks.any()
+        self.ranks.wait()
 
 
 def _largest(a: Parts, b: Parts, k: int) -> Parts:
