@@ -24,6 +24,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction, MockTensor
 
+from sparsight.kernels import batch, update
 from sparsight.kernels import triton as kernels
 
 ARCHITECTURES = (80, 90, 100)
@@ -77,6 +78,11 @@ def _launch(dtype: torch.dtype, k: int, d_in: int) -> None:
     kernels.combine(values, indices, W)
     kernels.dots(x, W, indices, values > 0)
     kernels.accumulate(values, indices, x, d_sae)
+    one, state = torch.ones(()), {"exp_avg": W, "exp_avg_sq": W, "step": torch.ones(())}
+    update.prepare(W, W, one, (0.9, 0.999), torch.ones(3))
+    update.judge(one.to(dtype), one.to(dtype), torch.ones(2), one)
+    update.update(W, W, state, torch.ones(3), one, one, 1e-3, (0.9, 0.999), 1e-8)
+    batch.cut(values.flatten(), indices.flatten(), n, d_sae, k)
 
 
 def _usage(cubin: bytes) -> dict[str, int]:

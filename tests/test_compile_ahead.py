@@ -10,6 +10,7 @@ import pytest
 from conftest import ROOT
 from triton.runtime.interpreter import InterpretedFunction
 
+from sparsight.kernels import batch, update
 from sparsight.kernels import triton as kernels
 
 REGISTERS = 128
@@ -25,7 +26,8 @@ def compiled() -> list[dict[str, Any]]:
 
 
 def test_every_kernel_compiles_for_every_card_without_spills(compiled: list[dict[str, Any]]) -> None:
-    names = {name for name, value in vars(kernels).items() if isinstance(value, InterpretedFunction)}
+    values = {**vars(kernels), **vars(batch), **vars(update)}
+    names = {name for name, value in values.items() if isinstance(value, InterpretedFunction)}
     wanted = {
         (name, card, f"torch.{dtype}")
         for name in names for card in (80, 90, 100) for dtype in ("float32", "bfloat16", "float64")

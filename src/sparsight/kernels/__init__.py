@@ -16,7 +16,7 @@ from torch import Tensor
 from sparsight.common.errors import SparsightError
 from sparsight.kernels import functions
 
-__all__ = ["BACKENDS", "chosen", "decode", "routed_topk", "select", "topk"]
+__all__ = ["BACKENDS", "batch_topk", "chosen", "decode", "routed_topk", "select", "topk"]
 
 BACKENDS = ("reference", "cpu", "triton")
 
@@ -75,6 +75,22 @@ def routed_topk(
         SparsightError: ``SPARSIGHT_KERNELS`` names an unknown backend.
     """
     return functions.routed_topk(_backend(x_BD), x_BD, W_enc_DF, b_enc_F, expert_B, n_experts, k)
+
+
+def batch_topk(
+    x_BD: Tensor, W_enc_DF: Tensor, b_enc_F: Tensor, k: int, ends: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """On a GPU, the B k largest entries of x W_enc + b_enc, without gradients, in shapes that no value decides.
+
+    Args:
+        x_BD: activations, b_dec already subtracted.
+        ends: rising int64 (P,), without 0 and F; cuts the latents into P + 1 ranges that share no part.
+
+    Returns:
+        pre-activations and latents in parts, (V, W) both, where what is missing is an entry of value 0; and the group
+        of each part, (V,), rising: the number of its range times B, plus its row.
+    """
+    return functions.batch_topk(x_BD, W_enc_DF, b_enc_F, k, ends)
 
 
 def decode(values_BK: Tensor, indices_BK: Tensor, W_dec_FD: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 Shapes: B batch, D width (d_in), F latents (d_sae), K active latents (k), E experts.
 """
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, Protocol
@@ -118,6 +119,21 @@ def routed_topk(
         else:
             pre_BK, indices_BK = _expert_by_expert(backend, x_BD, W_enc_DF, b_enc_F, expert_B, n_experts, k)
     return chosen(backend, x_BD, W_enc_DF, b_enc_F, pre_BK, indices_BK), indices_BK
+
+
+@torch.no_grad()
+def batch_topk(
+    x_BD: Tensor, W_enc_DF: Tensor, b_enc_F: Tensor, k: int, ends: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See :func:`sparsight.kernels.batch_topk`."""
+    from sparsight.kernels import batch  # Triton comes with the PyTorch of GPUs only
+
+    pre_N, keys_N = _select(batch.select, x_BD, W_enc_DF, b_enc_F, k)
+    n_rows, d_sae, ranges = len(x_BD), W_enc_DF.shape[1], 1
+    if ends is not None:
+        keys_N = keys_N + torch.bucketize(keys_N % d_sae, ends, right=True) * (n_rows * d_sae)
+        ranges += len(ends)
+    return batch.cut(pre_N, keys_N, ranges * n_rows, d_sae, math.ceil(k / ranges))
 
 
 def _expert_by_expert(

@@ -20,18 +20,18 @@ def select(
     d_in, width = x_BD.shape[1], W_enc_DF.shape[1] // n_experts
     size = math.ceil(len(x_BD) / n_experts)
     n_blocks = len(x_BD) // size + n_experts
-    experts_E = torch.arange(n_experts, device=x_BD.device)
-    seen_BE = (expert_B.unsqueeze(1) == experts_E).cumsum(dim=0)  # rows of each expert so far
-    blocks_E = (seen_BE[-1] + (size - 1)) // size
-    ends_E = blocks_E.cumsum(dim=0)
-    before_B = ((ends_E - blocks_E) * size - 1)[expert_B]
-    place_B = before_B + seen_BE.gather(1, expert_B.unsqueeze(1)).squeeze(1)
-    blocks_N = torch.arange(n_blocks, device=x_BD.device)
-    expert_N = torch.searchsorted(ends_E, blocks_N, right=True).clamp(max=n_experts - 1)
+    # As many rows as experts before this one fill whole blocks, one block more for each: no two experts share a block.
+    sorted_B, order_B = expert_B.sort(stable=True)
+    steps = torch.arange(max(len(x_BD), n_blocks, n_experts + 1), device=x_BD.device)
+    starts = torch.searchsorted(sorted_B, steps[: n_experts + 1])
+    blocks = starts // size + steps[: n_experts + 1]
+    before = torch.sub(starts, blocks, alpha=size)
+    place_B = torch.empty_like(order_B).index_copy_(0, order_B, steps[: len(x_BD)] - before[sorted_B])
+    expert_N = torch.searchsorted(blocks[1:], steps[:n_blocks], right=True)
     x_NRD = x_BD.new_zeros(n_blocks * size, d_in).index_copy_(0, place_B, x_BD).view(n_blocks, size, d_in)
     W_NDP = W_enc_DF.T.unflatten(0, (n_experts, width))[expert_N].transpose(1, 2)
     product = x_NRD @ W_NDP
     if b_enc_F is not None:
         product += b_enc_F.view(n_experts, width)[expert_N].unsqueeze(1)
     pre, columns = product.flatten(0, 1).topk(k, dim=1, sorted=False)
-    return pre[place_B], columns[place_B] + (expert_B * width).unsqueeze(1)
+    return pre[place_B], torch.add(columns[place_B], expert_B.unsqueeze(1), alpha=width)

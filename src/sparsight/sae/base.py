@@ -104,6 +104,14 @@ class SAE(Module, ABC):
             self.b_enc = nn.Parameter(torch.zeros(self.d_sae))
 
     @property
+    def gpu_step(self) -> bool:
+        """Whether training takes the step for a GPU.
+
+        Its shapes do not depend on values, so that nothing waits for the device, and one kernel updates the decoder.
+        """
+        return "W_dec" in self._parameters and self.W_dec.is_cuda
+
+    @property
     def macs_encode(self) -> int:
         """Multiply-accumulates of encoding one activation: its product with the encoder."""
         return self.d_in * self.d_sae
@@ -149,36 +157,51 @@ class SAE(Module, ABC):
                 loss that is not finite, because the check would wait for the device in every step.
         """
         x = self._rows(x) if self.W_dec.is_cuda else self.validate(x)
-        codes, penalty = self.training_codes(x)
-        x_hat = self.decode(codes)
-        error = x - x_hat
-        reconstruction = self._squared_error(error)
-        aux, none = self._auxk(x, error.detach()), reconstruction.new_zeros(())
+        codes, x_hat, penalty = self._forward(x)
+        reconstruction = self._squared_error(x_hat, x, len(x))
+        aux, none = self._auxk(x, x_hat.detach()), reconstruction.new_zeros(())
         total = reconstruction if aux is None else reconstruction + self.aux_coefficient * aux
         total = total if penalty is None else total + penalty
         aux, penalty = (none if term is None else term for term in (aux, penalty))
         return Loss(total, reconstruction, aux, penalty, x_hat, codes)
 
-    def _squared_error(self, error_BD: Tensor) -> Tensor:
-        return error_BD.square().sum() / len(error_BD) * self.loss_scale
+    def _forward(self, x: Tensor) -> tuple[Codes, Tensor, Tensor | None]:
+        """:meth:`training_codes` with the reconstruction between codes and loss term."""
+        codes, penalty = self.training_codes(x)
+        return codes, self.decode(codes), penalty
 
-    def _auxk(self, x: Tensor, residual: Tensor) -> Tensor | None:
+    def _squared_error(self, x_hat: Tensor, x: Tensor, n_rows: int) -> Tensor:
+        """The squared error summed over all entries, per row and relative to the data's variance."""
+        error = nn.functional.mse_loss(x_hat, x, reduction="sum")
+        # One launch instead of two; on a CPU, where that does not matter, results keep the bits they always had.
+        return error * (self.loss_scale / n_rows) if self.gpu_step else error / n_rows * self.loss_scale
+
+    def _auxk(self, x: Tensor, x_hat: Tensor) -> Tensor | None:
         """AuxK loss (Gao et al. 2024, section A.2): error of dead latents on the detached residual over its variance.
 
         None without dead latents.
         """
         if not (self.has_auxk and self.aux_k) or self.none_dead:
             return None
-        dead = self.dead.nonzero().squeeze(1)  # waits for the device
-        if not len(dead):
+        dead = None if self.gpu_step else self.dead.nonzero().squeeze(1)  # on a GPU this would wait for it
+        if dead is not None and not len(dead):
             return None
+        residual = x - x_hat
         error = (self._from_dead(x, dead) - residual).square().sum()
         variance = (residual - residual.mean(dim=0)).square().sum()
         varies = variance > 0  # false for a batch of one row
         return error / torch.where(varies, variance, 1.0) * varies
 
-    def _from_dead(self, x: Tensor, dead: Tensor) -> Tensor:
-        """Decoded ReLU of the ``aux_k`` largest pre-activations of dead latents, (B, D), without bias."""
+    def _from_dead(self, x: Tensor, dead: Tensor | None) -> Tensor:
+        """Decoded ReLU of the ``aux_k`` largest pre-activations of dead latents, (B, D), without bias.
+
+        Args:
+            dead: the numbers of the dead latents; None takes them from ``self.dead``, in shapes that do not depend on
+                how many there are.
+        """
+        if dead is None:
+            only_dead = torch.where(self.dead, self.b_enc, -torch.inf)
+            return self._combine(*kernels.topk(x - self.b_dec, self.W_enc, only_dead, self.aux_k))
         W_enc, W_dec = self.W_enc.T.index_select(0, dead).T, self.W_dec.index_select(0, dead)
         if len(dead) <= self.aux_k:  # all of them are used, and for so few dense products are faster
             return torch.addmm(self.b_enc[dead], x - self.b_dec, W_enc).relu() @ W_dec
@@ -218,8 +241,12 @@ class SAE(Module, ABC):
         self.b_dec.copy_(torch.as_tensor(center_D))
 
     def constrain(self) -> None:
-        """Restore the constraint on the parameters after an optimiser step: decoder rows of unit norm."""
+        """Restore the constraints on the parameters after an optimiser step: decoder rows of unit norm, and bounds."""
         self.normalize_decoder()
+        self.bound()
+
+    def bound(self) -> None:
+        """Restore the constraints on parameters other than the decoder."""
 
     @torch.no_grad()
     def normalize_decoder(self) -> None:

@@ -1,6 +1,6 @@
 """What BatchTopK and Matryoshka SAEs share: selection over the batch in training, a threshold at inference.
 
-Shapes: B batch, F latents (d_sae), K active latents (k), M candidates per row.
+Shapes: B batch, F latents (d_sae), K active latents (k), M candidates per row, V parts of rows, W entries of a part.
 """
 
 from typing import Any
@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sparsight import kernels
 from sparsight.sae.base import SAE
 from sparsight.sae.codes import Codes, DenseCodes, SparseCodes
 
@@ -36,7 +37,15 @@ class BatchSelection(SAE):
         return DenseCodes(pre * (pre > self.threshold))
 
     def training_codes(self, x: Tensor) -> tuple[SparseCodes, Tensor | None]:
-        return self._largest(x), None
+        if not self.gpu_step:
+            return self._largest(x), None
+        pre, indices, rows = kernels.batch_topk(x - self.b_dec, self.W_enc, self.b_enc, self.k)
+        return self._codes_in_parts(x, pre, indices, rows), None
+
+    def _codes_in_parts(self, x: Tensor, pre_VW: Tensor, indices_VW: Tensor, rows_V: Tensor) -> SparseCodes:
+        """Codes of what a GPU selects, which does not tell the host how long the longest row is."""
+        values = kernels.chosen(x[rows_V] - self.b_dec, self.W_enc, self.b_enc, pre_VW, indices_VW)
+        return SparseCodes(values, indices_VW, self.d_sae, (rows_V, len(x)))
 
     def _largest(self, x: Tensor) -> SparseCodes:
         """The B * K largest codes of the batch, found among the M largest of each row. M doubles while too small."""
@@ -60,5 +69,5 @@ class BatchSelection(SAE):
         smallest = torch.where(codes.values > 0, codes.values, torch.inf).min()
         previous = torch.where(self.threshold < 0, smallest, self.threshold)
         self.threshold.copy_(
-            torch.where(smallest.isfinite(), _MEMORY * previous + (1 - _MEMORY) * smallest, self.threshold)
+            torch.where(smallest < torch.inf, _MEMORY * previous + (1 - _MEMORY) * smallest, self.threshold)
         )

@@ -23,9 +23,9 @@ class ClassMeans:
         has_mean_B = self.seen_C[labels_B]
         if isinstance(codes, SparseCodes):
             # ||z - m||^2 = ||m||^2 + sum over active of z (z - 2 m), which needs no (B, F) array.
-            mean_BK = self.means_CF[labels_B.unsqueeze(1), codes.indices]
+            mean_BK = self.means_CF[codes.of_rows(labels_B).unsqueeze(1), codes.indices]
             square_B = self.means_CF.square().sum(dim=1)[labels_B]
-            distance_B = square_B + (codes.values * (codes.values - 2 * mean_BK)).sum(dim=1)
+            distance_B = square_B + codes.sum_rows((codes.values * (codes.values - 2 * mean_BK)).sum(dim=1))
         else:
             distance_B = (codes.dense() - self.means_CF[labels_B]).square().sum(dim=1)
         return (distance_B * has_mean_B).sum() / len(labels_B)

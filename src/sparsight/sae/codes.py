@@ -34,7 +34,10 @@ class Codes(ABC):
 
 @dataclasses.dataclass(frozen=True)
 class SparseCodes(Codes):
-    """At most K active latents per activation; an entry of value 0 is padding."""
+    """At most K active latents per row; an entry of value 0 is padding.
+
+    A row is an activation, or one of the parts of an activation that has more entries than fit into a row.
+    """
 
     values: Tensor
     """(B, K), not negative, in no particular order."""
@@ -42,15 +45,29 @@ class SparseCodes(Codes):
     """(B, K) int64, the numbers of the latents."""
     d_sae: int
     """F."""
+    parts: tuple[Tensor, int] | None = None
+    """The activation of each row, int64, and the number of activations; None: they are the rows."""
+
+    def of_rows(self, y: Tensor) -> Tensor:
+        """For each row, what ``y`` (B, ...) has for its activation."""
+        return y if self.parts is None else y[self.parts[0]]
+
+    def sum_rows(self, y: Tensor) -> Tensor:
+        """Sum of what the rows of each activation have, (B, ...)."""
+        if self.parts is None:
+            return y
+        rows, n = self.parts
+        return y.new_zeros(n, *y.shape[1:]).index_add(0, rows, y)
 
     def dense(self) -> Tensor:
         # Accumulates, because padding may repeat the index of an active latent.
-        rows = torch.arange(len(self.values), device=self.values.device).unsqueeze(1)
-        z_BF = self.values.new_zeros(len(self.values), self.d_sae)
+        n = len(self.values) if self.parts is None else self.parts[1]
+        rows = self.of_rows(torch.arange(n, device=self.values.device)).unsqueeze(1)
+        z_BF = self.values.new_zeros(n, self.d_sae)
         return z_BF.index_put((rows, self.indices), self.values, accumulate=True)
 
     def l0(self) -> Tensor:
-        return (self.values > 0).sum(dim=1)
+        return self.sum_rows((self.values > 0).sum(dim=1))
 
     def fired(self) -> Tensor:
         # Entries that are not active go to an extra place. A boolean index would wait for the device.
@@ -59,7 +76,7 @@ class SparseCodes(Codes):
         return fired[:-1]
 
     def combine(self, W_dec: Tensor) -> Tensor:
-        return kernels.decode(self.values, self.indices, W_dec)
+        return self.sum_rows(kernels.decode(self.values, self.indices, W_dec))
 
 
 @dataclasses.dataclass(frozen=True)

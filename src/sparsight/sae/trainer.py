@@ -15,8 +15,6 @@ from sparsight.common.errors import SparsightError
 from sparsight.sae.base import SAE, Loss
 from sparsight.sae.class_means import ClassMeans
 
-_MAX_NORM = 1.0
-
 
 class Trainer:
     """Optimises one or many SAEs on the same rows. Each ends with the same bytes as if trained alone.
@@ -46,6 +44,8 @@ class Trainer:
         """Per SAE, the number of activations since each latent last fired, (F,)."""
         self.prototypes = [ClassMeans(sae.d_sae, sae.W_dec.device) for sae in self.saes]
         self._health = [_Health(sae.W_dec.device) for sae in self.saes]
+        self._bias = [torch.zeros(3, device=sae.W_dec.device) for sae in self.saes]
+        """For the update on a GPU, see :func:`sparsight.kernels.update.prepare`."""
         self._at_most = [0 for _ in self.saes]
         """Per SAE, a bound on ``since_fired`` that is known without asking the device."""
 
@@ -66,7 +66,7 @@ class Trainer:
         Raises:
             SparsightError: activations that are not finite or of another width, a missing site, or a loss that is not
                 finite. The weights of the SAE at fault stay as they were before the step. On a GPU, :meth:`check` says
-                what is not finite, and from there on the weights stay but for the rounding of unit rows.
+                what is not finite, and from there on the weights stay.
         """
         return [self._step(i, self._rows(i, x), labels) for i in range(len(self.saes))]
 
@@ -81,6 +81,7 @@ class Trainer:
                 taken = optimizer.state[optimizer.param_groups[0]["params"][0]]["step"]  # Adam counts no other steps
                 value, length, steps = torch.cat([health.loss_and_norm, taken.unsqueeze(0)]).tolist()
                 self._refuse(i, value, length, f" in step {steps + 1:.0f}")
+                self._at_most[i] = int(self.since_fired[i].max())  # AuxK rests while nothing can be dead
 
     def _refuse(self, i: int, value: float, length: float, where: str = "") -> None:
         if not math.isfinite(value + length):
@@ -105,8 +106,7 @@ class Trainer:
         loss, total, y = self._losses(i, x, labels)
         self._gradients(i, total)
         norm = self._norm(i)
-        self._judge(i, total, norm)
-        self._update(i, norm)
+        self._update(i, self._judge(i, total, norm))
         self._count(i, loss)
         if y is not None:
             self.prototypes[i].learn(loss.codes, y)
@@ -139,33 +139,66 @@ class Trainer:
         return loss, loss.total + self.prototype_weight * sae.loss_scale * term, y
 
     def _gradients(self, i: int, total: Tensor) -> None:
-        """Gradients of all parameters, without the part of W_dec's that its unit rows undo."""
-        self.saes[i].zero_grad()
+        """Gradients of all parameters, without the part of W_dec's along its rows; a GPU removes it as it reads it."""
+        sae = self.saes[i]
+        sae.zero_grad()
         total.backward()
-        self.saes[i].remove_parallel_gradient()
+        if not sae.gpu_step:
+            sae.remove_parallel_gradient()
 
     def _norm(self, i: int) -> Tensor:
         """Euclidean norm of all gradients together."""
-        return torch.nn.utils.get_total_norm([p.grad for p in self.saes[i].parameters() if p.grad is not None])
+        sae = self.saes[i]
+        gradients = {name: p.grad for name, p in sae.named_parameters() if p.grad is not None}
+        if sae.gpu_step:
+            from sparsight.kernels import update
 
-    def _judge(self, i: int, total: Tensor, norm: Tensor) -> None:
-        """Refuse a step that is not finite; on a GPU, keep the device from taking it."""
-        now = torch.stack([total.detach(), norm])
-        if now.is_cuda:
-            self._health[i].note(now)
-            self.optimizers[i].found_inf = self._health[i].failed  # type: ignore[attr-defined]
-        else:
-            self._refuse(i, *now.tolist())
+            decoder, betas = self._state(i)["W_dec"], self.optimizers[i].param_groups[0]["betas"]
+            gradient, rows = gradients["W_dec"], sae.W_dec.detach()
+            gradients["W_dec"] = update.prepare(gradient, rows, decoder["step"], betas, self._bias[i])
+        return torch.nn.utils.get_total_norm(gradients.values())
 
-    def _update(self, i: int, norm: Tensor) -> None:
-        """Clipping, Adam, and unit rows."""
+    def _judge(self, i: int, total: Tensor, norm: Tensor) -> Tensor:
+        """Refuse a step that is not finite; a GPU does not take it. Returns what clips the gradients to norm 1."""
+        if not norm.is_cuda:
+            self._refuse(i, float(total.detach()), float(norm))
+            return norm.clamp(min=1)
+        from sparsight.kernels import update  # Triton comes with the PyTorch of GPUs only
+
+        health = self._health[i]
+        self.optimizers[i].found_inf = health.failed  # type: ignore[attr-defined]
+        return update.judge(total.detach(), norm, health.loss_and_norm, health.failed)
+
+    @torch.no_grad()
+    def _update(self, i: int, clip: Tensor) -> None:
+        """Adam, which divides the gradients by ``clip``, and unit rows."""
         sae, optimizer = self.saes[i], self.optimizers[i]
-        for view, p in zip(optimizer.param_groups[0]["params"], sae.parameters(), strict=True):
+        (group,) = optimizer.param_groups
+        for view, p in zip(group["params"], sae.parameters(), strict=True):
             view.grad = None if p.grad is None else _rows(p.grad)
         # Fused Adam divides by this while it reads the gradients, so clipping needs no extra pass.
-        optimizer.grad_scale = (norm / _MAX_NORM).clamp(min=1)  # type: ignore[attr-defined]
+        optimizer.grad_scale = clip  # type: ignore[attr-defined]
+        if not sae.gpu_step:
+            optimizer.step()
+            sae.constrain()
+            return
+        from sparsight.kernels import update
+
+        gradient = sae.W_dec.grad
+        assert gradient is not None
+        group["params"][0].grad = None  # W_dec's: Adam leaves it to the kernel
         optimizer.step()
-        sae.constrain()
+        update.update(
+            gradient, sae.W_dec.detach(), self._state(i)["W_dec"], self._bias[i], clip, self._health[i].failed,
+            group["lr"], group["betas"], group["eps"],
+        )  # fmt: skip
+        sae.bound()
+
+    def _state(self, i: int) -> dict[str, dict[str, Tensor]]:
+        """Adam's step and moments for each parameter."""
+        optimizer, names = self.optimizers[i], (name for name, _ in self.saes[i].named_parameters())
+        views = optimizer.param_groups[0]["params"]
+        return {name: optimizer.state[view] for name, view in zip(names, views, strict=True)}
 
     @torch.no_grad()
     def _count(self, i: int, loss: Loss) -> None:
@@ -204,9 +237,9 @@ class Trainer:
             tensors |= {f"{i}.{name}": buffer for name, buffer in sae.named_buffers()}
             tensors[f"{i}.since_fired"] = self.since_fired[i]
             views = optimizer.param_groups[0]["params"]
-            for (name, _), view in zip(sae.named_parameters(), views, strict=True):
+            for (name, state), view in zip(self._state(i).items(), views, strict=True):
                 tensors[f"{i}.{name}"] = view.detach()
-                tensors |= {f"{i}.{name}.{slot}": value for slot, value in optimizer.state[view].items()}
+                tensors |= {f"{i}.{name}.{slot}": value for slot, value in state.items()}
         return tensors
 
 
@@ -218,12 +251,6 @@ class _Health:
         """Of the last step, or of the first one where they are not finite."""
         self.failed = torch.zeros((), device=device)
         """1 from the first step on that is not finite. Adam then leaves weights and moments as they are."""
-        self._one = torch.ones((), device=device)
-
-    def note(self, loss_and_norm: Tensor) -> None:
-        self.loss_and_norm = torch.where(self.failed > 0, self.loss_and_norm, loss_and_norm)
-        # The operation of PyTorch's GradScaler: sets ``failed`` to 1 if a number is not finite.
-        torch._amp_foreach_non_finite_check_and_unscale_([loss_and_norm], self.failed, self._one)
 
 
 def _rows(p: Tensor) -> Tensor:

@@ -42,5 +42,6 @@ class Gated(L1Penalised):
     def training_codes(self, x: Tensor) -> tuple[DenseCodes, Tensor]:
         h_BF = (x - self.b_dec) @ self.W_enc
         gate = (h_BF + self.b_gate).relu()
-        error = x - gate @ self.W_dec.detach() - self.b_dec.detach()
-        return self._codes(h_BF), self.l1(gate) + self._squared_error(error)
+        without_gate = x - gate @ self.W_dec.detach()
+        error = self._squared_error(without_gate, self.b_dec.detach().expand_as(x), len(x))
+        return self._codes(h_BF), self.l1(gate) + error

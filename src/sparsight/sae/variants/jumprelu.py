@@ -69,6 +69,5 @@ class JumpReLU(SAE):
         self.theta.mul_(1 / math.sqrt(self.loss_scale))
 
     @torch.no_grad()
-    def constrain(self) -> None:
-        super().constrain()
+    def bound(self) -> None:
         self.theta.clamp_(min=0)

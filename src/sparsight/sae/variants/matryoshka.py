@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparsight import kernels
 from sparsight.common.errors import SparsightError
 from sparsight.sae.base import SAE, variant
 from sparsight.sae.batch_selection import BatchSelection
@@ -43,9 +44,17 @@ class Matryoshka(BatchSelection):
             raise SparsightError(f"prefixes: expected shares of d_sae rising to 1, got {list(prefixes)}")
         self.prefixes = tuple(prefixes)
 
+    @property
+    def _ends(self) -> list[int]:
+        """Ends of the prefixes without the last, (P,)."""
+        return sorted({math.ceil(share * self.d_sae) for share in self.prefixes})[:-1]
+
     def training_codes(self, x: Tensor) -> tuple[SparseCodes, Tensor | None]:
+        if self.gpu_step:
+            codes, _, penalty = self._forward(x)
+            return codes, penalty
         codes, _ = super().training_codes(x)
-        ends = sorted({math.ceil(share * self.d_sae) for share in self.prefixes})[:-1]
+        ends = self._ends
         if not ends:
             return codes, None
         # One decode of P * B rows covers all prefixes, so the decoder's gradient is computed once.
@@ -53,5 +62,22 @@ class Matryoshka(BatchSelection):
         values_PBM = codes.values * (codes.indices < ends_P11)
         indices_PBM = codes.indices.expand(values_PBM.shape)
         x_hat = self._combine(values_PBM.flatten(0, 1), indices_PBM.flatten(0, 1)) + self.b_dec
-        error = x - x_hat.unflatten(0, values_PBM.shape[:2])
-        return codes, self._squared_error(error.flatten(0, 1)) * len(ends)
+        return codes, self._squared_error(x_hat, x.repeat(len(ends), 1), len(x_hat)) * len(ends)
+
+    def _forward(self, x: Tensor) -> tuple[SparseCodes, Tensor, Tensor | None]:
+        """On a GPU, every code is decoded once: a prefix is the sum of the ranges of latents between the ends."""
+        if not self.gpu_step:
+            codes, penalty = self.training_codes(x)
+            return codes, self.decode(codes), penalty
+        n_ends, n = len(self._ends), len(x)
+        ends = torch.tensor(self._ends, dtype=torch.int64, device=x.device)
+        pre, indices, groups = kernels.batch_topk(x - self.b_dec, self.W_enc, self.b_enc, self.k, ends)
+        codes = self._codes_in_parts(x, pre, indices, groups % n)
+        decoded = self._combine(codes.values, indices)
+        ranges = decoded.new_zeros((n_ends + 1) * n, self.d_in).index_add(0, groups, decoded).view(n_ends + 1, -1)
+        with torch.autocast("cuda", enabled=False):
+            sums = torch.ones(n_ends + 1, n_ends + 1, device=x.device).tril() @ ranges
+        prefixes, (x_hat,) = (sums.view(-1, n, self.d_in) + self.b_dec).split([n_ends, 1])
+        if not n_ends:
+            return codes, x_hat, None
+        return codes, x_hat, self._squared_error(prefixes, x.expand_as(prefixes), n)

@@ -71,7 +71,7 @@ class Switch(SAE):
     def training_codes(self, x: Tensor) -> tuple[SparseCodes, Tensor]:
         p_BE = self._route(x)
         experts_E = torch.arange(self.experts, device=x.device)  # bincount would wait for a GPU
-        share_E = (p_BE.argmax(dim=1, keepdim=True) == experts_E).sum(dim=0) / len(x)
+        share_E = (p_BE.argmax(dim=1, keepdim=True) == experts_E).mean(dim=0, dtype=p_BE.dtype)
         return self._codes(x, p_BE), self.balance * self.experts * (share_E * p_BE.mean(dim=0)).sum()
 
     def _route(self, x: Tensor) -> Tensor:
@@ -86,9 +86,9 @@ class Switch(SAE):
         values, indices = kernels.routed_topk(x - self.b_dec, self.W_enc, bias_F, expert_B, self.experts, k)
         return values * p_B.unsqueeze(1), indices
 
-    def _from_dead(self, x: Tensor, dead: Tensor) -> Tensor:
+    def _from_dead(self, x: Tensor, dead: Tensor | None) -> Tensor:
         """The same from dead latents of the routed expert only; no other expert is computed."""
-        only_dead = x.new_full((self.d_sae,), -torch.inf).index_fill_(0, dead, 0.0)
+        only_dead = x.new_zeros(self.d_sae).masked_fill_(~self.dead, -torch.inf)
         k = min(self.aux_k, self.d_sae // self.experts)
         return self._combine(*self._routed(x, self._route(x), only_dead, k))
 
