@@ -1,11 +1,12 @@
 """Processes that train together, forked from one that has imported torch already, which takes seconds."""
 
 import multiprocessing
+import multiprocessing.connection
 import os
 import signal
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -18,7 +19,7 @@ from sparsight.pipeline.stage import prepare_torch
 from sparsight.sae.fit import fit
 from sparsight.sae.sharded.base import Sharded
 from sparsight.sae.sharded.trainer import ShardedTrainer, create
-from sparsight.training import checkpoints, loop
+from sparsight.training import checkpoints
 from sparsight.training.ranks import Ranks
 
 SERVER = multiprocessing.get_context("forkserver")
@@ -31,10 +32,10 @@ def run(n: int, target: Callable[..., None], *arguments: Any) -> list[int | None
     processes = [SERVER.Process(target=_alone, args=(target, rank, n, *arguments)) for rank in range(n)]
     for process in processes:
         process.start()
-    waiting = {process.sentinel: process for process in processes}
+    waiting: dict[Any, Any] = {process.sentinel: process for process in processes}
     while waiting:
         for sentinel in multiprocessing.connection.wait(list(waiting)):
-            ended = waiting.pop(sentinel)  # type: ignore[call-overload]
+            ended = waiting.pop(sentinel)
             ended.join()
             if ended.exitcode not in (0, 128 + signal.SIGTERM):
                 for other in waiting.values():
@@ -78,11 +79,12 @@ def train(
 def fit_section(rank: int, size: int, folder: Path, store: Path, options: dict[str, Any], end: str, at: int) -> None:
     """Train a section with a checkpoint in every fourth step, and end as ``end`` says in step or checkpoint ``at``."""
     calls = {"step": 0, "part": 0}
-    step, save_file = ShardedTrainer.step, checkpoints.save_file
+    trainer, files = cast(Any, ShardedTrainer), cast(Any, checkpoints)
+    step, save_file = trainer.step, files.save_file
 
     def counted_step(self: ShardedTrainer, *arguments: Any) -> Any:
         calls["step"] += 1
-        loop.Checkpoint.due = calls["step"] % 4 == 0  # type: ignore[assignment, method-assign]
+        files.Checkpoint.due = calls["step"] % 4 == 0
         if calls["step"] == at and end in ("kill in step", "terminate") and rank == size - 1:
             os.kill(os.getpid(), signal.SIGTERM if end == "terminate" else signal.SIGKILL)
         return step(self, *arguments)
@@ -94,7 +96,7 @@ def fit_section(rank: int, size: int, folder: Path, store: Path, options: dict[s
             os.kill(os.getpid(), signal.SIGKILL)
         save_file(state, path)
 
-    ShardedTrainer.step, checkpoints.save_file = counted_step, counted_save  # type: ignore[method-assign]
+    trainer.step, files.save_file = counted_step, counted_save
     section = config.Sae(**options, processes=size)
     work = Work(folder / "work", "")
     fit(section, ActivationStore.open(store), None, "one", 0, work, CPU, {}, Member(rank, size, folder))

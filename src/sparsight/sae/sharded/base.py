@@ -125,7 +125,8 @@ class Sharded(SAE):
         assert isinstance(codes, SparseCodes)
         return self._combine(codes.values, codes.indices) + self.b_dec
 
-    def _from_dead(self, x: Tensor, dead: Tensor) -> Tensor:
+    def _from_dead(self, x: Tensor, dead: Tensor | None) -> Tensor:
+        assert dead is not None, "a part of an SAE does not take the step for a GPU"
         encoders: list[tuple[Tensor, Tensor]] = []
         decoders: list[Tensor] = []
         for n, shard in self.own:
