@@ -337,7 +337,7 @@ def test_training_continues_from_a_checkpoint_of_the_device(
             raise KeyboardInterrupt
         return step(*words)
 
-    monkeypatch.setattr(loop._Checkpoint, "due", True)
+    monkeypatch.setattr(loop.Checkpoint, "due", True)
     monkeypatch.setattr(Trainer, "step", stops)
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "stopped")

@@ -110,7 +110,7 @@ def test_a_loss_that_diverges_is_told_with_sae_step_and_checkpoint(
     failed = r"^step 2 of 64: SAE 'grid-s0' \(topk\): loss .*, gradient norm .*; lower lr, .*; "
     with pytest.raises(SparsightError, match=f"{failed}no checkpoint was written before$"):
         train(store, tmp_path / "a", lr=1e30)
-    monkeypatch.setattr("sparsight.training.loop._Checkpoint.due", True)
+    monkeypatch.setattr("sparsight.training.loop.Checkpoint.due", True)
     with pytest.raises(SparsightError, match=rf"{failed}the last good checkpoint is .*\.safetensors, after step 1$"):
         train(store, tmp_path / "b", lr=1e30)
 

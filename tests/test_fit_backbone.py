@@ -73,7 +73,7 @@ def test_recipe_learns_and_its_folder_opens_as_it_was_measured(name: str, manife
 def test_killed_and_continued_gives_the_bytes_of_a_run_that_was_not(
     name: str, manifest: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sparsight.training.loop._CHECKPOINT_SECONDS", -1.0)
+    monkeypatch.setattr("sparsight.training.checkpoints._SECONDS", -1.0)
     section = replace(RECIPES[name], epochs=3)
     whole = run(section, manifest, tmp_path / "whole")
     plain, steps = Recipe.epoch_end, [0]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-STAGE = "import os; from sparsight.pipeline.gpu_slots import take_card; take_card(); "
+STAGE = "import os; from sparsight.pipeline.gpu_slots import take_cards; take_cards(int(os.getenv('CARDS', 1))); "
 STAGE += "print(os.environ.get('CUDA_VISIBLE_DEVICES'), flush=True); input()"
 
 
@@ -69,6 +69,33 @@ def test_two_stages_get_two_cards_and_a_third_waits_until_one_is_killed(machine:
             second.process.kill()
             assert third.card() == taken[1]
             assert third.errors.read_text() == message, "said once"
+
+
+def test_a_stage_of_two_cards_takes_both_at_once_and_holds_none_while_it_waits(machine: Path) -> None:
+    with Stage(machine) as first, Stage(machine, CARDS="2") as two:
+        first.card()
+        while not two.errors.read_text().endswith("are free; waiting for 2\n"):
+            assert two.process.poll() is None
+            time.sleep(0.02)
+        with Stage(machine) as third:
+            assert third.card() == "GPU-b"
+            first.process.kill()
+        assert two.card() == "GPU-a,GPU-b"
+
+
+def test_more_cards_than_there_are_are_refused(machine: Path) -> None:
+    with Stage(machine, CARDS="3") as stage:
+        _, errors = stage.process.communicate()
+        assert "processes: 3 processes need as many cards, there are 2" in stage.errors.read_text() + (errors or "")
+
+
+@pytest.mark.parametrize("visible", ["0,1", None])
+def test_the_two_cards_that_slurm_gives_for_two_processes_are_taken_as_they_are(
+    machine: Path, visible: str | None
+) -> None:
+    environment = {"SLURM_JOB_ID": "7", "CARDS": "2"} | ({} if visible is None else {"CUDA_VISIBLE_DEVICES": visible})
+    with Stage(machine, **environment) as stage:
+        assert stage.card() == str(visible)
 
 
 def test_cards_named_by_the_user_are_the_only_ones_handed_out(machine: Path) -> None:

@@ -44,7 +44,7 @@ def mortal(self, *rest):
     return step(self, *rest)
 
 train._Training.step = mortal
-loop._Checkpoint.due = property(lambda self: next(asked) % 3 == 0)
+loop.Checkpoint.due = property(lambda self: next(asked) % 3 == 0)
 sys.argv = sys.argv[2:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """

@@ -43,7 +43,7 @@ def slow(self, *rest):
     return step(self, *rest)
 
 trainer.Trainer.step = slow
-loop._Checkpoint.due = property(lambda self: next(calls) % 4 == 0)
+loop.Checkpoint.due = property(lambda self: next(calls) % 4 == 0)
 sys.argv = sys.argv[2:]
 for _ in sys.stdin:
     child = os.fork()

@@ -105,7 +105,7 @@ def test_a_second_sigterm_while_the_checkpoint_is_written_does_no_harm(
         save_file(state, path)
 
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
-        patch.setattr(training_loop, "save_file", impatient)
+        patch.setattr("sparsight.training.checkpoints.save_file", impatient)
         train(Loop(terminate_in(7)), tmp_path)
     loop = Loop()
     train(loop, tmp_path)
@@ -120,8 +120,8 @@ def test_killed_while_a_checkpoint_is_written_it_continues_from_the_one_before(
         raise KeyboardInterrupt
 
     def due(step: int) -> None:
-        patch.setattr(training_loop._Checkpoint, "due", step % 8 == 0)
-        patch.setattr(training_loop, "save_file", half if step == 16 else save_file)
+        patch.setattr(training_loop.Checkpoint, "due", step % 8 == 0)
+        patch.setattr("sparsight.training.checkpoints.save_file", half if step == 16 else save_file)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         train(Loop(due), tmp_path)
@@ -134,7 +134,7 @@ def test_interrupted_between_checkpoints_it_repeats_the_steps_since_the_last(
     undisturbed: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupt(step: int) -> None:
-        patch.setattr(training_loop._Checkpoint, "due", step % 8 == 0)
+        patch.setattr(training_loop.Checkpoint, "due", step % 8 == 0)
         if step == last:
             raise KeyboardInterrupt
 
@@ -164,7 +164,7 @@ def test_a_loss_that_turns_nan_is_told_with_the_last_good_checkpoint(
     def spoil(step: int) -> None:
         loop.factor = np.nan if step >= 50 else 1.0
 
-    monkeypatch.setattr(training_loop._Checkpoint, "due", due)
+    monkeypatch.setattr(training_loop.Checkpoint, "due", due)
     loop = Loop(spoil)
     with pytest.raises(SparsightError, match=message):
         train(loop, tmp_path)

@@ -22,12 +22,15 @@ onerror:
         print(f"error: the disk of {R} is full; make room and give the same command again", file=sys.stderr)
 
 
+ON_GPU = RUN.compute.device == "cuda"
+
+
 def side_by_side(passes):
     """Threads of a job that runs this many passes of a model in parallel on a CPU; a GPU gains nothing from them."""
-    return passes * THREADS if RUN.compute.device == "cpu" else THREADS
+    return THREADS if ON_GPU else passes * THREADS
 
 
-def needs(extra_mb=lambda wildcards: 0, gpu=int(RUN.compute.device == "cuda")):
+def needs(extra_mb=lambda wildcards: 0, gpu=int(ON_GPU)):
     """Runtime, memory and GPUs; runtime and memory scale with ``attempt``."""
     return {
         "mem_mb": lambda wildcards, attempt: (4000 + extra_mb(wildcards)) * attempt,

@@ -2,6 +2,23 @@ SAE_WEIGHTS = f"{R}/saes/{{sae}}/sae.safetensors"
 SAE_CONFIG = f"{R}/saes/{{sae}}/config.json"
 MAPS = f"{R}/saes/{{chain}}/affine.safetensors"
 
+
+def processes(wildcards):
+    """The number of processes that train a section."""
+    return RUN.saes[wildcards.section].processes
+
+
+def memory_of_training(wildcards):
+    """MB for the activations that every process holds, and for every process but the first itself."""
+    return processes(wildcards) * RUN.saes[wildcards.section].memory_mb + 1000 * (processes(wildcards) - 1)
+
+
+def code_of_training(wildcards):
+    """As :func:`code_of_sae`, with what a Switch SAE loads by name if it is split over processes."""
+    split = ["src/sparsight/sae/sharded/switch.py"] if sae_section(wildcards).kind == "switch" else []
+    return code_of_sae("sae.py", *split)(wildcards)
+
+
 # Sections with the same seeds and sites share their rules. Snakemake checks every rule for every file, so with rules for
 # each section a sweep of hundreds would take a third longer to plan.
 for NUMBER, (ENDINGS, SECTIONS) in enumerate(RUN.shapes.items(), 1):
@@ -16,7 +33,7 @@ for NUMBER, (ENDINGS, SECTIONS) in enumerate(RUN.shapes.items(), 1):
         input:
             images=f"{R}/images/manifest.parquet",
             store=train_store,
-            mark=mark("sae-{section}", code_of_sae("sae.py"), sae_section),
+            mark=mark("sae-{section}", code_of_training, sae_section),
         output:
             weights=expand(SAE_WEIGHTS, sae=SAES),
             config=expand(SAE_CONFIG, sae=SAES),
@@ -30,13 +47,14 @@ for NUMBER, (ENDINGS, SECTIONS) in enumerate(RUN.shapes.items(), 1):
         wildcard_constraints:
             section=one_of(SECTIONS),
         priority: int(not STEERED.isdisjoint(SECTIONS))
-        threads: THREADS
+        threads: lambda wildcards: THREADS * processes(wildcards)
         resources:
-            **needs(lambda wildcards: RUN.saes[wildcards.section].memory_mb),
+            **needs(memory_of_training, lambda wildcards: int(ON_GPU) * processes(wildcards)),
+            nodes=1,
         params:
             out=subpath(output[0], ancestor=2 + bool(CHAINS)),
             work=f"{R}/.work/sae-{{section}}",
-            flags=flags(code_of_sae("sae.py"), sae_section),
+            flags=flags(code_of_training, sae_section),
         shell:
             "python {SCRIPTS}/sae.py --from-images {input.images} --from-store {input.store}"
             " --name {wildcards.section}"

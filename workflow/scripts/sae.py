@@ -8,6 +8,8 @@ from sparsight.pipeline import stage
 
 
 def main(job: stage.Stage) -> None:
+    if job.runs_in(job.config.processes):
+        return
     from sparsight.activations.store import ActivationStore
     from sparsight.images.labels import need_labels, needs
     from sparsight.images.manifest import Manifest
@@ -20,7 +22,7 @@ def main(job: stage.Stage) -> None:
         manifest = Manifest(job.inputs["images"])
         need_labels(manifest, needs(f"saes.{job.name}", job.config))
         labels = manifest.split("train").labels
-    fit(job.config, store, labels, job.name, job.seed, job.work, device, job.record())
+    fit(job.config, store, labels, job.name, job.seed, job.work, device, job.record(), job.member)
 
 
 if __name__ == "__main__":

@@ -6,11 +6,19 @@ import time
 from tqdm import tqdm
 
 _SECONDS = 5.0
+_silent = False
+
+
+def silence() -> None:
+    """Write nothing from now on: another process writes the same."""
+    global _silent
+    _silent = True
 
 
 def log(message: str) -> None:
     """Write one line to the log (stderr) without breaking a progress bar."""
-    tqdm.write(message, file=sys.stderr)
+    if not _silent:
+        tqdm.write(message, file=sys.stderr)
 
 
 class Progress:
@@ -20,7 +28,7 @@ class Progress:
         self.total, self.unit, self.done = total, unit, start
         self._start, self._begin = start, time.monotonic()
         self._said = self._begin
-        self._bar = tqdm(total=total, unit=f" {unit}", initial=start) if sys.stderr.isatty() else None
+        self._bar = tqdm(total=total, unit=f" {unit}", initial=start) if sys.stderr.isatty() and not _silent else None
 
     def __enter__(self) -> "Progress":
         return self

@@ -38,7 +38,7 @@ class Work:
         self.state, self.out, self.record = folder / "state", folder / "out", folder / "record"
 
     def __enter__(self) -> "Work":
-        self._lock = self._acquire()
+        self.lock = self._acquire()
         if _read(self.folder / "key") != self.key:
             for entry in self.folder.iterdir():
                 if entry.name != "lock":
@@ -49,7 +49,7 @@ class Work:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        os.close(self._lock)
+        os.close(self.lock)
 
     def _acquire(self) -> int:
         path = self.folder / "lock"

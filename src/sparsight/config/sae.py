@@ -10,6 +10,12 @@ from sparsight.common.tokens import Tokens
 from sparsight.config.bounds import Count, CountOrZero, NotNegative, Positive, PositiveShare
 from sparsight.config.checks import Section, only_if
 
+SHARDS = 8
+"""Logical shards of an SAE over several processes. They are fixed, so that results do not depend on the processes."""
+
+SPLIT_KINDS = ("topk", "batchtopk", "matryoshka", "switch")
+"""Kinds of SAEs that can be split over processes: those that select latents."""
+
 
 @dataclass(frozen=True)
 class Sae(Section):
@@ -65,6 +71,17 @@ class Sae(Section):
     prefixes: tuple[PositiveShare, ...] | None = None
     """Only for kind ``matryoshka``: shares of d_sae that must each reconstruct alone, rising to 1."""
 
+    processes: Count = 1
+    """Number of processes that train the section, each on ``compute.threads`` CPU threads, or a GPU of its own. They
+    deal out its SAEs (seeds times sites) if these are at least as many, which changes no SAE. Otherwise every SAE is
+    split over its latents, which takes 2, 4 or 8 processes; weights then differ from those of one process by rounding
+    (docs/sae.md)."""
+
+    @property
+    def split(self) -> bool:
+        """Whether every SAE is split over all processes, because there are fewer SAEs than processes."""
+        return len(self.seeds) * len(self.places) < self.processes
+
     @property
     def places(self) -> tuple[str, ...]:
         """The SAE's site, or the sites of the chain."""
@@ -91,6 +108,23 @@ class Sae(Section):
             )
         if not self.seeds or len(set(self.seeds)) != len(self.seeds):
             raise SparsightError("seeds: name at least one seed, each once")
+        if self.split:
+            self._check_split()
+
+    def _check_split(self) -> None:
+        n = len(self.seeds) * len(self.places)
+        few = f"processes: {self.processes} for {n} SAE{'s' if n > 1 else ''} split each over its latents, "
+        or_deal = f"or set processes to at most {n}"
+        if SHARDS % self.processes:
+            raise SparsightError(f"{few}which takes 2, 4 or 8 processes; set one of these, {or_deal}")
+        if self.sites:
+            raise SparsightError(f"{few}which is not possible in a chain (sites); set processes to at most {n}")
+        if self.kind not in SPLIT_KINDS:
+            raise SparsightError(f"{few}which is possible for {', '.join(SPLIT_KINDS)}; choose one of these, {or_deal}")
+        if self.d_sae % SHARDS:
+            raise SparsightError(f"{few}which takes a d_sae that is a multiple of {SHARDS}; round it, {or_deal}")
+        if self.kind == "switch" and (self.experts or 1) % SHARDS:
+            raise SparsightError(f"{few}which takes a multiple of {SHARDS} experts; set experts to one, {or_deal}")
 
 
 def _check_chain(chain: tuple[str, ...]) -> None:

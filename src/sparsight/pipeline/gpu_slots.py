@@ -12,32 +12,48 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from sparsight.common import machine
+from sparsight.common.errors import SparsightError
 from sparsight.common.progress import log
 
 _SECONDS = 1.0
 
 
-def take_card() -> None:
-    """Wait for a free GPU and make it the only one visible to this process, until the process ends.
+def take_cards(n: int = 1) -> list[str]:
+    """Wait for free GPUs and make them the only ones visible to this process, until the process ends.
 
     Call before CUDA is initialised. ``CUDA_VISIBLE_DEVICES`` limits the choice. Nothing happens without a GPU, or
-    inside a SLURM job that has not set this variable to several cards.
+    inside a SLURM job that has not set this variable to more than ``n`` cards.
+
+    Returns:
+        the names of the cards, as CUDA takes them; none without a GPU.
+
+    Raises:
+        SparsightError: there are fewer than ``n`` cards.
     """
     visible, job = os.environ.get("CUDA_VISIBLE_DEVICES"), os.environ.get("SLURM_JOB_ID")
     cards = _usable(visible, list(machine.cards()))
-    if not cards or (job is not None and (visible is None or len(cards) == 1)):
-        return
+    if not cards:
+        return []
+    if len(cards) < n:
+        raise SparsightError(
+            f"processes: {n} processes need as many cards, there are {len(cards)}; set processes lower"
+        )
+    if job is not None and (visible is None or len(cards) == n):
+        return list(cards)[:n]
     folder = Path(tempfile.gettempdir(), f"sparsight-cards-{os.getuid()}")
     folder.mkdir(mode=0o700, exist_ok=True)
     logged = False
     if job is not None:  # only its own stages can meet on the cards of a job, whose numbers may be its own, too
         cards = {name: f"{job}-{key}" for name, key in cards.items()}
-    while (card := _lock_one(folder, cards)) is None:
+    while len(taken := _lock(folder, cards, n)) < n:
         if not logged:
-            log(f"every card ({', '.join(cards)}) is in use by another stage; waiting for one")
+            names = ", ".join(cards)
+            one = f"every card ({names}) is in use by another stage; waiting for one"
+            log(one if n == 1 else f"fewer than {n} of the cards ({names}) are free; waiting for {n}")
         logged = True
         time.sleep(_SECONDS)
-    os.environ["CUDA_VISIBLE_DEVICES"] = card
+    os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(taken)
+    return taken
 
 
 def _usable(visible: str | None, uuids: list[str]) -> dict[str, str]:
@@ -63,14 +79,25 @@ def _usable(visible: str | None, uuids: list[str]) -> dict[str, str]:
     return usable
 
 
-def _lock_one(folder: Path, cards: Mapping[str, str]) -> str | None:
-    for card, key in cards.items():
-        # Never closed, so the lock is held until the process ends for any reason.
-        descriptor = os.open(folder / key.replace("/", "-"), os.O_RDWR | os.O_CREAT, 0o600)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+def _lock(folder: Path, cards: Mapping[str, str], n: int) -> list[str]:
+    """Lock ``n`` free cards and return their names, or lock none.
+
+    One stage chooses at a time: two that each hold some cards and lack others would wait for each other.
+    """
+    taken: dict[str, int] = {}
+    with (folder / "choosing").open("w") as choosing:
+        fcntl.flock(choosing, fcntl.LOCK_EX)
+        for card, key in cards.items():
+            # Not closed if enough are free, so the lock is held until the process ends for any reason.
+            descriptor = os.open(folder / key.replace("/", "-"), os.O_RDWR | os.O_CREAT, 0o600)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                os.close(descriptor)
+                continue
+            taken[card] = descriptor
+            if len(taken) == n:
+                return list(taken)
+        for descriptor in taken.values():
             os.close(descriptor)
-            continue
-        return card
-    return None
+    return []

@@ -15,11 +15,13 @@ import sparsight
 from sparsight.common.digests import digest, file_digest
 from sparsight.common.errors import SparsightError, reason
 from sparsight.common.files import write_json
+from sparsight.common.member import Member
 from sparsight.common.progress import log
 from sparsight.common.work import Work
 from sparsight.config import Activations, Compute, schema
 from sparsight.pipeline import code_digest, records
-from sparsight.pipeline.gpu_slots import take_card
+from sparsight.pipeline.gpu_slots import take_cards
+from sparsight.pipeline.processes import report, run_all, this_member
 
 if TYPE_CHECKING:
     import torch
@@ -43,6 +45,8 @@ class Stage:
     compute: Compute = field(default_factory=Compute)
     cores: int = 1
     """Number of CPU cores that the stage may use at the same time. No result depends on it."""
+    member: Member = field(default_factory=Member)
+    """This process, if the stage runs in several."""
 
     @cached_property
     def device(self) -> "torch.device":
@@ -50,9 +54,19 @@ class Stage:
 
         With ``compute.device: cuda`` the stage gets a GPU of its own, and may have to wait for one.
         """
-        if self.compute.device == "cuda":
-            take_card()
+        if self.compute.device == "cuda" and self.member.size == 1:
+            take_cards()
         return prepare_torch(self.compute)
+
+    def runs_in(self, n: int) -> bool:
+        """Run the stage's script in ``n`` processes, unless this is one of them or the only one; whether it has run.
+
+        On GPUs every process gets one of its own. See :func:`sparsight.pipeline.processes.run_all` for errors.
+        """
+        if n == 1 or self.member.size > 1:
+            return False
+        run_all(n, self.work, take_cards(n) if self.compute.device == "cuda" else [])
+        return True
 
     def record(self) -> dict[str, Any]:
         """Origin of a result, which is saved with it: digests of the configuration and of the inputs, and the seed."""
@@ -94,24 +108,36 @@ def run(main: Callable[[Stage], None], description: str, config: type | None = N
     for section in filter(None, (Compute, config)):
         schema.add_arguments(parser, section)
     arguments = parser.parse_args()
+    member = this_member()
     try:
-        _run(main, config, {name: getattr(arguments, f"from_{name}") for name in inputs}, arguments)
-        log(f"processor time: {sum(os.times()[:4]):.1f} s")  # Snakemake's benchmarks only sample it
-    except SparsightError as error:
-        sys.exit(f"error: {error}")
-    except OSError as error:
-        if error.filename is None and error.errno is None:
+        _run(main, config, {name: getattr(arguments, f"from_{name}") for name in inputs}, arguments, member)
+        if member.size == 1:
+            log(f"processor time: {sum(os.times()[:4]):.1f} s")  # Snakemake's benchmarks only sample it
+    except Exception as error:
+        message = _message(error, arguments)
+        if member.size > 1:
+            report(member, message)
+            sys.exit(1)
+        if message is None:
             raise
-        sys.exit(f"error: {error.filename or arguments.out}: {reason(error)}")
-    except SafetensorError as error:
-        if "os error" not in str(error):  # errors of the system, such as a full disk, arrive as text
-            raise
-        sys.exit(f"error: {arguments.work}: {reason(error)}")
+        sys.exit(f"error: {message}")
+
+
+def _message(error: Exception, arguments: argparse.Namespace) -> str | None:
+    """What to tell the user about an error; None for one that is a fault of the program."""
+    if isinstance(error, SparsightError):
+        return str(error)
+    if isinstance(error, OSError) and (error.filename is not None or error.errno is not None):
+        return f"{error.filename or arguments.out}: {reason(error)}"
+    if isinstance(error, SafetensorError) and "os error" in str(error):  # as a full disk arrives
+        return f"{arguments.work}: {reason(error)}"
+    return None
 
 
 def _run(
-    main: Callable[[Stage], None], config: type | None, inputs: dict[str, Any], arguments: argparse.Namespace
-) -> None:
+    main: Callable[[Stage], None], config: type | None, inputs: dict[str, Any], arguments: argparse.Namespace,
+    member: Member,
+) -> None:  # fmt: skip
     compute = schema.from_arguments(Compute, arguments)
     section = schema.from_arguments(config, arguments) if config else None
     set_threads(compute.threads)
@@ -120,6 +146,10 @@ def _run(
     for path in _paths(inputs):
         if not path.exists():
             raise SparsightError(f"there is no {path}; run the stage that makes it first")
+    if member.size > 1:  # the process that started this one holds the folder, and puts the files into place
+        work = Work(arguments.work, "")
+        main(Stage(section, inputs, arguments.name, arguments.seed, work, arguments.out, compute, 1, member))
+        return
     digests = {name: _input_digests(value) for name, value in inputs.items()}
     settings = records.settings(compute, section, arguments.seed, arguments.code or _all_code())
     key = digest([settings, arguments.name, digests])  # state of other code is not resumed

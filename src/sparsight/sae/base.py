@@ -7,6 +7,7 @@ import dataclasses
 import importlib
 import json
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -271,6 +272,9 @@ class SAE(Module, ABC):
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         save_file({name: value.contiguous() for name, value in self.state_dict().items()}, folder / "sae.safetensors")
+        self._save_config(folder, about)
+
+    def _save_config(self, folder: Path, about: Mapping[str, Any]) -> None:
         sizes = {"kind": self.kind, "d_in": self.d_in, "d_sae": self.d_sae, "k": self.k}
         options = {name: getattr(self, name) for name in self.options}
         write_json(folder / "config.json", {**about, "format_version": FORMAT_VERSION, **sizes, **options})
@@ -310,14 +314,19 @@ def create(kind: str, d_in: int, d_sae: int, k: int, seed: int = 0, **options: A
     Raises:
         SparsightError: an unknown variant, an option that it does not have, or sizes that do not fit together.
     """
-    cls = _class(kind)
+    cls = variant_class(kind)
     for name in options:
         if name not in cls.options:
             raise SparsightError(f"the SAE {kind!r} has no option {name!r}; it has {', '.join(cls.options)}")
     return cls(d_in, d_sae, k, seed, **options)
 
 
-def _class(kind: str) -> type[SAE]:
+def variant_class(kind: str) -> type[SAE]:
+    """The class of a variant.
+
+    Raises:
+        SparsightError: there is none of this name.
+    """
     if kind not in names():
         raise SparsightError(f"there is no SAE {kind!r}; known: {', '.join(names())}")
     importlib.import_module(f"sparsight.sae.variants.{kind}")
@@ -337,7 +346,7 @@ def load(folder: str | Path) -> SAE:
         raise SparsightError(f"{folder}: no SAE here ({reason(error)}: config.json)") from None
     if config.get("format_version") != FORMAT_VERSION:
         raise SparsightError(f"{folder}: format_version {config.get('format_version')}, expected {FORMAT_VERSION}")
-    cls = _class(config["kind"])
+    cls = variant_class(config["kind"])
     sae = cls(config["d_in"], config["d_sae"], config["k"], **{name: config[name] for name in cls.options})
     sae.load_state_dict(load_file(folder / "sae.safetensors"))
     sae.about = config

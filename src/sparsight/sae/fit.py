@@ -16,6 +16,7 @@ from torch import Tensor
 from sparsight import config
 from sparsight.activations.store import ActivationStore
 from sparsight.common.errors import SparsightError
+from sparsight.common.member import Member
 from sparsight.common.seeds import derive_seed
 from sparsight.common.tokens import chosen
 from sparsight.common.work import Work
@@ -24,16 +25,19 @@ from sparsight.sae import resae
 from sparsight.sae.base import SAE, create
 from sparsight.sae.moments import by_group, fit_moments
 from sparsight.sae.resae import ReSAE
+from sparsight.sae.sharded.trainer import ShardedTrainer
+from sparsight.sae.sharded.trainer import create as create_part
 from sparsight.sae.trainer import Trainer
 from sparsight.training import loop, schedules
 from sparsight.training.batches import Batch, StoreBatches
+from sparsight.training.ranks import Ranks
 
 _Statistics = dict[str, tuple[np.ndarray, float]]
 
 
 def fit(
     section: config.Sae, store: ActivationStore, labels: np.ndarray | None, name: str, seed: int, work: Work,
-    device: torch.device, record: dict[str, Any],
+    device: torch.device, record: dict[str, Any], member: Member | None = None,
 ) -> None:  # fmt: skip
     """Train the SAEs of a section together: one per seed, in a chain one per seed and site.
 
@@ -44,8 +48,12 @@ def fit(
     bytes as if trained alone. For training, inputs are scaled so that their dimensions have unit variance on average.
     The scale is folded into the saved weights.
 
+    Several processes deal the SAEs out among themselves, if there are enough of them. Otherwise each SAE is split over
+    all processes (:mod:`sparsight.sae.sharded`).
+
     Args:
         labels: int (N,), the class of every stored image, for the PASS term; None without it.
+        member: this process, if several train the section; each calls this function.
 
     Raises:
         SparsightError: a setting that this kind of SAE does not have, a site or tokens that the store does not hold, no
@@ -61,24 +69,32 @@ def fit(
         chain, statistics = _chain(section, store, tokens, device)
     else:
         chain, statistics = None, _moments(store, section.places[0], tokens)
+    member = member or Member()
+    places = {f"{n}/{site}" if chain else n: (n, site) for n in names for site in section.places}
+    ranks, state = None, work.state
+    if section.split:
+        ranks = Ranks(member.rank, member.size).join(member.meeting)
+    elif member.size > 1:
+        places = dict(list(places.items())[member.rank :: member.size])
+        state = work.state / str(member.rank)
+        state.mkdir(exist_ok=True)
     grid: dict[str, tuple[str, SAE]] = {}
     """Site and SAE by folder."""
-    for seed_name in names:
-        for site in section.places:
-            folder = f"{seed_name}/{site}" if chain else seed_name
-            mean, scale = statistics[site]
-            sae = _create(section, len(mean), derive_seed(seed, "sae", folder, "init")).to(device)
-            sae.about["name"] = folder  # for error messages
-            sae.start(sae.d_in)  # E||x - mean||^2 of the scaled activations
-            sae.set_center(mean / scale)
-            grid[folder] = site, sae
+    for folder, (_, site) in places.items():
+        mean, scale = statistics[site]
+        sae = _create(section, len(mean), derive_seed(seed, "sae", folder, "init"), ranks).to(device)
+        sae.about["name"] = folder  # for error messages
+        sae.start(sae.d_in)  # E||x - mean||^2 of the scaled activations
+        sae.set_center(mean / scale)
+        grid[folder] = site, sae
     order = derive_seed(seed, "sae", name)
     batches = StoreBatches(rows, section.batch_size, order, section.memory_mb * 2**20, device=device)
     scales = {site: scale for site, (_, scale) in statistics.items()}
     inputs = _Inputs(store.token_groups(section.places[0], tokens), chain, scales, labels)
-    log_path = work.state / "training.jsonl"  # joint log of all SAEs, beside the checkpoint that it belongs to
-    loop.train(_Training(section, grid, inputs), batches, section.epochs, order, work.state, log_path)
-    _split_log(log_path, work.out, grid)
+    log_path = state / "training.jsonl"  # joint log of all SAEs, beside the checkpoint that it belongs to
+    loop.train(_Training(section, grid, inputs), batches, section.epochs, order, state, log_path, ranks)
+    if ranks is None or ranks.first:
+        _split_log(log_path, work.out, grid)
     metadata = {
         "backbone": section.backbone,
         "tokens": tokens,
@@ -88,16 +104,22 @@ def fit(
     }
     for site, sae in grid.values():
         sae.fold_scale(scales[site])
-    for seed_name in names:
+    for seed_name in dict.fromkeys(seed_name for seed_name, _ in places.values()):
         if chain is None:
             grid[seed_name][1].save(work.out / seed_name, **metadata, name=seed_name, site=section.site)
         else:
-            saes = {site: grid[f"{seed_name}/{site}"][1] for site in section.places}
+            saes = {site: grid[folder][1] for folder, (name, site) in places.items() if name == seed_name}
             ReSAE(chain.sites, saes, chain.maps).save(work.out / seed_name, **metadata, name=seed_name)
+    if ranks is not None:
+        ranks.leave()
 
 
-def _create(section: config.Sae, d_in: int, seed: int) -> SAE:
-    sae = create(section.kind, d_in, section.d_sae, section.k, seed, **section.options())
+def _create(section: config.Sae, d_in: int, seed: int, ranks: Ranks | None) -> SAE:
+    sizes = d_in, section.d_sae, section.k, seed
+    if ranks is None:
+        sae = create(section.kind, *sizes, **section.options())
+    else:
+        sae = create_part(section.kind, ranks, *sizes, **section.options())
     only_if(sae.has_auxk, "a kind with the AuxK loss", section, "aux_k", "aux_coefficient")
     return sae
 
@@ -173,7 +195,8 @@ class _Training:
         self.names, self.inputs = list(grid), inputs
         sites, saes = [site for site, _ in grid.values()], [sae for _, sae in grid.values()]
         precision: Literal["fp32", "bf16"] = "bf16" if section.bf16 else "fp32"
-        self.trainer = Trainer(saes, section.lr, section.dead_after, sites, precision, section.prototype_weight)
+        trainer = ShardedTrainer if section.split else Trainer
+        self.trainer = trainer(saes, section.lr, section.dead_after, sites, precision, section.prototype_weight)
 
     def step(self, batch: Batch, number: int, total: int, generator: torch.Generator) -> dict[str, Tensor]:
         self.trainer.schedule(schedules.linear_decay(number, total))

@@ -162,10 +162,16 @@ class ReSAE:
         return ReSAE(self.sites, {site: sae.to(device) for site, sae in self.saes.items()}, maps)
 
     def save(self, folder: str | Path, **about: Any) -> None:
-        """Write ``<site>/`` for every SAE and ``affine.safetensors`` (A.<group>.<m>, c.<group>.<m>)."""
+        """Write ``<site>/`` for every SAE and ``affine.safetensors`` (A.<group>.<m>, c.<group>.<m>).
+
+        Of a chain whose SAEs lie in several processes, each writes its own, and that of the first site the maps.
+        """
         folder = Path(folder)
         for m, site in enumerate(self.sites):
-            self.saes[site].save(folder / site, **{**about, "site": site, "position": m, "chain": self.sites})
+            if site in self.saes:
+                self.saes[site].save(folder / site, **{**about, "site": site, "position": m, "chain": self.sites})
+        if self.sites[0] not in self.saes:
+            return
         arrays = {
             f"{name}.{group}.{m}": tensor.contiguous()
             for group, maps in self.maps.items()

@@ -4,32 +4,29 @@ There is no random state to save, because order and noise are derived from (seed
 checkpoint includes the sums of the unfinished log line, so a resumed run writes the same log.
 """
 
+import io
 import json
 import signal
 import threading
-import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sparsight.common.errors import SparsightError
-from sparsight.common.files import write_atomic
 from sparsight.common.progress import Progress, log
 from sparsight.common.seeds import derive_seed
 from sparsight.training.batches import Batches
+from sparsight.training.checkpoints import PLACE, Checkpoint, PartedCheckpoint
+from sparsight.training.ranks import Ranks
 
-_CHECKPOINT_SECONDS = 15.0
-_PAUSE = 20  # pause in multiples of the last checkpoint's duration, so that writing takes at most 5 % of the time
 _LOG_LINES = 200
-_POSITION, _SUM = "loop.position", "loop.sum."
+_SUM = "loop.sum."
 
 
 B_contra = TypeVar("B_contra", contravariant=True)
@@ -61,10 +58,14 @@ class Trainable(Protocol[B_contra]):
         """Restore what :meth:`state` returned."""
 
 
-def train(trainable: Trainable[B], batches: Batches[B], epochs: int, seed: int, state: Path, log_path: Path) -> None:
+def train(
+    trainable: Trainable[B], batches: Batches[B], epochs: int, seed: int, state: Path, log_path: Path,
+    ranks: Ranks | None = None,
+) -> None:  # fmt: skip
     """Run all epochs, continuing from the checkpoint in ``state`` if there is one.
 
-    On SIGTERM, the loop finishes the current step, writes a checkpoint and exits with status 143.
+    On SIGTERM, the loop finishes the current step, writes a checkpoint and exits with status 143. Of several ranks, all
+    write their parts of the checkpoint after the same step; the first writes the log.
 
     Args:
         trainable: the object to train.
@@ -74,22 +75,24 @@ def train(trainable: Trainable[B], batches: Batches[B], epochs: int, seed: int, 
         state: folder of the checkpoint.
         log_path: the log: one line per logging step with the means since the previous line, and one per epoch.
             A resumed run cuts it to its length at the checkpoint.
+        ranks: the processes that make each step together; None for one alone.
 
     Raises:
         SparsightError: a step that fails, or a mean that is not finite; the message names the last checkpoint.
     """
     per_epoch, total = batches.per_epoch, batches.per_epoch * epochs
     log_every = max(1, total // _LOG_LINES)
-    checkpoint = _Checkpoint(state / "checkpoint.safetensors")
+    ranks = ranks or Ranks()
+    checkpoint = Checkpoint(state / "checkpoint.safetensors") if ranks.size == 1 else PartedCheckpoint(state, ranks)
     step = log_bytes = count = 0
     sums: dict[str, Tensor] = {}
     if saved := checkpoint.load():
-        step, log_bytes, count = (int(v) for v in saved.pop(_POSITION))
+        step, log_bytes, count = (int(v) for v in saved.pop(PLACE))
         sums = {name.removeprefix(_SUM): saved.pop(name) for name in list(saved) if name.startswith(_SUM)}
         trainable.restore(saved)
     note = ""
     with (
-        log_path.open("ab") as log_file,
+        log_path.open("ab") if ranks.first else io.BytesIO() as log_file,
         Progress(_rows(batches, total), batches.unit, start=_rows(batches, step)) as progress,
         _sigterm_noted() as signals,
     ):
@@ -105,8 +108,8 @@ def train(trainable: Trainable[B], batches: Batches[B], epochs: int, seed: int, 
                 try:
                     scalars = trainable.step(batch, step, total, generator)
                     sums = {name: value.detach() + sums.get(name, 0) for name, value in scalars.items()}
-                    stop = bool(signals)
-                    save = stop or checkpoint.due
+                    stop, due = ranks.any(bool(signals), checkpoint.due)
+                    save = stop or due
                     if line_ends or save:
                         trainable.check()
                     means = _means(sums, count) if line_ends or save else {}
@@ -120,7 +123,7 @@ def train(trainable: Trainable[B], batches: Batches[B], epochs: int, seed: int, 
                 progress(_rows(batches, step) - progress.done, note)
                 if save:
                     log_file.flush()
-                    loop_state = {_POSITION: torch.tensor([step, log_file.tell(), count])}
+                    loop_state = {PLACE: torch.tensor([step, log_file.tell(), count])}
                     loop_state |= {f"{_SUM}{name}": value for name, value in sums.items()}
                     checkpoint.save(step, {**trainable.state(), **loop_state})
                 if stop:
@@ -130,37 +133,6 @@ def train(trainable: Trainable[B], batches: Batches[B], epochs: int, seed: int, 
 
 POSITION = ("step", "epoch")
 """Keys of a log line that give its position in training."""
-
-
-class _Checkpoint:
-    """The file from which training continues."""
-
-    def __init__(self, path: Path) -> None:
-        self.path, self._step = path, 0
-        self._next = time.monotonic() + _CHECKPOINT_SECONDS
-
-    def load(self) -> dict[str, Tensor]:
-        """The state that :meth:`save` wrote; empty if there is no file yet."""
-        if not self.path.exists():
-            return {}
-        state = load_file(self.path)
-        self._step = int(state[_POSITION][0])
-        return state
-
-    @property
-    def due(self) -> bool:
-        return time.monotonic() > self._next
-
-    def save(self, step: int, state: dict[str, Tensor]) -> None:
-        begin = time.monotonic()
-        write_atomic(self.path, partial(save_file, state))
-        self._step, end = step, time.monotonic()
-        self._next = end + max(_CHECKPOINT_SECONDS, _PAUSE * (end - begin))
-
-    def __str__(self) -> str:
-        if self._step == 0:
-            return "no checkpoint was written before"
-        return f"the last good checkpoint is {self.path}, after step {self._step}"
 
 
 @contextmanager

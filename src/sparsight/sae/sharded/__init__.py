@@ -1,0 +1,1 @@
+"""One SAE over several processes, split over its latents (docs/sae.md)."""
