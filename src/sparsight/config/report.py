@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from sparsight.config.bounds import Count, CountOrZero
+from sparsight.config.bounds import Count, NotNegative
 from sparsight.config.checks import Section
 
 
@@ -12,7 +12,7 @@ class Report(Section):
 
     title: str | None = None
     """Heading of the page; null uses the name of the run."""
-    latents: CountOrZero = 200
-    """Number of latents shown per SAE: those most selective for a class."""
     images: Count = 10
-    """Number of images shown per latent: those that activate it most."""
+    """Number of images shown per latent as those that activate it most."""
+    megabytes: NotNegative = 20
+    """Space in the page for latents and images. The page says what did not fit; 0 leaves out all of it."""
