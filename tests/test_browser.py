@@ -18,6 +18,7 @@ from sparsight import config, sae
 from sparsight.activations.store import ActivationStore
 from sparsight.common import tables
 from sparsight.images.manifest import Manifest
+from sparsight.report.latents.atlas import plane
 from sparsight.report.page import write_page
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -376,3 +377,43 @@ def test_20000_latents_and_2000_images_open_in_2_seconds(blank: Any, tmp_path: P
     assert min(seconds) < 2
     data = json.loads(re.search(r"<script id=\"latents-data\"[^>]*>(.*?)</script>", path.read_text())[1])  # type: ignore[index]
     assert data["images"]["count"] == 2_000 and not any(one["missing"] for one in data["saes"])
+
+
+@needs_chromium
+def test_a_click_in_the_atlas_opens_its_latent_and_back_returns(made: Any, run: tuple[Path, dict[str, Any]]) -> None:
+    made.locator("#latents-sae").select_option("where-s1")
+    made.locator("#latents-atlas").click()
+    made.wait_for_selector("svg.atlas")
+    rows = tables.read(run[0] / "saes" / "where-s1" / "latents.parquet")
+    points = made.locator("svg.atlas a")
+    addresses = points.evaluate_all("points => points.map(point => point.getAttribute('href'))")
+    assert addresses == [f"#latent=where-s1/{row['latent']}" for row in rows if row["frequency"] > 0]
+    one = sae.load(run[0] / "saes" / "where-s1")
+    places_F2 = plane(one.W_dec).places_F2
+    drawn = points.evaluate_all(
+        "points => points.map(point => [...['cx', 'cy']].map(at => +point.firstChild.getAttribute(at)))"
+    )
+    latents = [int(address.rpartition("/")[2]) for address in addresses]
+    for axis, sign in ((0, 1), (1, -1)):
+        correlation = np.corrcoef(np.array(drawn)[:, axis], places_F2[latents, axis])[0, 1]
+        assert correlation * sign > 0.9999
+    points.nth(3).click()
+    made.wait_for_function("document.querySelector('#latents-detail h3').textContent.startsWith('Latent')")
+    assert made.locator("#latents-detail h3").inner_text().startswith(f"Latent {latents[3]} of where-s1")
+    made.go_back()
+    made.wait_for_selector("svg.atlas")
+
+
+@pytest.mark.parametrize(("n", "d_in"), [(40, 12), (5, 12), (40, 2), (7, 1)])
+def test_the_atlas_is_the_plane_of_the_two_largest_principal_components(n: int, d_in: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    W_dec = torch.randn(n, d_in, generator=generator) * torch.rand(n, 1, generator=generator)
+    found = plane(W_dec)
+    rows = (W_dec / W_dec.norm(dim=1, keepdim=True)).double().numpy()
+    U, S, _ = np.linalg.svd(rows - rows.mean(axis=0), full_matrices=False)
+    expected = np.pad((U * S)[:, :2], ((0, 0), (0, max(0, 2 - d_in))))
+    assert found.share == pytest.approx((S[:2] ** 2).sum() / (S**2).sum(), abs=1e-6)
+    distances = [np.linalg.norm(at[:, None] - at[None], axis=2) for at in (found.places_F2.astype(float), expected)]
+    scale = distances[0].max() / distances[1].max()
+    np.testing.assert_allclose(distances[0], scale * distances[1], atol=3)
+    assert found.places_F2.max() == 65535 and (found.places_F2 == plane(W_dec.clone()).places_F2).all()

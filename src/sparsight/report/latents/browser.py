@@ -24,6 +24,7 @@ from sparsight.common.progress import log
 from sparsight.images.manifest import Manifest
 from sparsight.images.preprocess import Preprocess
 from sparsight.report.latents import gather
+from sparsight.report.latents.atlas import plane
 from sparsight.report.latents.gather import Shown
 from sparsight.report.latents.neighbours import nearest_rows
 from sparsight.report.latents.pack import Pack, pack, shares, smallest
@@ -127,7 +128,8 @@ def _entry(
     made: Mapping[str, Pack], device: torch.device,
 ) -> dict[str, Any]:  # fmt: skip
     """What the page's JSON says of one SAE; ``missing`` are the parts that did not fit."""
-    patches = gather.square_of_patches(one.opened(device)[1])
+    sae, seen = one.opened(device)
+    patches = gather.square_of_patches(seen)
     return {
         "name": one.name,
         "site": one.about["site"],
@@ -135,6 +137,7 @@ def _entry(
         "backbone": one.about["backbone"],
         "total": len(one.rows),
         "unit": len(one.rows[0]["histogram"]),
+        "kept": round(plane(sae.W_dec).share, 4),
         "side": 0 if patches is None else round(len(patches) ** 0.5),
         "others": [other.name for other in _others(one, saes)],
         "heads": {policy: len(of_policy[one.name]) for policy, of_policy in heads.items() if one.name in of_policy},
@@ -227,6 +230,7 @@ def _facts(
         "intervals": one.shown.counts.astype(np.uint32),
         "nearest": np.pad(nearest, ((0, 0), (0, missing)), constant_values=-1).astype(np.int32),
         "cosines": np.pad(cosines, ((0, 0), (0, missing))),
+        "plane": plane(sae.W_dec).places_F2,
     }
     if "name" in one.rows[0]:
         names = sorted({row["name"] for row in one.rows if row["name"] is not None})

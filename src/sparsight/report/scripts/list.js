@@ -60,6 +60,7 @@ async function choose(name) {
   const wanted = saeNamed(name);
   latents = await latentsOf(wanted);
   chosen.value = name;
+  byId("latents-atlas").href = atlasAddress(wanted);
   for (const option of order.options) option.hidden = option.value === "name" && !named();
   draw();
 }
