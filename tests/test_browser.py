@@ -87,7 +87,7 @@ def codes_of(folder: Path, name: str) -> np.ndarray:
 
 def listed(page: Any) -> list[list[str]]:
     """The rows of the list of latents."""
-    return page.eval_on_selector_all(  # type: ignore[no-any-return]
+    return page.eval_on_selector_all(
         "#latents-list tr", "rows => rows.map(row => [...row.children].map(cell => cell.innerText))"
     )
 
@@ -213,9 +213,8 @@ def test_from_an_image_to_a_patch_to_a_latent_to_an_image(made: Any, run: tuple[
     largest = codes.max(axis=(0, 1))[strongest]
     np.testing.assert_allclose(shown, codes[image, 6, strongest], atol=0.005 + largest.max() / 510)
     row.locator("a").first.click()
-    made.wait_for_function(
-        f"document.querySelector('#latents-detail h3').textContent.startsWith('Latent {strongest[0]}')"
-    )
+    heading = "document.querySelector('#latents-detail h3').textContent"
+    made.wait_for_function(f"{heading}.startsWith('Latent {strongest[0]} ')")
     thumbnail = made.locator(f'#latents-detail .latent a[href="#image={image}"]').first
     thumbnail.click()
     made.wait_for_function(f"{heading}.startsWith('Image {image} ')")

@@ -39,7 +39,7 @@ function latentTable(of, all, shown) {
     return element("tr", {}, element("th", { scope: "row" }, link(addressOf(of, latent), String(latent))),
       element("td", { class: "text" }, one.name ?? (data.judged && one.label >= 0 ? className(one.label) : "")),
       element("td", {}, number(share * one.max, 2)), element("td", {}, percent(share, 0)),
-      element("td", { class: "text" }, element("span", { class: "bar", style: `width: ${4 * share}rem` })));
+      element("td", { class: "text" }, bar(share)));
   });
   return table([["latent"], ["stands for", "text"], ["activation"], ["% of its largest"], ["share", "text"]], rows);
 }
