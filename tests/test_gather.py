@@ -10,7 +10,7 @@ from conftest import make_backbone, write_store
 from sparsight import sae
 from sparsight.activations.store import ActivationStore
 from sparsight.report.latents import gather
-from sparsight.report.latents.effects import jacobian
+from sparsight.report.latents.classifiers import jacobian
 from sparsight.report.latents.pack import shares, smallest
 from sparsight.sae.base import SAE
 from sparsight.sae.inputs import SaeInputs

@@ -24,7 +24,7 @@ from sparsight.common.progress import log
 from sparsight.images.manifest import Manifest
 from sparsight.images.preprocess import Preprocess
 from sparsight.report.latents import gather
-from sparsight.report.latents.effects import EXTREMES, ClassEffects
+from sparsight.report.latents.classifiers import EXTREMES, Classifiers
 from sparsight.report.latents.gather import Shown
 from sparsight.report.latents.neighbours import nearest_rows
 from sparsight.report.latents.pack import Pack, pack, shares, smallest
@@ -65,7 +65,7 @@ class _Run(NamedTuple):
     saes: list[_Browsed]
     heads: Mapping[str, Mapping[str, np.ndarray]]
     """By policy and SAE, what each latent adds to each head's logit, (H, F)."""
-    effects: ClassEffects
+    classifiers: Classifiers
     device: torch.device
 
 
@@ -93,11 +93,14 @@ def browser(section: config.Report, inputs: dict[str, Any], manifest: Manifest, 
     sprites = Sprites(split, _preprocess(inputs["backbones"], main.about["backbone"]))
     chosen = _chosen(saes, len(split), sprites, int(_OF_IMAGES * left))
     sheets = sprites.sheets(chosen)
-    of_images = pack({"rows": chosen.astype(np.uint32), "labels": split.labels[chosen].astype(np.int32)})
+    classifiers = Classifiers({path.parent.name: path.parent for path in inputs["backbones"]}, device)
+    predicted = {name: classifiers.predictions(name, store, chosen) for name, store in stores.items()}
+    predicted = {name: classes for name, classes in predicted.items() if classes is not None}
+    columns = {"labels": split.labels[chosen], **{f"predicted-{name}": found for name, found in predicted.items()}}
+    of_images = pack({"rows": chosen.astype(np.uint32), **{k: v.astype(np.int32) for k, v in columns.items()}})
     texts = {"images": of_images.text, **{f"sheet-{i}": sheet for i, sheet in enumerate(sheets)}}
     left -= sum(map(len, texts.values()))
-    effects = ClassEffects({path.parent.name: path.parent for path in inputs["backbones"]}, device)
-    run = _Run(saes, _head_latents(inputs["head_latents"]), effects, device)
+    run = _Run(saes, _head_latents(inputs["head_latents"]), classifiers, device)
     packs = {one.name: _packs(one, run, chosen) for one in saes}
     first = {one.section: one.seed for one in reversed(saes)}
     order = sorted(saes, key=lambda one: (one.section != main.section, one.seed != first[one.section]))
@@ -128,7 +131,7 @@ def browser(section: config.Report, inputs: dict[str, Any], manifest: Manifest, 
         "nEffects": 2 * min(EXTREMES, len(manifest.classes) // 2),
         "images": {
             "total": len(split), "count": len(chosen), "size": sprites.size, "columns": COLUMNS,
-            "perSheet": PER_SHEET, "directory": of_images.directory,
+            "perSheet": PER_SHEET, "predicted": list(predicted), "directory": of_images.directory,
         },
         "saes": [_entry(one, run, stored[one.name], packs[one.name]) for one in saes],
     }  # fmt: skip
@@ -244,6 +247,6 @@ def _facts(one: _Browsed, sae: SAE, run: _Run) -> dict[str, np.ndarray]:
     for policy, of_policy in run.heads.items():
         if one.name in of_policy:
             facts[f"heads-{policy}"] = of_policy[one.name].T.astype(np.float32)
-    if (extremes := run.effects.extremes(one.about, one.store, sae.W_dec)) is not None:
+    if (extremes := run.classifiers.extremes(one.about, one.store, sae.W_dec)) is not None:
         facts |= {"classes": extremes[0].astype(np.int32), "effects": extremes[1].astype(np.float32)}
     return facts

@@ -19,12 +19,19 @@ async function imagePage(image) {
     previous: step(place - 1),
     next: step(place + 1),
     parts: [
+      ...(data.images.predicted.length ? [predictionsOf(place)] : []),
       ...(first ? patchesOf(image, place, withPatches, first) : [element("div", { class: "frame large" }, picture(image))]),
       ...(own ? [element("h4", {}, `Latents of ${own.name}, strongest first`), await strengthsOf(own, place)] : []),
       ...(panel ? [panel] : []),
       ...others.map((one) => folded(one, place)),
     ],
   };
+}
+
+function predictionsOf(place) {
+  const answers = data.images.predicted.map((model) => [`${model} predicts`, className(images[`predicted-${model}`][place])]);
+  const rows = [["label", labelOf(images.rows[place])], ...answers];
+  return element("dl", {}, ...rows.flatMap(([name, text]) => [element("dt", {}, name), element("dd", {}, text)]));
 }
 
 async function strengthsOf(of, place) {

@@ -1,6 +1,6 @@
-"""Direct effect of latents on class logits: past all later blocks, through the final norm and the classifier.
+"""What the classifiers of the run's models say, of images and of the directions of latents.
 
-Shapes: F latents (d_sae), D width (d_in), C classes.
+Shapes: n images, F latents (d_sae), D width (d_in), C classes.
 """
 
 import json
@@ -22,8 +22,8 @@ EXTREMES = 3
 """Classes listed per latent, of the largest and of the smallest effect each."""
 
 
-class ClassEffects:
-    """Effects of the SAEs of a run; a model is loaded when the first of its SAEs asks.
+class Classifiers:
+    """The classifiers of a run's models; a model is loaded when it is first needed.
 
     Args:
         folders: folder of each backbone, by name.
@@ -32,7 +32,24 @@ class ClassEffects:
 
     def __init__(self, folders: Mapping[str, Path], device: torch.device) -> None:
         self._folders, self._device = folders, device
-        self._jacobian = cache(self._computed)
+        self._jacobian, self._model = cache(self._computed), cache(self._opened)
+
+    @torch.no_grad()
+    def predictions(self, name: str, store: Path, rows: np.ndarray) -> np.ndarray | None:
+        """Predicted classes (n,) of images by a model, from their stored embeddings.
+
+        None if none are stored, or the model does not classify by its embedding.
+
+        Args:
+            name: the model's name in the run.
+            store: manifest of the test split's store.
+            rows: numbers of the images.
+        """
+        activations, backbone = ActivationStore.open(store), self._model(name)
+        if EMBEDDING not in activations.sites or backbone is None or len(backbone.class_positions) > 1:
+            return None
+        x = torch.from_numpy(activations.rows(EMBEDDING)[rows]).float().to(self._device)
+        return backbone.classify_embedding(x).argmax(dim=1).cpu().numpy()
 
     def extremes(self, about: Mapping[str, Any], store: Path, W_dec: Tensor) -> tuple[np.ndarray, np.ndarray] | None:
         """Classes (F, 2 m) of the m largest effects, largest first, then the m smallest, and the effects themselves.
@@ -63,12 +80,18 @@ class ClassEffects:
         return np.concatenate(classes), np.concatenate(effects)
 
     def _computed(self, name: str, store: Path, embedding: bool) -> Tensor | None:
-        metadata = json.loads((self._folders[name] / "config.json").read_text())
-        activations = ActivationStore.open(store)
-        site = EMBEDDING if embedding else f"blocks.{metadata['n_blocks'] - 1}.output"
-        if site not in activations.sites or not metadata["classes"] or metadata["training"] == "none":
+        activations, backbone = ActivationStore.open(store), self._model(name)
+        if backbone is None:
             return None
-        return jacobian(open_folder(self._folders[name])[0].to(self._device), activations, site)
+        site = EMBEDDING if embedding else f"blocks.{backbone.n_blocks - 1}.output"
+        return jacobian(backbone, activations, site) if site in activations.sites else None
+
+    def _opened(self, name: str) -> Backbone | None:
+        """The model; None if it has no classes with names."""
+        metadata = json.loads((self._folders[name] / "config.json").read_text())
+        if not metadata["classes"] or metadata["training"] == "none":
+            return None
+        return open_folder(self._folders[name])[0].to(self._device)
 
 
 def jacobian(backbone: Backbone, store: ActivationStore, site: str) -> Tensor | None:
