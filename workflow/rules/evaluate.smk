@@ -1,6 +1,22 @@
 RANDOM_SAE = "src/sparsight/sae/variants/topk.py"  # the random dictionary, a baseline of every SAE
 OF_AN_SAE = ["metrics.json", "latents.parquet", "baselines.parquet", "probing.parquet"]
 
+
+def namer(wildcards):
+    return [f"{R}/backbones/{name}/model.safetensors" for name in RUN.namer_of(sae_section(wildcards).backbone)]
+
+
+def embeddings(wildcards):
+    """The stores whose embeddings are compared with words."""
+    return stores_of(RUN.namer_of(sae_section(wildcards).backbone), ["train", "test"])
+
+
+NAMER = {
+    "namer": namer,
+    "embeddings": embeddings,
+    "words": [RUN.report.words] if RUN.report.words else [],
+}
+
 # Sections of one shape share their rules, as in sae.smk.
 for NUMBER, (ENDINGS, SECTIONS) in enumerate(RUN.shapes.items(), 1):
     SAES = expand("{{section}}{ending}", ending=ENDINGS)
@@ -13,6 +29,7 @@ for NUMBER, (ENDINGS, SECTIONS) in enumerate(RUN.shapes.items(), 1):
             name:
                 f"evaluate_{NUMBER}"
             input:
+                **NAMER,
                 images=f"{R}/images/manifest.parquet",
                 backbone=backbone_of_sae,
                 stores=evaluation_stores,
@@ -38,6 +55,7 @@ for NUMBER, (ENDINGS, SECTIONS) in enumerate(RUN.shapes.items(), 1):
             shell:
                 "python {SCRIPTS}/evaluate_sae.py --from-images {input.images} --from-backbone {input.backbone}"
                 " --from-stores {input.stores} --from-saes {input.saes} --name {wildcards.section}"
+                " --from-namer {input.namer} --from-embeddings {input.embeddings} --from-words {input.words}"
                 " --out {params.out} --work {params.work} --record {output.record}"
                 " {params.flags} > {log} 2>&1"
 
@@ -48,6 +66,7 @@ for NUMBER, (ENDINGS, SECTIONS) in enumerate(RUN.shapes.items(), 1):
             name:
                 f"evaluate_chain_{NUMBER}"
             input:
+                **NAMER,
                 images=f"{R}/images/manifest.parquet",
                 backbone=backbone_of_sae,
                 stores=evaluation_stores,
@@ -77,5 +96,6 @@ for NUMBER, (ENDINGS, SECTIONS) in enumerate(RUN.shapes.items(), 1):
                 "python {SCRIPTS}/evaluate_chain.py --from-images {input.images}"
                 " --from-backbone {input.backbone} --from-stores {input.stores}"
                 " --from-maps {input.maps} --from-saes {input.saes} --name {wildcards.section}-s{wildcards.seed}"
+                " --from-namer {input.namer} --from-embeddings {input.embeddings} --from-words {input.words}"
                 " --out {params.out} --work {params.work} --record {output.record}"
                 " {params.flags} > {log} 2>&1"

@@ -1,7 +1,9 @@
 """The HTML report."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
+from sparsight.common.errors import SparsightError
 from sparsight.config.bounds import Count, CountOrZero
 from sparsight.config.checks import Section
 
@@ -14,5 +16,15 @@ class Report(Section):
     """Heading of the page; null uses the name of the run."""
     latents: CountOrZero = 200
     """Number of latents shown per SAE: those most selective for a class."""
+    words: str | None = None
+    """Text file with a word or phrase a line, among which an image-text model of the run finds names for latents; null
+    takes the class names (docs/evaluation.md). It changes the evaluation of SAEs."""
     images: Count = 10
     """Number of images shown per latent: those that activate it most."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.words is not None and not Path(self.words).is_file():
+            raise SparsightError(
+                f"words: there is no file {self.words!r}; give a text file with a word a line, or null"
+            )
