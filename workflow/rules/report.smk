@@ -40,6 +40,7 @@ rule summary:
 # What the report reads besides them.
 OTHERS = {
     "images": [f"{R}/images/manifest.parquet"],
+    "test_images": expand(rules.pruning.output.test_images, policy=RUN.policies),
     "configuration": [f"{R}/configuration.json"],
     "stores": expand(f"{R}/activations/{{backbone}}/test.json", backbone=RUN.backbones),
 }
@@ -86,6 +87,7 @@ rule report:
         "python {SCRIPTS}/report.py --from-backbones {input.backbones} --from-saes {input.saes}"
         " --from-chains {input.chains} --from-stabilities {input.stabilities}"
         " --from-steerings {input.steerings} --from-transfers {input.transfers} --from-policies {input.policies}"
+        " --from-test_images {input.test_images}"
         " --from-images {input.images} --from-configuration {input.configuration} --from-stores {input.stores}"
         " --name {params.name}"
         " --out {params.out} --work {params.work} --record {output.record}"

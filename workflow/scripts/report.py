@@ -25,4 +25,5 @@ if __name__ == "__main__":
         steerings=["<name>.parquet of every steering result"],
         transfers=["<data set>.json of every steering result on other images"],
         policies=["metrics.json of every policy"],
+        test_images=["test_images.safetensors of every policy"],
     )

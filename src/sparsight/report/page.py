@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+import numpy as np
 import torch
 import yaml
 
@@ -15,6 +16,7 @@ from sparsight.images.labels import unlabelled
 from sparsight.images.manifest import Manifest
 from sparsight.report.chapters import backbones, pipeline, pruning, saes, steering
 from sparsight.report.chapters.latents import Browser
+from sparsight.report.steer import panels
 from sparsight.sae.resae import ReSAE, load_chain
 
 _FOLDER = Path(__file__).parent
@@ -27,7 +29,7 @@ def write_page(section: config.Report, run: str, inputs: dict[str, Any], device:
     Args:
         run: name of the run.
         inputs: paths by name: images, configuration, and lists of backbones, saes, chains, stabilities, stores,
-            steerings, transfers, policies.
+            steerings, transfers, policies, test_images.
     """
     manifest = Manifest(inputs["images"])
     splits = {part: manifest.split(part) for part in ("train", "val", "test")}
@@ -56,6 +58,7 @@ def write_page(section: config.Report, run: str, inputs: dict[str, Any], device:
         figures=figures,
         captions={path.stem: path.read_text() for path in _CAPTIONS.glob("*.rst")},
         latents=_latents(section, inputs, manifest, device),
+        steer=panels(inputs["test_images"], np.arange(len(splits["test"]))),
         configuration=yaml.safe_dump(json.loads(inputs["configuration"].read_text()), sort_keys=False),
         files=_files(inputs),
         script="".join(path.read_text() for path in sorted((_FOLDER / "scripts").glob("*.js"))),

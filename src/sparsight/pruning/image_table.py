@@ -1,0 +1,45 @@
+"""What decides the last block's heads of each test image, and what every mask predicts: ``test_images.safetensors``.
+
+With it the masks and predictions of any amplification of latents follow without the model: the head logits are
+logits + W_head W_dec ((g - 1) z), a head is kept where its logit is above zero, and the mask's code is the column of
+the prediction. The report's sliders work like this.
+
+Shapes: N images, H heads, K active latents (padded to the most), M masks.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.numpy import save_file
+
+from sparsight.pruning.last_block import LastBlockInputs
+from sparsight.pruning.latent_effects import LatentEffects
+
+MASKS = 4096  # largest table of predictions by mask, per image
+_BYTES = 2**26  # space for the tables; of more images, the first are written
+
+
+def write(inputs: LastBlockInputs, effects_by_sae: Mapping[str, LatentEffects], path: Path) -> None:
+    """Write the arrays of the first images of a split.
+
+    * ``head_logits``: float32 (N, H), the unsteered policy's logits for the last block;
+    * ``predictions``: uint16 (N, M), the class under each mask by its code (bit h: head h is kept), if these are
+      tabulated (:attr:`LastBlockInputs.tabulated`) for at most ``MASKS`` masks;
+    * by SAE, ``<sae>.latents`` int32 and ``<sae>.codes`` float32, (N, K): its active latents on what the policy reads,
+      the strongest first, and -1 and 0 after them.
+    """
+    tabulated = inputs.table is not None and inputs.table.shape[1] <= MASKS
+    n = min(len(inputs), _BYTES // (np.uint16().itemsize * 2**inputs.n_heads)) if tabulated else len(inputs)
+    arrays = {"head_logits": inputs.logits_NH[:n].cpu().numpy()}
+    if tabulated:
+        assert inputs.table is not None
+        arrays["predictions"] = inputs.table[:n].astype(np.uint16)
+    for name, effects in effects_by_sae.items():
+        z_NF = effects.encode(inputs.read_ND)[:n]
+        most = max(1, int((z_NF > 0).sum(dim=1).max()))
+        codes, latents = (part.cpu().numpy() for part in torch.topk(z_NF, most, dim=1))
+        arrays[f"{name}.codes"] = codes
+        arrays[f"{name}.latents"] = np.where(codes > 0, latents, -1).astype(np.int32)
+    save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, path)
