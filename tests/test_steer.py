@@ -24,24 +24,6 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium, which apt-get install chromium brings")
 SCRIPTS = Path(steer.__file__).parent / "scripts"
 ACTIVE = 8  # latents of the study's SAEs on an image
-HELPERS = """
-const byId = (id) => document.getElementById(id), className = (label) => `class ${label}`;
-const number = (x, digits) => x.toFixed(digits), addressOf = (sae, latent) => `#latent=${sae.name}/${latent}`;
-function element(name, attributes, ...children) {
-  const made = document.createElement(name);
-  for (const [key, value] of Object.entries(attributes)) made.setAttribute(key, value);
-  made.append(...children);
-  return made;
-}
-const link = (address, ...children) => element("a", { href: address }, ...children);
-async function unpack(id, directory) {
-  const bytes = Uint8Array.from(atob(byId(`pack-${id}`).textContent), (one) => one.charCodeAt(0));
-  const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"));
-  const buffer = await new Response(stream).arrayBuffer();
-  const array = ([kind, start, n]) => new globalThis[`${kind}Array`](buffer, start, n);
-  return Object.fromEntries(Object.entries(directory).map(([name, place]) => [name, array(place)]));
-}
-"""
 # Of an image: the panel, in which every slider is set to its strength; what it says, and what it shows.
 STEERED = """async ([image, sae, strengths]) => {
   const panel = await steerPanel(image);
@@ -153,9 +135,14 @@ def chromium() -> Iterator[Any]:
 def opened(browser: Any, panels: dict[str, Any], file: Path) -> tuple[Any, list[str]]:
     """A page of nothing but the sliders, and the complaints of its console."""
     texts = [f'<script id="pack-{name}" type="text/plain">{text}</script>' for name, text in panels["texts"].items()]
-    data = f'<script id="steer-data" type="application/json">{json.dumps(panels["data"])}</script>'
-    script = f"<script>{HELPERS}{(SCRIPTS / 'steer.js').read_text()}</script>"
-    file.write_text("".join(["<!doctype html><meta charset=utf-8><main></main>", data, *texts, script]))
+    data = {"steer-data": panels["data"], "latents-data": {"classes": ["dark", "bright"]}}
+    texts += [
+        f'<script id="{name}" type="application/json">{json.dumps(value)}</script>' for name, value in data.items()
+    ]
+    scripts = "".join((SCRIPTS / f"{name}.js").read_text() for name in ("dom", "data", "steer"))
+    file.write_text(
+        "".join(["<!doctype html><meta charset=utf-8><main></main>", *texts, f"<script>{scripts}</script>"])
+    )
     page, wrong = browser.new_page(), []
     page.on("console", lambda message: wrong.append(message.text))
     page.on("pageerror", lambda error: wrong.append(str(error)))
@@ -184,7 +171,7 @@ def test_sliders_give_the_masks_and_predictions_of_the_strategies(
         assert [label for _, label in found] == arrays["predictions"][images, every[sae]].tolist()
     text = page.evaluate(STEERED, [0, "sae-s0", [1]])[2]
     kept = int(np.bitwise_count(none.codes[0]))
-    assert f"{kept} of 6 heads are kept. The class stays class {none.predicted[0]}." in text
+    assert f"{kept} of 6 heads are kept. The class stays {['dark', 'bright'][none.predicted[0]]}." in text
     assert wrong == []
     page.close()
 
@@ -206,5 +193,32 @@ def test_an_image_without_room_says_so(
     assert f"has room for those of {kept} test images" in page.evaluate(says, kept)
     page.evaluate("document.getElementById('steer-data').remove()")
     assert page.evaluate("async () => await steerPanel(0)") is None, "a run without a policy"
+    assert wrong == []
+    page.close()
+
+
+@needs_chromium
+def test_the_page_of_an_image_has_its_sliders(run_folder: Path, chromium: Any) -> None:
+    run = run_folder / TINY_RUN
+    arrays, pushes = (
+        load_file(run / "pruning" / "heads" / f"{name}.safetensors") for name in ("test_images", "head_latents")
+    )
+    (sae,) = pushes
+    page, wrong = chromium.new_page(), []
+    page.on("console", lambda message: wrong.append(message.text))
+    page.on("pageerror", lambda error: wrong.append(str(error)))
+    everywhere = {s: amplified(arrays, pushes[sae], sae, np.full_like(arrays[f"{sae}.codes"], s)) for s in (1, 100)}
+    for image in (0, 7, 40):
+        page.goto((run / "report" / "index.html").as_uri() + f"#image={image}")
+        panel = page.locator("section.steer")
+        for strength, place in ((1, None), (100, "End")):
+            every = panel.get_by_role("slider", name="All of them: strength")
+            if place is not None:
+                every.press(place)
+            assert every.get_attribute("aria-valuetext") == f"{strength} times"
+            code, output = everywhere[strength][image], panel.locator(".steered")
+            assert output.get_attribute("data-mask") == str(code)
+            assert output.get_attribute("data-predicted") == str(arrays["predictions"][image, code])
+        assert panel.get_by_role("slider").count() == 1 + (arrays[f"{sae}.latents"][image] >= 0).sum()
     assert wrong == []
     page.close()

@@ -43,6 +43,8 @@ OTHERS = {
     "test_images": expand(rules.pruning.output.test_images, policy=RUN.policies),
     "configuration": [f"{R}/configuration.json"],
     "stores": expand(f"{R}/activations/{{backbone}}/test.json", backbone=RUN.backbones),
+    "latents": expand(f"{R}/saes/{{sae}}/latents.parquet", sae=[sae for saes in RUN.grids.values() for sae in saes]),
+    "head_latents": expand(f"{R}/pruning/{{policy}}/head_latents.safetensors", policy=RUN.policies),
 }
 READ_BY_REPORT = [*chain(*RESULTS.values(), *OTHERS.values())]
 PARTS_OF_PAGE = Path(workflow.basedir, "src/sparsight/report")
@@ -63,9 +65,6 @@ rule report:
     input:
         **RESULTS,
         **OTHERS,
-        latents=expand(
-            f"{R}/saes/{{sae}}/latents.parquet", sae=[name for names in RUN.grids.values() for name in names]
-        ),
         mark=mark("report", CODE_OF_REPORT, RUN.report, READ_BY_REPORT),
     output:
         page=f"{R}/report/index.html",
@@ -89,6 +88,7 @@ rule report:
         " --from-steerings {input.steerings} --from-transfers {input.transfers} --from-policies {input.policies}"
         " --from-test_images {input.test_images}"
         " --from-images {input.images} --from-configuration {input.configuration} --from-stores {input.stores}"
+        " --from-latents {input.latents} --from-head_latents {input.head_latents}"
         " --name {params.name}"
         " --out {params.out} --work {params.work} --record {output.record}"
         " {params.flags} > {log} 2>&1"

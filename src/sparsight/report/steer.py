@@ -25,7 +25,7 @@ def panels(policies: Sequence[Path], rows: np.ndarray) -> dict[str, Any]:
     """
     found: list[dict[str, Any]] = []
     texts: dict[str, str] = {}
-    for path in policies:
+    for path in policies if len(rows) else ():
         name = path.parent.name
         arrays, pushes = load_file(path), load_file(path.parent / "head_latents.safetensors")
         n, heads = arrays["head_logits"].shape

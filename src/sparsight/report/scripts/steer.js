@@ -49,10 +49,8 @@ async function sliders(image, { policy, sae, i }) {
   });
   const line = (head, one) => element("tr", {}, element("th", { scope: "row" }, head), element("td", { class: "text" }, one.input), element("td", {}, one.value));
   redraw();
-  const body = element("tbody", {}, line("all", every),
-    ...rows.map((row, j) => line(link(addressOf({ name: sae }, latents[j]), String(latents[j])), row)));
-  const head = element("tr", {}, ...["latent", "strength", "times"].map((name) => element("th", { scope: "col" }, name)));
-  return [output, element("div", { class: "wide" }, element("table", {}, element("thead", {}, head), body))];
+  const lines = rows.map((row, j) => line(link(addressOf({ name: sae }, latents[j]), String(latents[j])), row));
+  return [output, table([["latent"], ["strength", "text"], ["times"]], [line("all", every), ...lines])];
 }
 
 function slider(name, changed) {
@@ -79,10 +77,9 @@ function outcome(before, after, predictions, output) {
   const rows = after.map((logit, h) => element("tr", {}, element("th", { scope: "row" }, `h${h}`),
     element("td", {}, number(before[h], 2)), element("td", { class: "text" }, kept(before[h])),
     element("td", {}, number(logit, 2)), element("td", { class: "text" }, kept(logit))));
-  const columns = ["head", "logit", "", "steered", ""].map((name) => element("th", { scope: "col" }, name));
   const [was, is] = classes.map(className);
   const changed = was === is ? `The class stays ${is}.` : `The class becomes ${is} instead of ${was}.`;
   const text = predictions ? changed : "Predictions by mask are not tabulated for a model of this size.";
   return [element("p", {}, `${after.filter((logit) => logit > 0).length} of ${after.length} heads are kept. ${text}`),
-    element("div", { class: "wide" }, element("table", {}, element("thead", {}, element("tr", {}, ...columns)), element("tbody", {}, ...rows)))];
+    table([["head"], ["logit"], ["", "text"], ["steered"], ["", "text"]], rows)];
 }
