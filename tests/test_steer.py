@@ -1,6 +1,7 @@
 """The sliders of an image's page: masks and predictions against those of the pruning stage, image by image."""
 
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -210,6 +211,7 @@ def test_the_page_of_an_image_has_its_sliders(run_folder: Path, chromium: Any) -
     everywhere = {s: amplified(arrays, pushes[sae], sae, np.full_like(arrays[f"{sae}.codes"], s)) for s in (1, 100)}
     for image in (0, 7, 40):
         page.goto((run / "report" / "index.html").as_uri() + f"#image={image}")
+        page.get_by_role("heading", name=re.compile(f"^Image {image} of the test split")).wait_for()
         panel = page.locator("section.steer")
         for strength, place in ((1, None), (100, "End")):
             every = panel.get_by_role("slider", name="All of them: strength")
