@@ -145,8 +145,8 @@ def test_words_are_the_lines_of_a_file(tmp_path: Path) -> None:
     file = tmp_path / "words.txt"
     file.write_text("striped\n\n  fire truck \nstriped\n\u00fcber\n", encoding="utf-8")
     assert read_words(file) == ["striped", "fire truck", "\u00fcber"]
-    file.write_text("\n")
-    with pytest.raises(SparsightError, match="has no word"):
+    file.write_text("\nstriped\n")
+    with pytest.raises(SparsightError, match="has 1 words; give at least two"):
         read_words(file)
 
 

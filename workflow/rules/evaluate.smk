@@ -1,21 +1,8 @@
+include: "names.smk"
+
+
 RANDOM_SAE = "src/sparsight/sae/variants/topk.py"  # the random dictionary, a baseline of every SAE
 OF_AN_SAE = ["metrics.json", "latents.parquet", "baselines.parquet", "probing.parquet"]
-
-
-def namer(wildcards):
-    return [f"{R}/backbones/{name}/model.safetensors" for name in RUN.namer_of(sae_section(wildcards).backbone)]
-
-
-def embeddings(wildcards):
-    """The stores whose embeddings are compared with words."""
-    return stores_of(RUN.namer_of(sae_section(wildcards).backbone), ["train", "test"])
-
-
-NAMER = {
-    "namer": namer,
-    "embeddings": embeddings,
-    "words": [RUN.report.words] if RUN.report.words else [],
-}
 
 # Sections of one shape share their rules, as in sae.smk.
 for NUMBER, (ENDINGS, SECTIONS) in enumerate(RUN.shapes.items(), 1):
@@ -29,13 +16,15 @@ for NUMBER, (ENDINGS, SECTIONS) in enumerate(RUN.shapes.items(), 1):
             name:
                 f"evaluate_{NUMBER}"
             input:
-                **NAMER,
                 images=f"{R}/images/manifest.parquet",
                 backbone=backbone_of_sae,
                 stores=evaluation_stores,
                 saes=expand(SAE_WEIGHTS, sae=SAES),
                 configs=expand(SAE_CONFIG, sae=SAES),
-                mark=mark("evaluate-{section}", code_of_sae("evaluate_sae.py", RANDOM_SAE)),
+                namer=namer,
+                embeddings=embeddings,
+                words=WORDS,
+                mark=mark("evaluate-{section}", code_of_sae("evaluate_sae.py", RANDOM_SAE), reads=read_by_evaluation),
             output:
                 expand(f"{R}/saes/{{sae}}/{{of}}", sae=SAES, of=OF_AN_SAE),
                 record=f"{R}/records/evaluate-{{section}}.json",
@@ -66,14 +55,20 @@ for NUMBER, (ENDINGS, SECTIONS) in enumerate(RUN.shapes.items(), 1):
             name:
                 f"evaluate_chain_{NUMBER}"
             input:
-                **NAMER,
                 images=f"{R}/images/manifest.parquet",
                 backbone=backbone_of_sae,
                 stores=evaluation_stores,
                 maps=expand(MAPS, chain="{section}-s{seed}"),
                 saes=expand(SAE_WEIGHTS, sae=SITES),
                 configs=expand(SAE_CONFIG, sae=SITES),
-                mark=mark("evaluate-{section}-s{seed}", code_of_sae("evaluate_chain.py", RANDOM_SAE)),
+                namer=namer,
+                embeddings=embeddings,
+                words=WORDS,
+                mark=mark(
+                    "evaluate-{section}-s{seed}",
+                    code_of_sae("evaluate_chain.py", RANDOM_SAE),
+                    reads=read_by_evaluation,
+                ),
             output:
                 chain=f"{R}/saes/{{section}}-s{{seed}}/metrics.json",
                 sites=expand(f"{R}/saes/{{site}}/{{of}}", site=SITES, of=OF_AN_SAE),

@@ -69,15 +69,15 @@ def read_words(path: Path) -> list[str]:
     """The lines of a text file that are not blank, each once.
 
     Raises:
-        SparsightError: no such file, not of UTF-8, or without a word.
+        SparsightError: no such file, not of UTF-8, or fewer than two words, which leave nothing to compare.
     """
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise SparsightError(f"{path}: cannot be read ({reason(error)}); give a text file with a word a line") from None
     words = list(dict.fromkeys(line.strip() for line in lines if line.strip()))
-    if not words:
-        raise SparsightError(f"{path}: has no word; write one a line")
+    if len(words) < 2:
+        raise SparsightError(f"{path}: has {len(words)} words; give at least two, one a line")
     return words
 
 
@@ -95,13 +95,13 @@ def words_from(
         device: device of the model.
 
     Returns:
-        None without a model, or without a word: no file and no classes.
+        None without a model, or without a file and with fewer than two classes.
     """
     if not weights:
         return None
     backbone, about = open_folder(weights[0].parent)
     words = read_words(files[0]) if files else about["prompt_names"]
-    if not words:
+    if len(words) < 2:
         return None
     backbone.to(device).use_prompts(words, about["templates"] or PLAIN)
     assert backbone.prompts_CE is not None
