@@ -1,6 +1,5 @@
 """A run of random SAEs on made-up images and activations, with the files that the pages of latents and images read."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
