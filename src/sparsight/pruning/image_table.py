@@ -18,7 +18,7 @@ from sparsight.pruning.last_block import LastBlockInputs
 from sparsight.pruning.latent_effects import LatentEffects
 
 MASKS = 4096  # largest table of predictions by mask, per image
-_BYTES = 2**26  # space for the tables; of more images, the first are written
+_BYTES = 2**27  # of arrays, with predictions of 32 bits; of more images, the first are written
 
 
 def write(inputs: LastBlockInputs, effects_by_sae: Mapping[str, LatentEffects], path: Path) -> None:
@@ -30,16 +30,17 @@ def write(inputs: LastBlockInputs, effects_by_sae: Mapping[str, LatentEffects], 
     * by SAE, ``<sae>.latents`` int32 and ``<sae>.codes`` float32, (N, K): its active latents on what the policy reads,
       the strongest first, and -1 and 0 after them.
     """
-    tabulated = inputs.table is not None and inputs.table.shape[1] <= MASKS
-    n = min(len(inputs), _BYTES // (np.uint16().itemsize * 2**inputs.n_heads)) if tabulated else len(inputs)
-    arrays = {"head_logits": inputs.logits_NH[:n].cpu().numpy()}
-    if tabulated:
-        assert inputs.table is not None
-        arrays["predictions"] = inputs.table[:n].astype(np.uint16)
+    arrays = {"head_logits": inputs.logits_NH.cpu().numpy()}
+    if inputs.table is not None and inputs.table.shape[1] <= MASKS:
+        arrays["predictions"] = inputs.table
     for name, effects in effects_by_sae.items():
-        z_NF = effects.encode(inputs.read_ND)[:n]
+        z_NF = effects.encode(inputs.read_ND)
         most = max(1, int((z_NF > 0).sum(dim=1).max()))
         codes, latents = (part.cpu().numpy() for part in torch.topk(z_NF, most, dim=1))
         arrays[f"{name}.codes"] = codes
         arrays[f"{name}.latents"] = np.where(codes > 0, latents, -1).astype(np.int32)
-    save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, path)
+    n = max(1, _BYTES // sum(array[0].nbytes for array in arrays.values()))
+    written = {name: np.ascontiguousarray(array[:n]) for name, array in arrays.items()}
+    if "predictions" in written:
+        written["predictions"] = written["predictions"].astype(np.uint16)
+    save_file(written, path)
