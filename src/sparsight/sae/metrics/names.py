@@ -43,7 +43,7 @@ from sparsight.sae.resae import ReSAE
 COLUMNS = {"name": pa.string(), "name_auroc": pa.float64(), "name_null": pa.float64()}
 """Columns of ``latents.parquet``; all null without an image-text model."""
 _OTHERS = 0.95  # quantile over the names of other latents
-_CHANCE = 0.99  # quantile of a name without relation; with many latents, more than one in a hundred would be too many
+_CHANCE = 0.99  # quantile of a name without relation: one random latent in a hundred gets a name
 _SHUFFLED = 256  # names of other latents, at most; more would hardly move their quantile
 _ENTRIES = 2**25  # largest number of entries of dense codes at a time
 _LATENTS = 4096  # latents whose scores for all words are held at a time
