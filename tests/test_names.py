@@ -181,8 +181,8 @@ def test_a_run_names_latents_by_its_image_text_model(run_folder: Path, name: str
     if name == "topk-s0":
         embedding = ActivationStore.open(run / "activations" / "clip" / "test.json").rows("embedding")[:]
         x = ActivationStore.open(run / "activations" / "vit" / "test.json").rows("blocks.2.input", tokens="cls")[:]
-        fires = sae.load(folder).encode(x.astype(np.float32)).dense().numpy() > 0
-        similarity = clip.classify_embedding(torch.from_numpy(embedding.astype(np.float32))).double().numpy()
+        fires = sae.load(folder).requires_grad_(False).encode(x.astype(np.float32)).dense().numpy() > 0
+        similarity = clip.classify_embedding(torch.from_numpy(embedding.astype(np.float32))).detach().double().numpy()
         similarity = similarity - similarity.mean(axis=1, keepdims=True)
         for row in rated:
             scores = [roc_auc_score(fires[:, row["latent"]], s) for s in similarity.T]
