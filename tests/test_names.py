@@ -182,8 +182,11 @@ def test_a_run_names_latents_by_its_image_text_model(run_folder: Path, name: str
         embedding = ActivationStore.open(run / "activations" / "clip" / "test.json").rows("embedding")[:]
         x = ActivationStore.open(run / "activations" / "vit" / "test.json").rows("blocks.2.input", tokens="cls")[:]
         fires = sae.load(folder).requires_grad_(False).encode(x.astype(np.float32)).dense().numpy() > 0
-        similarity = clip.classify_embedding(torch.from_numpy(embedding.astype(np.float32))).detach().double().numpy()
-        similarity = similarity - similarity.mean(axis=1, keepdims=True)
+        with torch.no_grad():
+            features = clip.tower.read(torch.from_numpy(embedding.astype(np.float32))).numpy()
+        assert clip.prompts_CE is not None
+        similarity = unit_rows(features) @ unit_rows(clip.prompts_CE.detach().numpy()).T
+        similarity -= similarity.mean(axis=1, keepdims=True)
         for row in rated:
             scores = [roc_auc_score(fires[:, row["latent"]], s) for s in similarity.T]
             nearest = min(abs(score - row["name_auroc"]) for score in scores)
