@@ -40,6 +40,7 @@ rule summary:
 # What the report reads besides them.
 OTHERS = {
     "images": [f"{R}/images/manifest.parquet"],
+    "test_images": expand(rules.pruning.output.test_images, policy=RUN.policies),
     "configuration": [f"{R}/configuration.json"],
     "stores": expand(f"{R}/activations/{{backbone}}/test.json", backbone=RUN.backbones),
     "latents": expand(f"{R}/saes/{{sae}}/latents.parquet", sae=[sae for saes in RUN.grids.values() for sae in saes]),
@@ -85,6 +86,7 @@ rule report:
         "python {SCRIPTS}/report.py --from-backbones {input.backbones} --from-saes {input.saes}"
         " --from-chains {input.chains} --from-stabilities {input.stabilities}"
         " --from-steerings {input.steerings} --from-transfers {input.transfers} --from-policies {input.policies}"
+        " --from-test_images {input.test_images}"
         " --from-images {input.images} --from-configuration {input.configuration} --from-stores {input.stores}"
         " --from-latents {input.latents} --from-head_latents {input.head_latents}"
         " --name {params.name}"

@@ -27,4 +27,5 @@ if __name__ == "__main__":
         policies=["metrics.json of every policy"],
         latents=["latents.parquet of every SAE, in the order of the configuration"],
         head_latents=["head_latents.safetensors of every policy"],
+        test_images=["test_images.safetensors of every policy"],
     )

@@ -14,6 +14,7 @@ from sparsight.images.labels import unlabelled
 from sparsight.images.manifest import Manifest
 from sparsight.report.chapters import backbones, pipeline, pruning, saes, steering
 from sparsight.report.latents.browser import browser
+from sparsight.report.steer import panels
 
 _FOLDER = Path(__file__).parent
 _USED_BY_OTHERS = ("dom", "data", "thumbnail", "route")
@@ -26,7 +27,7 @@ def write_page(section: config.Report, run: str, inputs: dict[str, Any], device:
     Args:
         run: name of the run.
         inputs: paths by name: images, configuration, and lists of backbones, saes, chains, stabilities, stores,
-            steerings, transfers, policies, latents, head_latents.
+            steerings, transfers, policies, latents, head_latents, test_images.
     """
     manifest = Manifest(inputs["images"])
     splits = {part: manifest.split(part) for part in ("train", "val", "test")}
@@ -39,6 +40,7 @@ def write_page(section: config.Report, run: str, inputs: dict[str, Any], device:
     figures: dict[str, str] = {}
     for chapter in (*about_policies, about_saes, *about_steering, *about_backbones):
         figures |= chapter["figures"]
+    latents = browser(section, inputs, manifest, device)
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_FOLDER / "templates"), autoescape=True, undefined=jinja2.StrictUndefined
     )
@@ -54,7 +56,8 @@ def write_page(section: config.Report, run: str, inputs: dict[str, Any], device:
         policies=about_policies,
         figures=figures,
         captions={path.stem: path.read_text() for path in _CAPTIONS.glob("*.rst")},
-        latents=browser(section, inputs, manifest, device),
+        latents=latents,
+        steer=panels(inputs["test_images"], latents["rows"]),
         configuration=yaml.safe_dump(json.loads(inputs["configuration"].read_text()), sort_keys=False),
         files=_files(inputs),
         script=_script(),

@@ -71,7 +71,7 @@ class _Run(NamedTuple):
 
 
 def browser(section: config.Report, inputs: dict[str, Any], manifest: Manifest, device: torch.device) -> dict[str, Any]:
-    """The content of the page's JSON (``data``), and by name the texts beside it (``texts``).
+    """The content of the page's JSON (``data``), by name the texts beside it (``texts``), and the images (``rows``).
 
     Args:
         section: how many images a latent gets, and how many megabytes there are.
@@ -86,7 +86,7 @@ def browser(section: config.Report, inputs: dict[str, Any], manifest: Manifest, 
     saes = [_Browsed(path.parent, path.parent.relative_to(root).as_posix(), stores) for path in inputs["latents"]]
     left = int(1e6 * section.megabytes)
     if not saes or not left:
-        return {"saes": []}
+        return {"saes": [], "rows": np.arange(0)}
     main = _main(saes, settings)
     for one in saes:
         one.shown = gather.images_of_latents(*one.opened(device), len(split), section.images, one.largest_F, 0)
@@ -136,7 +136,7 @@ def browser(section: config.Report, inputs: dict[str, Any], manifest: Manifest, 
         },
         "saes": [_entry(one, run, stored[one.name], packs[one.name]) for one in saes],
     }  # fmt: skip
-    return {"saes": data["saes"], "judged": data["judged"], "data": data, "texts": texts}
+    return {"saes": data["saes"], "judged": data["judged"], "data": data, "texts": texts, "rows": chosen}
 
 
 def _entry(one: _Browsed, run: _Run, parts: dict[str, Any], made: Mapping[str, Pack]) -> dict[str, Any]:
