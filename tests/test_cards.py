@@ -110,7 +110,8 @@ class MadeUp:
             write_rows(path, [*on_val, *on_test])
             line = {"method": "class-latents", "labels": "predicted", "control": "random-latents", **against_none}
             chosen = [{"method": method, "labels": labels, "strength": strength} for method, labels in keys]
-            write(path.with_suffix(".json"), {"chosen_on_val": chosen, "against_controls": [line], "gate": []})
+            summary = {"sae": sae, "chosen_on_val": chosen, "against_controls": [line], "gate": []}
+            write(path.with_suffix(".json"), summary)
             self.inputs["steerings"].append(path)
         return self
 
@@ -231,7 +232,7 @@ def steered(run: Path, section: str, main: bool) -> dict[str, tuple[float, float
     ]
     first = summaries[0]["chosen_on_val"][0]
     labels = "none" if first["labels"] == "none" else "predicted"
-    key, prefix = (first["method"], labels), "" if main else f"{section}: "
+    key, prefix = (first["method"], labels), "" if main else f"{section} (SAE {summaries[0]['sae']}): "
     pairs: dict[str, list[tuple[float, ...]]] = {
         "the unsteered model": [tuple(rows[key][f"delta{end}"] for end in ("", "_lo", "_hi")) for rows in tests]
     }
@@ -287,7 +288,7 @@ def on_the_page(page: str) -> dict[tuple[str, str], tuple[str, str, str]]:
         title = re.sub(r"<.*?>", "", re.findall(r"<h3>(.*?)</h3>", card)[0])
         rows = re.findall(r"<tr><th[^>]*scope=\"row\">(.*?)</th>(.*?)</tr>", card)
         for control, cells in rows:
-            measure, value, other, _, _, said = re.findall(r"<td.*?>(.*?)</td>", cells)
+            measure, value, other, _, *_, said = re.findall(r"<td.*?>(.*?)</td>", cells)
             found[title, html.unescape(f"{control} {measure}")] = value, other, said
         first = re.findall(r"<td class=\"text\">([^<]*)</td></tr>", card)
         assert not first or first[0] == verdict, "the first row is the card's"
@@ -391,9 +392,9 @@ def test_a_run_has_a_card_for_each_question_with_its_strongest_control(tmp_path:
         "Does steering help?": "better than the unsteered model",
         "Does steering save heads?": "worse than logit-bias",
     }
-    assert all(one and one.comparison.subject in ("topk", "steered", "heads") for one in shown.values())
+    assert all(one and one.comparison.subject in ("topk", "steered (SAE topk)", "heads") for one in shown.values())
     (other,) = cards["Does steering help?"].others
-    assert (other.comparison.subject, other.verdict) == ("other", "not distinguishable")
+    assert (other.comparison.subject, other.verdict) == ("other (SAE first)", "not distinguishable")
     assert "60 never fire on train, 116 never on test" in " ".join(cards["Sparse and alive?"].question.facts)
     text = rendered(run.screen())
     assert (
@@ -416,13 +417,12 @@ def test_equal_usage_is_said_only_of_equal_usages(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("strength", "latents"), [(3.0, 5), (10.0, 5), (3.0, 20)])
 def test_a_choice_at_the_end_of_its_grid_is_flagged(tmp_path: Path, strength: float, latents: int) -> None:
     run = MadeUp(tmp_path).sae("topk").steering("steered", "topk", 0.02, strength)
-    cards = run.pruning("steered", 0.405, latents).cards()
-    notes = cards["Does steering help?"].notes
-    assert ["Val chose strength 10 for class-latents for 3 of 3 seeds: the grid ends there."] * (
-        strength == 10
-    ) == notes
-    flagged = any("20 latents for class-latents: the grid ends there" in note for note in cards[TITLES[-1]].notes)
-    assert flagged == (latents == 20)
+    screen = run.pruning("steered", 0.405, latents).screen()
+    cards, text = {card.question.title: card for card in screen["cards"]}, rendered(screen)
+    assert cards["Does steering help?"].ends == ["class-latents (strength 10)"] * (strength == 10)
+    assert cards["Does steering save heads?"].ends == ["class-latents (20 latents)"] * (latents == 20)
+    shown = any(f"the end of its grid for class-latents ({end})" in text for end in ("strength 10", "20 latents"))
+    assert shown == (strength == 10 or latents == 20)
 
 
 def test_what_a_run_cannot_answer_it_says(tmp_path: Path) -> None:
@@ -439,6 +439,9 @@ def test_what_a_run_cannot_answer_it_says(tmp_path: Path) -> None:
     assert "one seed says nothing about another" in text
     assert "The images have no labels, so nothing says whether its latents stand for what they show." in text
     assert all(found.p is None for card in cards.values() for found in card.judged)
+    assert not re.search(r"accuracy|\bprobe|\bclass(es)?\b|prun|precision", text.replace("changes accuracy", ""))
+    links = re.findall(r'href="#(\w+)"', markup(screen))
+    assert set(links) == {"saes"}, "no link to a section that the page of this run lacks"
 
 
 def test_steering_without_labels_has_no_verdict(tmp_path: Path) -> None:
@@ -461,7 +464,9 @@ def test_a_run_of_chains_is_about_their_last_site_and_compares_with_plain_saes(t
     assert screen["sae"].folders == [tmp_path / "saes" / "plain-s0" / SITE]
     (found,) = screen["cards"][0].others
     assert found.text == "better than plain SAEs (plain)"
-    assert found.comparison.value == 0.94 and "resae is right on 94.0 %" in rendered(screen)
+    assert found.comparison.value == 0.94
+    text = rendered(screen)
+    assert "resae: accuracy with all sites replaced 94.0 %, plain SAEs (plain) 75.0 %: better, +19.0 (" in text
 
 
 def test_sixty_sections_make_six_cards(tmp_path: Path) -> None:

@@ -17,15 +17,15 @@ class Card:
     headline: Judged | None
     """The least favourable comparison of the card's own subject; None if the run has no answer."""
     others: list[Judged]
-    """That of every further subject."""
+    """That of its other measures, and of every further subject."""
     judged: list[Judged]
     """All comparisons, the least favourable of each subject first."""
 
     @property
-    def notes(self) -> list[str]:
-        """What the comparisons shown need to be read with."""
+    def ends(self) -> list[str]:
+        """Choices at an end of their grid, of what the card shows."""
         shown = [one for one in (self.headline, *self.others) if one]
-        return list(dict.fromkeys(note for one in shown for note in one.comparison.notes))
+        return list(dict.fromkeys(end for one in shown for end in one.comparison.ends))
 
 
 def first_screen(inputs: dict[str, Any], n_test: int) -> dict[str, Any]:
@@ -55,7 +55,7 @@ def first_screen(inputs: dict[str, Any], n_test: int) -> dict[str, Any]:
     cards = []
     for question in questions:
         groups = [sorted((next(left) for _ in group), key=lambda one: one.rank) for group in question.groups]
-        shown = [group[0] for group in groups if group]
+        shown = [one for group in groups for one in _first_of_each_measure(group)]
         every = [one for group in groups for one in group]
         cards.append(Card(question, shown[0] if shown else None, shown[1:], every))
     return {
@@ -64,3 +64,11 @@ def first_screen(inputs: dict[str, Any], n_test: int) -> dict[str, Any]:
         "steering": main if sae and main and run["steering"][main]["sae"] == sae.name else None,
         "compared": sum(one.p is not None for one in judged),
     }
+
+
+def _first_of_each_measure(group: list[Judged]) -> list[Judged]:
+    """By measure the first of a sorted group."""
+    firsts: dict[str, Judged] = {}
+    for one in group:
+        firsts.setdefault(one.comparison.measure.name, one)
+    return list(firsts.values())

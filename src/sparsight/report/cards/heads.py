@@ -67,6 +67,14 @@ class _Policy:
     def _mean(self, strategy: config.Strategy, column: str) -> float:
         return float(np.mean([row[column] for row in self._rows[self._key(strategy)]]))
 
+    def _says(self, usage: float, accuracy: float, end: str) -> str:
+        """What class latents keep and how often they are right, followed by what a control does."""
+        sae = self._rows[self._key(MAIN)][0]["sae"].rpartition("-s")[0]
+        return (
+            f"With {_ROUTES[self.labels]}, {MAIN} of {sae} keep {KEPT.level(usage)} of the last block's heads and are "
+            f"right on {AT_USAGE.level(accuracy)} of the images, {end}"
+        )
+
     @property
     def n(self) -> str:
         """Images and seeds."""
@@ -81,11 +89,8 @@ class _Policy:
         found = pooled(differences)
         value, other = (self._mean(strategy, "usage_last") for strategy in (MAIN, control))
         beside = "the unsteered policy" if control == "none" else control
-        shares = [f"{100 * self._mean(strategy, 'accuracy'):.1f} %" for strategy in (MAIN, control)]
-        says = (
-            f"With {_ROUTES[self.labels]} {MAIN} keep {KEPT.level(value)} of the last block's heads ({shares[0]} "
-            f"right), {beside} {KEPT.level(other)} ({shares[1]} right)"
-        )
+        right, its = (self._mean(strategy, "accuracy") for strategy in (MAIN, control))
+        says = self._says(value, right, f"{beside} {KEPT.level(other)} and {AT_USAGE.level(its)}")
         why = "" if found else ONE_SEED
         return Comparison(self.name, beside, KEPT, value, other, found, self.n, says, why, self._ends(control))
 
@@ -93,22 +98,17 @@ class _Policy:
         """Accuracy beside that of a control at the same usage of heads or, if it has none, at the nearest."""
         control, usage, other = row["control"], row["usage"], row["usage_control"]
         equal = abs(usage - other) <= EQUAL
-        own, its = AT_USAGE.level(row["accuracy"]), AT_USAGE.level(row["accuracy_control"])
-        says = (
-            f"With {_ROUTES[self.labels]} {MAIN} keep {KEPT.level(usage)} of the last block's heads and are right on "
-            f"{own} of the images, {control} at that usage on {its}"
-            if equal
-            else f"With {_ROUTES[self.labels]} {MAIN} keep {KEPT.level(usage)} of the last block's heads and are right "
-            f"on {own} of the images, {control} at the nearest usage of {KEPT.level(other)} on {its}"
-        )
+        at = "that usage" if equal else f"the nearest usage of {KEPT.level(other)}"
+        end = f"{control} at {at} on {AT_USAGE.level(row['accuracy_control'])}"
+        says = self._says(usage, row["accuracy"], end)
         found = over_images([(row["delta"], row["delta_lo"], row["delta_hi"])])
         values = row["accuracy"], row["accuracy_control"]
-        why = "" if equal else "they do not keep the same share of heads"
+        why = "" if equal else f"they keep {KEPT.level(usage)} and {KEPT.level(other)} of the heads"
         return Comparison(self.name, control, AT_USAGE, *values, found, self.n, says, why, self._ends(control))
 
     def _ends(self, control: config.Strategy) -> tuple[str, ...]:
-        """Notes on choices at an end of their grid; a share of heads and a single latent are natural ends."""
-        notes = []
+        """Choices at an end of their grid; a share of heads and a single latent are natural ends."""
+        ends = []
         for strategy in (MAIN, control):
             kind, chosen = KINDS[strategy], self._rows[self._key(strategy)][0]
             texts = {"strength": f"strength {chosen['strength']:g}", "latents": f"{chosen['latents']} latents"}
@@ -116,5 +116,5 @@ class _Policy:
             for column in offered:
                 end = end_of([row[column] for row in self._on_val[self._key(strategy)]], chosen, column)
                 if end and (column, chosen[column]) != ("latents", 1):
-                    notes.append(f"Val chose {texts[column]} for {strategy}: the grid ends there.")
-        return tuple(notes)
+                    ends.append(f"{strategy} ({texts[column]})")
+        return tuple(ends)

@@ -28,7 +28,7 @@ def ask(results: Iterable[Path], main: str | None) -> Question:
             "No strength was chosen on val for want of labels or a classifier, so nothing says whether a change is "
             "right."
         )
-    return Question("Does steering help?", "steering", groups, unanswered=unanswered)
+    return Question("Does steering help?", "steering" if names else "", groups, unanswered=unanswered)
 
 
 def _section(name: str, files: list[Path]) -> list[Comparison]:
@@ -85,26 +85,27 @@ def _against(name: str, seeds: list[_Seed], key: tuple[str, str], control: str) 
     method, labels = key
     images = [seed.difference(method, labels, control) for seed in seeds]
     value, other = (float(np.mean([seed.row(of, labels)["accuracy"] for seed in seeds])) for of in (method, control))
-    shown = name if name == method else f"{name} ({method})"
+    shown = f"{name if name == method else f'{name} ({method})'} of {seeds[0].summary['sae']}"
     read = " with predicted labels" if labels == "predicted" else ""
     beside = "the unsteered model" if control == "none" else control
     says = (
         f"Steered by {shown}{read} the model is right on {ACCURACY.level(value)} of the test images, "
         f"{'unsteered' if control == 'none' else f'by {control}'} on {ACCURACY.level(other)}"
     )
-    notes = [_chosen(method, [seed.strength(method, labels) for seed in seeds])]
+    ends = [_chosen(method, [seed.strength(method, labels) for seed in seeds])]
     if control != "none":
-        notes.append(_chosen(control, [seed.strength(control, labels) for seed in seeds]))
+        ends.append(_chosen(control, [seed.strength(control, labels) for seed in seeds]))
     found = pooled([delta for delta, _, _ in images], images)
     n = f"{counted(seeds[0].row(method, labels)['n'], 'image')}, {counted(len(seeds), 'seed')}"
-    return Comparison(name, beside, ACCURACY, value, other, found, n, says, notes=tuple(filter(None, notes)))
+    subject = f"{name} (SAE {seeds[0].summary['sae']})"
+    return Comparison(subject, beside, ACCURACY, value, other, found, n, says, ends=tuple(filter(None, ends)))
 
 
 def _chosen(method: str, strengths: list[tuple[float, str]]) -> str:
-    """A note where val chose the end of the grid for a seed."""
+    """The method with the strengths that val chose at the end of the grid; empty if it chose none there."""
     at_end = [strength for strength, end in strengths if end]
     if not at_end:
         return ""
-    of = f" for {len(at_end)} of {len(strengths)} seeds" if len(strengths) > 1 else ""
     values = " and ".join(f"{strength:g}" for strength in sorted(set(at_end)))
-    return f"Val chose strength {values} for {method}{of}: the grid ends there."
+    seeds = f", {len(at_end)} of {len(strengths)} seeds" if len(at_end) < len(strengths) else ""
+    return f"{method} (strength {values}{seeds})"

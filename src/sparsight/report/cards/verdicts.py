@@ -109,7 +109,8 @@ class Comparison:
     """Both values in a clause that a verdict can follow."""
     open: str = ""
     """Why there is no verdict, if there is none."""
-    notes: tuple[str, ...] = ()
+    ends: tuple[str, ...] = ()
+    """Choices that val made at an end of their grid."""
 
     @property
     def estimate(self) -> float:
@@ -158,8 +159,24 @@ class Judged:
             by = f"{number(abs(c.estimate))}{c.measure.unit and ' '}{c.measure.unit}"
             return f"{c.says}: {self.verdict} by {by} ({number(low)} to {number(high)})."
         if self.verdict == "not distinguishable":
-            return f"{c.says}: not distinguishable (difference {self.interval})."
+            return f"{c.says}: {self._alike} (difference {self.interval})."
         return f"{c.says}; there is no verdict, because {c.open}."
+
+    @property
+    def line(self) -> str:
+        """The same in short, without the subject."""
+        c = self.comparison
+        said = self._alike if self.verdict == "not distinguishable" else self.verdict
+        why = f", because {c.open}" if c.open else f", {self.interval}"
+        values = c.measure.level(c.value), c.measure.level(c.control_value)
+        return f"{c.measure.name} {values[0]}, {c.control} {values[1]}: {said}{why}."
+
+    @property
+    def _alike(self) -> str:
+        """Not distinguishable, with the reason if the interval does not say so."""
+        found = self.comparison.difference
+        corrected = found is not None and (found.low > 0 or found.high < 0)
+        return "not distinguishable" + " after correction" * corrected
 
 
 def judge(comparisons: Sequence[Comparison]) -> list[Judged]:
