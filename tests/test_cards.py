@@ -217,9 +217,27 @@ def from_files(run: Path) -> Expected:
         t = (row["over_0.7"] - row["over_0.7_random"]) / np.sqrt(4 / 3 * spread)
         key = TITLES[3], "random dictionaries decoder rows with a partner in another seed"
         found[key] = row["over_0.7"], row["over_0.7_random"], float(2 * stats.t.sf(abs(t), 2)), False
+    found |= {(TITLES[0], key): value for key, value in chains(run).items()}
     for section in settings["steering"]:
         found |= {(TITLES[4], key): value for key, value in steered(run, section, section == steering).items()}
     found |= {(TITLES[5], key): value for key, value in heads_kept(run / "pruning" / "heads").items()}
+    return found
+
+
+def chains(run: Path) -> dict[str, tuple[float, float, float | None, bool]]:
+    """Chains of one seed with affine maps beside the plain SAEs of the run, if it has both."""
+    folders = [path for path in (run / "saes").glob("*-s0") if not (path / "config.json").exists()]
+    affine = {path: json.loads(next(path.glob("*/config.json")).read_text())["training"]["affine"] for path in folders}
+    plain = next((json.loads((path / "metrics.json").read_text()) for path in folders if affine[path] == "zero"), None)
+    found = {}
+    for path in folders:
+        if plain and affine[path] != "zero":
+            m = json.loads((path / "metrics.json").read_text())
+            delta = m["online_delta"] - plain["online_delta"]
+            half = np.hypot(*(one["online_delta_hi"] - one["online_delta_lo"] for one in (m, plain))) / 2
+            key = f"{path.name[:-3]}: plain SAEs (plain) accuracy with all sites replaced"
+            p = p_of([delta], [(delta, delta - half, delta + half)])
+            found[key] = m["accuracy_online"], plain["accuracy_online"], p, False
     return found
 
 
@@ -309,6 +327,9 @@ def check_page(page: str, run: Path) -> set[str]:
 
 def test_every_verdict_of_a_made_up_run_follows_from_its_files(tmp_path: Path) -> None:
     run = MadeUp(tmp_path).sae("first").sae("topk").steering("other", "first", 0.0)
+    ends = {"online_delta": -0.01, "online_delta_lo": -0.02, "online_delta_hi": 0.0}
+    run.sae("plain", seeds=1, sites=(SITE,), affine="zero", chain={**ends, "accuracy_online": 0.94})
+    run.sae("resae", seeds=1, sites=(SITE,), chain={**ends, "online_delta": 0.0, "accuracy_online": 0.95})
     screen = run.steering("steered", "topk", 0.02).pruning("steered", usage_control=0.405).screen()
     assert check_page(markup(screen), tmp_path) == {"better", "not distinguishable", "worse"}
 
