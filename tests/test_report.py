@@ -18,7 +18,6 @@ from sparsight.common.work import Work
 from sparsight.pipeline.run import load_run
 from sparsight.pruning import evaluate
 from sparsight.report.chapters import pruning
-from sparsight.report.chapters.pruning import _verdicts
 
 
 def test_the_page_is_small_and_names_nothing_outside(run_folder: Path) -> None:
@@ -62,18 +61,6 @@ def test_the_page_names_its_settings_and_files(run_folder: Path) -> None:
     files = dict(re.findall(r"<th scope=\"row\">(.*?)</th><td><code>(\w+)</code>", page))
     assert files.keys() >= {"images/manifest.parquet", "saes/topk-s0/metrics.json", "pruning/heads/metrics.json"}
     assert files == {name: hashlib.sha256((run / name).read_bytes()).hexdigest() for name in files}
-
-
-def test_the_summary_says_what_the_intervals_say() -> None:
-    ends = {"random-latents": (0.01, 0.02), "logit-bias": (-0.02, -0.01), "class-static": (-0.01, 0.01)}
-    shared = {"labels": "probe", "usage": 0.6, "accuracy": 0.8}
-    rows = [{"control": name, "delta_lo": lo, "delta_hi": hi, **shared} for name, (lo, hi) in ends.items()]
-    found = _verdicts([*rows, {**rows[0], "labels": "oracle", "control": "not deployable"}])
-    assert found is not None and found["controls"] == {
-        "better than": ["random-latents"], "worse than": ["logit-bias"],
-        "not significantly different from": ["class-static"],
-    }  # fmt: skip
-    assert _verdicts([]) is None
 
 
 def test_a_mean_over_seeds_has_its_own_interval_not_the_mean_of_the_seeds_ends(tmp_path: Path) -> None:

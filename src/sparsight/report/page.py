@@ -12,6 +12,7 @@ from sparsight import config
 from sparsight.common.digests import file_digest
 from sparsight.images.labels import unlabelled
 from sparsight.images.manifest import Manifest
+from sparsight.report.cards.first_screen import first_screen
 from sparsight.report.chapters import backbones, pipeline, pruning, saes, steering
 from sparsight.report.latents.browser import browser
 from sparsight.report.steer import panels
@@ -47,6 +48,7 @@ def write_page(section: config.Report, run: str, inputs: dict[str, Any], device:
     page = environment.get_template("page.html.j2").render(
         title=section.title or f"sparsight: {run} run",
         manifest=manifest,
+        summary=first_screen(inputs, len(splits["test"])),
         pipeline=pipeline.stages(manifest, inputs),
         counts={part: len(split) for part, split in splits.items()},
         unlabelled=unlabelled(splits),

@@ -27,7 +27,6 @@ def chapter(folder: Path) -> dict[str, Any]:
         "metrics": metrics,
         "rows": [_row(key, rows, read["frontier"], metrics["against_none"]) for key, rows in by_key.items()],
         "matched": metrics["matched_usage"],
-        "verdicts": _verdicts(metrics["matched_usage"]),
         "selected": metrics["selected_classes"],
         "subsets": _subsets(read["class_subsets"], read["false_positives"]),
         "figures": {
@@ -60,22 +59,6 @@ def _row(
 
 def _is_chosen(row: dict[str, Any], key: tuple[str, str]) -> bool:
     return bool(row["chosen"] and row["split"] == "test" and (row["strategy"], row["labels"]) == key)
-
-
-def _verdicts(matched: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """Class latents with deployable labels, and the controls by how class latents compare with them at equal usage.
-
-    None if there are no deployable labels.
-    """
-    rows = [row for row in matched if row["labels"] == _DEPLOYABLE]
-    if not rows:
-        return None
-    better, worse, neither = "better than", "worse than", "not significantly different from"
-    controls: dict[str, list[str]] = {better: [], worse: [], neither: []}
-    for row in rows:
-        verdict = better if row["delta_lo"] > 0 else worse if row["delta_hi"] < 0 else neither
-        controls[verdict].append(row["control"])
-    return {"usage": rows[0]["usage"], "accuracy": rows[0]["accuracy"], "controls": controls}
 
 
 def _subsets(rows: list[dict[str, Any]], counted: list[dict[str, Any]]) -> list[dict[str, Any]]:
