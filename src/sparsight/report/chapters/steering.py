@@ -9,6 +9,8 @@ from sparsight.common.intervals import mean_of_seeds
 from sparsight.report.chapters.grid import end_of_grid
 from sparsight.report.figures import steering as figures
 
+Rows = list[dict[str, Any]]
+
 _METRICS = ("accuracy", "delta", "top5", "changed", "kl", "cosine")
 _ENDS = {"accuracy_lo": "lo", "accuracy_hi": "hi", **{f"{key}_{end}": f"{key}_{end}" for key in ("delta", "changed")
                                                     for end in ("lo", "hi")}}  # fmt: skip
@@ -30,6 +32,8 @@ def chapter(name: str, paths: list[Path], transfers: list[Path]) -> dict[str, An
     on_test, on_val = ([row for row in rows if row["split"] == split] for split in ("test", "val"))
     summary = summaries[paths[0].stem]
     chosen = bool(summary["chosen_on_val"])
+    against = [{"sae": seed, **line} for seed, one in summaries.items() for line in one["against_controls"]]
+    pooled = _pooled(on_test, on_val, against, chosen)
     title = f"Steering {name}"
     if on_val and classes:
         svg = figures.steering(title, rows, classes, gate)
@@ -38,12 +42,14 @@ def chapter(name: str, paths: list[Path], transfers: list[Path]) -> dict[str, An
     return {
         "name": name,
         "seeds": len(paths),
-        "rows": _pooled(on_test, on_val, chosen),
+        "rows": pooled,
+        "oracle": [row for row in pooled if row["labels"] == "oracle"],
         "each": [{"end": _end(row, on_val) if chosen else "", **row} for row in on_test],
         "judged": on_test[0]["accuracy"] is not None,
         "chosen": chosen,
         "summary": summary,
-        "differences": _differences(summaries),
+        "main": against[0]["method"] if against else "",
+        "against": against,
         "figures": {f"steering-{name}": svg},
         "elsewhere": [
             {"sae": file.parent.name, "images": file.stem, **_transfer(file)}
@@ -61,12 +67,13 @@ def by_section(paths: list[Path]) -> dict[str, list[Path]]:
     return sections
 
 
-def _pooled(rows: list[dict[str, Any]], on_val: list[dict[str, Any]], chosen: bool) -> list[dict[str, Any]]:
+def _pooled(rows: Rows, on_val: Rows, against: Rows, chosen: bool) -> Rows:
     """Means over seeds by method and kind of label, and by strength if val did not choose one for each seed.
 
-    ``metrics`` is as in the chapter on SAEs, with the ends of the intervals over images.
+    ``metrics`` is as in the chapter on SAEs, with the ends of the intervals over images; ``less`` is the same of the
+    main method minus this one.
     """
-    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    groups: dict[tuple[Any, ...], Rows] = {}
     for row in rows:
         groups.setdefault((row["method"], row["labels"], None if chosen else row["strength"]), []).append(row)
     pooled = []
@@ -81,12 +88,13 @@ def _pooled(rows: list[dict[str, Any]], on_val: list[dict[str, Any]], chosen: bo
                 "strengths": sorted({row["strength"] for row in group}),
                 "at_end": {end: ends.count(end) for end in ("largest", "smallest") if end in ends},
                 "metrics": {key: mean_of_seeds(values) for key, values in known.items() if values},
+                "less": _less(method, labels, against),
             }
         )
     return pooled
 
 
-def _end(row: dict[str, Any], on_val: list[dict[str, Any]]) -> str:
+def _end(row: dict[str, Any], on_val: Rows) -> str:
     """Whether val chose the end of the grid of strengths."""
     key = ("sae", "method", "labels")
     return end_of_grid(
@@ -94,18 +102,11 @@ def _end(row: dict[str, Any], on_val: list[dict[str, Any]]) -> str:
     )
 
 
-def _differences(summaries: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
-    """Differences to controls on test: means over seeds, and each seed's with its interval over images."""
-    groups: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
-    for seed, summary in summaries.items():
-        for line in summary["against_controls"]:
-            key = line["method"], line["labels"], line["control"]
-            groups.setdefault(key, []).append({"sae": seed, **line})
-    pooled = []
-    for (method, labels, control), lines in groups.items():
-        metrics = {key: mean_of_seeds([line[key] for line in lines]) for key in ("delta", "delta_lo", "delta_hi")}
-        pooled.append({"method": method, "labels": labels, "control": control, "metrics": metrics, "each": lines})
-    return pooled
+def _less(control: str, labels: str, against: Rows) -> dict[str, dict[str, float]]:
+    """The main method minus a control with the same labels, mean over seeds; empty if they were not compared."""
+    lines = [line for line in against if (line["control"], line["labels"]) == (control, labels)]
+    lines = [line for line in lines if line["method"] == lines[0]["method"]]
+    return {key: mean_of_seeds([line[key] for line in lines]) for key in ("delta", "delta_lo", "delta_hi") if lines}
 
 
 def _transfer(path: Path) -> dict[str, Any]:

@@ -26,7 +26,7 @@ _STYLES = {
 }
 _BOUNDS = ("none", "skip-block", "zero-heads", "all-heads")
 _OPENING = {"probe": "class guessed by a probe", "predicted": "class of the unsteered pass", "oracle": "true class"}
-CLASSES = 24
+CLASSES = 16
 """Classes that the map of classes by heads shows at most."""
 
 
@@ -37,8 +37,9 @@ def frontiers(rows: list[dict[str, Any]], unpruned: float) -> str:
     """
     test = [row for row in rows if row["split"] == "test"]
     kinds = [kind for kind in _OPENING if any(row["labels"] == kind for row in test)]
+    span = float(np.ptp([unpruned, *(row["accuracy"] for row in test if row["on_frontier"] or row["chosen"])]))
     others = {row["strategy"] for row in test} - _STYLES.keys() - set(_BOUNDS)
-    figure = Figure(figsize=(WIDTH, 4.2), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 3.7), layout="constrained")
     axes = figure.subplots(1, max(1, len(kinds)), sharey=True, squeeze=False)[0]
     for axis, kind in zip(axes, kinds or ["none"], strict=True):
         seen = [row for row in test if row["labels"] in (kind, "none")]
@@ -47,8 +48,7 @@ def frontiers(rows: list[dict[str, Any]], unpruned: float) -> str:
             _frontier(axis, [row for row in seen if row["strategy"] == name], GREY, "", 0.7)
         for name in reversed(_STYLES):  # class latents last, on top
             _frontier(axis, [row for row in seen if row["strategy"] == name], *_STYLES[name], 1.2)
-        for row in (row for row in seen if row["strategy"] in _BOUNDS):
-            _bound(axis, row)
+        _bounds(axis, [row for row in seen if row["strategy"] in _BOUNDS], 0.05 * span)
         axis.set(title=_OPENING.get(kind, ""), xlabel="share of heads kept in the last block", xlim=(-0.06, 1.06))
         axis.set_xticks(np.linspace(0, 1, 5))
     axes[0].set(ylabel="accuracy on test")
@@ -74,12 +74,21 @@ def _frontier(axis: Axes, rows: list[dict[str, Any]], colour: str, marker: str, 
             axis.vlines(row["usage"], row["lo"], row["hi"], color=colour, linewidth=1.2)
 
 
-def _bound(axis: Axes, row: dict[str, Any]) -> None:
-    """A policy without a choice, named where it is."""
-    axis.plot(row["usage"], row["accuracy"], "+", color=INK, markersize=7)
-    right = row["usage"] > 0.5
-    axis.annotate(row["strategy"], (row["usage"], row["accuracy"]), (-6 if right else 6, -3), color=QUIET, fontsize=8,
-                  textcoords="offset points", ha="right" if right else "left", va="top")  # fmt: skip
+def _bounds(axis: Axes, rows: list[dict[str, Any]], near: float) -> None:
+    """Policies without a choice, named where they are; those within ``near`` of each other share a line of text."""
+    places: list[tuple[float, float, list[str]]] = []
+    for row in rows:
+        x, y = row["usage"], row["accuracy"]
+        axis.plot(x, y, "+", color=INK, markersize=7)
+        shared = next((names for u, v, names in places if abs(x - u) < 0.2 and abs(y - v) <= near), None)
+        if shared is None:
+            places.append((x, y, [row["strategy"]]))
+        else:
+            shared.append(row["strategy"])
+    for x, y, names in places:
+        right = x > 0.5
+        axis.annotate(", ".join(names), (x, y), (-6 if right else 6, -3), color=QUIET, fontsize=8,
+                      textcoords="offset points", ha="right" if right else "left", va="top")  # fmt: skip
 
 
 def _legend(strategies: set[str], others: bool) -> list[Line2D]:
@@ -124,7 +133,7 @@ def class_by_head(per_head: list[dict[str, Any]], shown: list[tuple[str, str]]) 
         kept = np.sort(np.argsort(-change, kind="stable")[:CLASSES])
         classes, maps = [classes[i] for i in kept], [share[kept] for share in maps]
     width = min(WIDTH, 2.2 + 0.4 * len(heads) * len(shown))
-    figure = Figure(figsize=(width, 1.1 + 0.24 * len(classes)), layout="constrained")
+    figure = Figure(figsize=(width, 1.1 + 0.22 * len(classes)), layout="constrained")
     axes = figure.subplots(1, len(shown), sharey=True, squeeze=False)[0]
     image: Any = None
     for axis, (strategy, labels), share in zip(axes, shown, maps, strict=True):

@@ -48,7 +48,7 @@ def training(folders: dict[str, Path], level: str, title: str) -> str:
 
 def tradeoff(rows: list[dict[str, Any]]) -> str:
     """FVU against active latents and against the encoder's multiply-accumulates, for SAEs of one site."""
-    figure = Figure(figsize=(WIDTH, 3.8), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 3.1), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
     kinds_and_k = [(_kind(row["about"]), row["about"].k) for row in rows]
     kinds: dict[str, list[dict[str, Any]]] = {}
@@ -102,7 +102,7 @@ def depth(rows: list[dict[str, Any]]) -> str:
 
 def chains(rows: list[dict[str, Any]]) -> str:
     """Chains over the same sites: FVU of each activation, KL of the predictions, redundancy between layers."""
-    figure = Figure(figsize=(WIDTH, 3.6), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 3.2), layout="constrained")
     by_site, by_way, by_kind = figure.subplots(1, 3)
     places, names = list(rows[0]["about"].sites), [row["name"] for row in rows]
     for i, row in enumerate(rows):
@@ -155,8 +155,11 @@ def _bars(axis: Axes, x: list[float], rows: list[dict[str, Any]], key: str, **st
 
 
 def _plain(*axes: Axis) -> None:
-    """Label logarithmic axes with plain numbers, because they span few powers of ten."""
+    """Label logarithmic axes with plain numbers where they span few powers of ten."""
     for axis in axes:
+        low, high = axis.get_view_interval()
+        if high > 100 * low:
+            continue
         axis.set_minor_locator(LogLocator(subs=(2, 3, 5)))
         axis.set_major_formatter("{x:,.10g}")
         axis.set_minor_formatter("{x:,.10g}")

@@ -42,7 +42,7 @@ def effects(title: str, rows: Rows, gate: Rows) -> str:
     without a classifier, the embedding.
     """
     panels = [key for key in _EFFECTS if any(row[key] is not None for row in rows)]
-    figure = Figure(figsize=(WIDTH, 3.9), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 3.4), layout="constrained")
     axes = figure.subplots(1, len(panels) + bool(gate), squeeze=False)[0]
     for axis, key in zip(axes, panels, strict=False):
         _by_strength(axis, [row for row in rows if row[key] is not None], key)
@@ -66,7 +66,7 @@ def steering(title: str, rows: Rows, classes: Rows, gate: Rows) -> str:
     """
     val = [row for row in rows if row["split"] == "val"]
     kinds = [kind for kind in _LABELS if any(row["labels"] == kind for row in val if row["method"] in _main(val))]
-    figure = Figure(figsize=(WIDTH, 3.9), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 3.4), layout="constrained")
     axes = figure.subplots(1, len(kinds) + 1 + bool(gate), squeeze=False)[0]
     for axis, kind in zip(axes, kinds, strict=False):
         _by_strength(axis, [row for row in val if row["labels"] in (kind, "none")], "accuracy")
