@@ -103,8 +103,12 @@ def _end(row: dict[str, Any], on_val: Rows) -> str:
 
 
 def _less(control: str, labels: str, against: Rows) -> dict[str, dict[str, float]]:
-    """The main method minus a control with the same labels, mean over seeds; empty if they were not compared."""
-    lines = [line for line in against if (line["control"], line["labels"]) == (control, labels)]
+    """The main method minus a control, mean over seeds; empty if they were not compared.
+
+    Both have the same labels. With a control without labels, the main method is compared that does not know the true one.
+    """
+    kinds = (labels, "predicted") if labels == "none" else (labels,)
+    lines = [line for line in against if line["control"] == control and line["labels"] in kinds]
     lines = [line for line in lines if line["method"] == lines[0]["method"]]
     return {key: mean_of_seeds([line[key] for line in lines]) for key in ("delta", "delta_lo", "delta_hi") if lines}
 

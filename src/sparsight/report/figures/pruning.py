@@ -52,7 +52,7 @@ def frontiers(rows: list[dict[str, Any]], unpruned: float) -> str:
         axis.set(title=_OPENING.get(kind, ""), xlabel="share of heads kept in the last block", xlim=(-0.06, 1.06))
         axis.set_xticks(np.linspace(0, 1, 5))
     axes[0].set(ylabel="accuracy on test")
-    figure.legend(handles=_legend({row["strategy"] for row in test}, bool(others)), loc="outside lower center", ncols=4)
+    figure.legend(handles=_legend({row["strategy"] for row in test}, bool(others)), loc="outside lower left", ncols=4)
     chosen = [row for row in test if row["chosen"] and row["strategy"] == _MAIN]
     said = "; ".join(
         f"{_OPENING[row['labels']]}: {row['usage']:.2f} of the heads, accuracy {100 * row['accuracy']:.1f} %"

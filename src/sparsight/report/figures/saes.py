@@ -71,7 +71,7 @@ def tradeoff(rows: list[dict[str, Any]]) -> str:
     right.set(xscale="log", xlabel="multiply-accumulates of the encoder, per activation")
     _plain(left.xaxis, left.yaxis, right.xaxis)
     right.legend()
-    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    figure.legend(*left.get_legend_handles_labels(), loc="outside lower left", ncols=4)
     site = rows[0]["about"].site
     return svg(figure, f"FVU against sparsity and cost, SAEs of {site}", f"FVU on test, {_said(rows, 'fvu')}.")
 
@@ -96,7 +96,7 @@ def depth(rows: list[dict[str, Any]]) -> str:
             shown = sorted(((b, row) for b, row in points if key in row["metrics"]), key=lambda point: point[0])
             _bars(axis, [b for b, _ in shown], [row for _, row in shown], key, label=part, color=_colour(i), marker=".")
         axis.set(xlabel="block", title=title)
-    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower left", ncols=4)
     return svg(figure, f"{_kind(rows[0]['about'])}, by block", f"FVU on test, {_said(rows, 'fvu')}.")
 
 

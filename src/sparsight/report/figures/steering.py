@@ -47,7 +47,7 @@ def effects(title: str, rows: Rows, gate: Rows) -> str:
     for axis, key in zip(axes, panels, strict=False):
         _by_strength(axis, [row for row in rows if row[key] is not None], key)
         axis.set(title=f"{rows[0]['split']}: {_EFFECTS[key]}", xlabel="strength")
-    figure.legend(handles=_legend(rows), loc="outside lower center", ncols=5)
+    figure.legend(handles=_legend(rows), loc="outside lower left", ncols=5)
     if gate:
         lines = _groups(gate, "strength")
         for ((strength,), group), opacity in zip(lines.items(), np.linspace(0.35, 1, len(lines)), strict=True):
@@ -74,7 +74,7 @@ def steering(title: str, rows: Rows, classes: Rows, gate: Rows) -> str:
         if axis is not axes[0]:
             axis.sharey(axes[0])
     axes[0].set(ylabel="accuracy")
-    figure.legend(handles=_legend(val), loc="outside lower center", ncols=5)
+    figure.legend(handles=_legend(val), loc="outside lower left", ncols=5)
     gains = _gains(axes[len(kinds)], classes)
     if gate:
         _gate(axes[-1], rows, [line for line in gate if line["split"] == "test"])
