@@ -165,7 +165,10 @@ def test_the_page_stays_short_with_200_classes(opened: Any, index: Path, run_fol
     path = many_classes(run_folder / TINY_RUN, tmp_path, 20)
     page = opened(path, DESK, unfold=False)
     assert page.evaluate("document.documentElement.scrollHeight") < 8000
-    figure, text = (path.parent / "figures" / "heads-heads.svg").read_text(), page.locator("#pruning ~ p").all_inner_texts()
+    figure, text = (
+        (path.parent / "figures" / "heads-heads.svg").read_text(),
+        page.locator("#pruning ~ p").all_inner_texts(),
+    )
     assert len(re.findall(r"kind \d+<", figure)) == CLASSES and f"Shown are the {CLASSES} of 200 classes" in figure
     assert [line.split(" accuracy")[0] for line in text if "these classes" in line] == [
         f"With class latents, these classes {end}" for end in ("gain most", "lose most")
@@ -185,13 +188,18 @@ def test_steering_is_pooled_over_seeds(run_folder: Path, tmp_path: Path) -> None
     for path in paths:
         for suffix in (".parquet", "-classes.parquet", ".json"):
             shutil.copy(source / f"class-latents-s0{suffix}", path.with_name(f"{path.stem}{suffix}"))
-    other = [{**row, "accuracy": row["accuracy"] / 2} if row["split"] == "test" else row for row in tables.read(paths[1])]
+    other = [
+        {**row, "accuracy": row["accuracy"] / 2} if row["split"] == "test" else row for row in tables.read(paths[1])
+    ]
     tables.write(paths[1], other)
     assert steering.by_section(paths) == {"two": paths}
     chapter = steering.chapter("two", paths, [])
     first = {(row["method"], row["labels"]): row for row in tables.read(paths[0]) if row["split"] == "test"}
     against = json.loads(paths[0].with_suffix(".json").read_text())["against_controls"]
-    assert list(chapter["figures"]) == ["steering-two"] and {row["sae"] for row in chapter["each"]} == {"two-s0", "two-s1"}
+    assert list(chapter["figures"]) == ["steering-two"] and {row["sae"] for row in chapter["each"]} == {
+        "two-s0",
+        "two-s1",
+    }
     grid = {row["strength"] for row in tables.read(paths[0]) if row["method"] == "class-latents"}
     for row in chapter["rows"]:
         one, metrics = first[row["method"], row["labels"]], row["metrics"]

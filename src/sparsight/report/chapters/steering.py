@@ -97,15 +97,13 @@ def _pooled(rows: Rows, on_val: Rows, against: Rows, chosen: bool) -> Rows:
 def _end(row: dict[str, Any], on_val: Rows) -> str:
     """Whether val chose the end of the grid of strengths."""
     key = ("sae", "method", "labels")
-    return end_of_grid(
-        row["strength"], (other["strength"] for other in on_val if all(other[k] == row[k] for k in key))
-    )
+    return end_of_grid(row["strength"], (other["strength"] for other in on_val if all(other[k] == row[k] for k in key)))
 
 
 def _less(control: str, labels: str, against: Rows) -> dict[str, dict[str, float]]:
     """The main method minus a control, mean over seeds; empty if they were not compared.
 
-    Both have the same labels. With a control without labels, the main method is compared that does not know the true one.
+    Both have the same labels. Beside a control without labels stands the main method that does not know the true one.
     """
     kinds = (labels, "predicted") if labels == "none" else (labels,)
     lines = [line for line in against if line["control"] == control and line["labels"] in kinds]

@@ -11,8 +11,19 @@ from matplotlib.lines import Line2D
 from safetensors.numpy import load_file
 
 from sparsight.report.figures.svg import (
-    AMBER, BLUE, GREEN, GREY, INK, ORANGE, PURPLE, QUIET, SHARES, SIGNED, WIDTH, svg,
-)  # fmt: skip
+    AMBER,
+    BLUE,
+    GREEN,
+    GREY,
+    INK,
+    ORANGE,
+    PURPLE,
+    QUIET,
+    SHARES,
+    SIGNED,
+    WIDTH,
+    svg,
+)
 
 _MAIN = "class-latents"
 # Class latents and their controls; a control without an SAE has an angular marker. All other strategies are grey.
@@ -86,9 +97,9 @@ def _bounds(axis: Axes, rows: list[dict[str, Any]], near: float) -> None:
         else:
             shared.append(row["strategy"])
     for x, y, names in places:
-        right = x > 0.5
-        axis.annotate(", ".join(names), (x, y), (-6 if right else 6, -3), color=QUIET, fontsize=8,
-                      textcoords="offset points", ha="right" if right else "left", va="top")  # fmt: skip
+        right = x > 0.75
+        axis.annotate(", ".join(names), (x, y), (-6, -4) if right else (7, 0), color=QUIET, fontsize=8,
+                      textcoords="offset points", ha="right" if right else "left", va="top" if right else "center")  # fmt: skip
 
 
 def _legend(strategies: set[str], others: bool) -> list[Line2D]:
@@ -115,7 +126,9 @@ def head_latents(path: Path, sae: str, shown: int = 40) -> str:
     axis.set_xticks(range(len(order)), [str(i) for i in order], rotation=90, fontsize=8)
     axis.set(xlabel="latent")
     figure.colorbar(image, ax=axis, label="logit per unit")
-    said = f"The largest of {push_HF.shape[1]} latents by effect is {first}: {push_HF[most, first]:+.2f} on head {most}."
+    said = (
+        f"The largest of {push_HF.shape[1]} latents by effect is {first}: {push_HF[most, first]:+.2f} on head {most}."
+    )
     return svg(figure, f"What each latent of {sae} adds to the logit of each head", said)
 
 

@@ -56,7 +56,9 @@ def effects(title: str, rows: Rows, gate: Rows) -> str:
                           label=f"strength {strength:g}")  # fmt: skip
         axes[-1].legend()
         axes[-1].set(title="test: the gate, by quantile", xlabel="share of images steered", ylabel=_EFFECTS[panels[0]])
-    return svg(figure, title, f"{_EFFECTS[panels[0]].capitalize()} at the largest strength, {_at_last(rows, panels[0])}.")
+    return svg(
+        figure, title, f"{_EFFECTS[panels[0]].capitalize()} at the largest strength, {_at_last(rows, panels[0])}."
+    )
 
 
 def steering(title: str, rows: Rows, classes: Rows, gate: Rows) -> str:
@@ -93,7 +95,9 @@ def _main(rows: Rows) -> set[str]:
 def _gains(axis: Axes, classes: Rows, named: int = 20) -> dict[str, float]:
     """The gain of each method by class, in points, in the order of the main method's gains, which it returns."""
     shown = [row for row in classes if row["method"] not in ("none", "reconstruct") and row["labels"] != "oracle"]
-    by_method = {method: _over_seeds(group, "class_name", "delta") for (method,), group in _groups(shown, "method").items()}
+    by_method = {
+        method: _over_seeds(group, "class_name", "delta") for (method,), group in _groups(shown, "method").items()
+    }
     main = next((method for method in by_method if method in _main(shown)), next(iter(by_method), None))
     gains = {name: 100 * delta for name, delta in by_method[main].items()} if main else {}
     names = sorted(gains, key=lambda name: gains[name])
@@ -138,7 +142,9 @@ def _by_strength(axis: Axes, rows: Rows, key: str) -> None:
                   linestyle=line, markeredgewidth=0.8 if marker == "x" else 0)  # fmt: skip
         seeds = _groups(group, "sae")
         for one in seeds.values() if len(seeds) > 1 else ():
-            axis.plot([row["strength"] for row in one], [row[key] for row in one], color=colour, linewidth=0.6, alpha=0.4)
+            axis.plot(
+                [row["strength"] for row in one], [row[key] for row in one], color=colour, linewidth=0.6, alpha=0.4
+            )
 
 
 def _legend(rows: Rows) -> list[Line2D]:

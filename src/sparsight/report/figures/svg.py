@@ -1,7 +1,7 @@
 """Figures as SVG text that is identical in equal runs: colours, text and a description.
 
-A figure is drawn for white paper. In the page, :func:`inline` exchanges its colours for variables of the style sheet, so
-that they follow the page's scheme.
+A figure is drawn for white paper. In the page, :func:`inline` exchanges its colours for variables of the style sheet,
+so that they follow the page's scheme.
 """
 
 import html
