@@ -165,10 +165,8 @@ def test_the_page_stays_short_with_200_classes(opened: Any, index: Path, run_fol
     path = many_classes(run_folder / TINY_RUN, tmp_path, 20)
     page = opened(path, DESK, unfold=False)
     assert page.evaluate("document.documentElement.scrollHeight") < 8000
-    figure, text = (
-        (path.parent / "figures" / "heads-heads.svg").read_text(),
-        page.locator("#pruning ~ p").all_inner_texts(),
-    )
+    figure = (path.parent / "figures" / "heads-heads.svg").read_text()
+    text = page.locator("#pruning ~ p").all_inner_texts()
     assert len(re.findall(r"kind \d+<", figure)) == CLASSES and f"Shown are the {CLASSES} of 200 classes" in figure
     assert [line.split(" accuracy")[0] for line in text if "these classes" in line] == [
         f"With class latents, these classes {end}" for end in ("gain most", "lose most")
@@ -188,9 +186,9 @@ def test_steering_is_pooled_over_seeds(run_folder: Path, tmp_path: Path) -> None
     for path in paths:
         for suffix in (".parquet", "-classes.parquet", ".json"):
             shutil.copy(source / f"class-latents-s0{suffix}", path.with_name(f"{path.stem}{suffix}"))
-    other = [
-        {**row, "accuracy": row["accuracy"] / 2} if row["split"] == "test" else row for row in tables.read(paths[1])
-    ]
+    other = tables.read(paths[1])
+    for row in other:
+        row["accuracy"] /= 2 if row["split"] == "test" else 1
     tables.write(paths[1], other)
     assert steering.by_section(paths) == {"two": paths}
     chapter = steering.chapter("two", paths, [])

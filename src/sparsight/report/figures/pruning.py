@@ -98,8 +98,8 @@ def _bounds(axis: Axes, rows: list[dict[str, Any]], near: float) -> None:
             shared.append(row["strategy"])
     for x, y, names in places:
         right = x > 0.75
-        axis.annotate(", ".join(names), (x, y), (-6, -4) if right else (7, 0), color=QUIET, fontsize=8,
-                      textcoords="offset points", ha="right" if right else "left", va="top" if right else "center")  # fmt: skip
+        place = {"ha": "right", "va": "top", "xytext": (-6, -4)} if right else {"va": "center", "xytext": (7, 0)}
+        axis.annotate(", ".join(names), (x, y), textcoords="offset points", color=QUIET, fontsize=8, **place)
 
 
 def _legend(strategies: set[str], others: bool) -> list[Line2D]:
