@@ -87,13 +87,10 @@ def test_a_mean_over_seeds_has_its_own_interval_not_the_mean_of_the_seeds_ends(t
 
 def test_spliced_accuracy_of_several_seeds_has_the_interval_over_seeds(run_folder: Path) -> None:
     run = run_folder / TINY_RUN
-    cells = {}
-    for table in (run / "report" / "index.html").read_text().split("<table>"):
-        if "accuracy spliced" in table:
-            head = re.findall(r"<th class=\"\w+\" scope=\"col\">(.*?)</th>|<th scope=\"col\">(.*?)</th>", table)
-            column = ["".join(pair) for pair in head].index("accuracy spliced %")
-            for name, body in re.findall(r"scope=\"row\">(.*?)</th>(.*?)</tr>", table, re.DOTALL):
-                cells[name] = re.findall(r"<td.*?>(.*?)</td>", body)[column - 1]
+    (table,) = re.findall(r"<b>Use\.</b>.*?</table>", (run / "report" / "index.html").read_text(), re.DOTALL)
+    column = re.findall(r"scope=\"col\">(.*?)</th>", table).index("spliced")
+    rows = re.findall(r"scope=\"row\">(.*?)</th>(.*?)</tr>", table, re.DOTALL)
+    cells = {name: re.findall(r"<td.*?>(.*?)</td>", body)[column - 1] for name, body in rows}
     seeds = [
         json.loads((run / "saes" / f"switch-s{seed}" / "metrics.json").read_text())["accuracy_spliced"]
         for seed in (0, 1)

@@ -14,6 +14,7 @@ from sparsight.images.labels import unlabelled
 from sparsight.images.manifest import Manifest
 from sparsight.report.cards.first_screen import first_screen
 from sparsight.report.chapters import backbones, pipeline, pruning, saes, steering
+from sparsight.report.figures.svg import inline
 from sparsight.report.latents.browser import browser
 from sparsight.report.steer import panels
 
@@ -37,7 +38,10 @@ def write_page(section: config.Report, run: str, inputs: dict[str, Any], device:
     )
     about_policies = [pruning.chapter(path.parent) for path in inputs["policies"]]
     about_backbones = [backbones.chapter(path.parent) for path in inputs["backbones"]]
-    about_steering = [steering.chapter(path, inputs["transfers"]) for path in inputs["steerings"]]
+    about_steering = [
+        steering.chapter(name, paths, inputs["transfers"])
+        for name, paths in steering.by_section(inputs["steerings"]).items()
+    ]
     figures: dict[str, str] = {}
     for chapter in (*about_policies, about_saes, *about_steering, *about_backbones):
         figures |= chapter["figures"]
@@ -56,7 +60,7 @@ def write_page(section: config.Report, run: str, inputs: dict[str, Any], device:
         saes=about_saes,
         steerings=about_steering,
         policies=about_policies,
-        figures=figures,
+        figures={name: inline(name, svg) for name, svg in figures.items()},
         captions={path.stem: path.read_text() for path in _CAPTIONS.glob("*.rst")},
         latents=latents,
         steer=panels(inputs["test_images"], latents["rows"]),
