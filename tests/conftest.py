@@ -31,7 +31,7 @@ from sparsight.images.manifest import Manifest, write_manifest
 from sparsight.pipeline.stage import prepare_torch
 from sparsight.sae import SAE, Trainer
 
-pytest_plugins = ["pretended_cuda", "runs"]
+pytest_plugins = ["browsers", "pretended_cuda", "runs"]
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "tests" / "tiny.yaml"
 

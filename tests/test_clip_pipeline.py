@@ -76,6 +76,6 @@ def test_a_run_without_policies_has_a_report_without_pruning(tmp_path: Path) -> 
     drawn = {path.stem.partition("-")[0] for path in (run / "report" / "figures").iterdir()}
     assert drawn == {"saes", "steering", "backbone"}
     page = (run / "report" / "index.html").read_text().split('<h2 id="provenance">')[0]  # every setting comes after it
-    assert "vs2-s0" in page and "pruning" not in page.lower() and not (run / "pruning").exists()
+    assert "<h3>vs2</h3>" in page and "pruning" not in page.lower() and not (run / "pruning").exists()
     keys = json.loads((run / "metrics.json").read_text())
     assert "steering.vs2-s0.vs2.none.accuracy" in keys and not any(key.startswith("pruning") for key in keys)

@@ -217,9 +217,9 @@ def test_flags_carry_any_class_names(names: list[str]) -> None:
     assert through_flags(section) == section
 
 
-@given(title=st.text(st.characters(codec="utf-8", exclude_categories=["C"]), max_size=30), latents=st.integers(0, 99))
-def test_flags_carry_any_text(title: str, latents: int) -> None:
-    section = Report(title=title, latents=latents)
+@given(title=st.text(st.characters(codec="utf-8", exclude_categories=["C"]), max_size=30), images=st.integers(1, 99))
+def test_flags_carry_any_text(title: str, images: int) -> None:
+    section = Report(title=title, images=images)
     assert through_flags(section) == section
 
 

@@ -34,7 +34,7 @@ from sparsight.sae.evaluate import evaluate, evaluate_chain
 from sparsight.sae.fit import fit
 from sparsight.sae.resae import load_chain
 from sparsight.steering.evaluate import steer
-from sparsight.training import loop
+from sparsight.training import checkpoints, loop
 from sparsight.training.batches import StoreBatches
 
 B, D, F, K = 64, 24, 256, 4
@@ -337,7 +337,7 @@ def test_training_continues_from_a_checkpoint_of_the_device(
             raise KeyboardInterrupt
         return step(*words)
 
-    monkeypatch.setattr(loop.Checkpoint, "due", True)
+    monkeypatch.setattr(checkpoints.Checkpoint, "due", True)
     monkeypatch.setattr(Trainer, "step", stops)
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "stopped")

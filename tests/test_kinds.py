@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import shutil
 from pathlib import Path
 from typing import Any, get_args
 
@@ -20,9 +19,10 @@ from sparsight.common import tables
 from sparsight.common.work import Work
 from sparsight.images.manifest import Manifest
 from sparsight.pruning import evaluate as pruning
-from sparsight.report.chapters.latents import Browser
+from sparsight.report.latents.gather import details, images_of_latents
 from sparsight.sae import SAE
 from sparsight.sae.evaluate import evaluate, evaluate_chain
+from sparsight.sae.inputs import SaeInputs
 from sparsight.sae.metrics.stability import write_stability
 from sparsight.sae.moments import by_group, fit_moments
 from sparsight.sae.resae import ReSAE
@@ -32,6 +32,7 @@ from sparsight.steering.intervention import place
 D, F, K, EXPERTS = 48, 64, 8, 2
 SITES = ["blocks.1.input", "blocks.2.input"]
 SPLITS = ("train", "val", "test")
+CPU = torch.device("cpu")
 STEERED = {
     "amplify": config.Steering(sae="sae", latents=4, strengths=(2.0, 9.0)),
     "clamp": config.Steering(sae="sae", latents=4, strengths=(0.0, 2.0), edit="clamp", ranking="mean"),
@@ -99,14 +100,15 @@ def test_evaluation_splicing_and_the_browser_of_latents(
     with Work(tmp_path / "work", "key") as work:
         evaluate(saes, backbone, stores, images, 0, work, {})
         work.finish(tmp_path / "out")
-    browser = Browser(manifest, n_latents=5, n_images=3)
     for name, one in saes.items():
         metrics = json.loads((tmp_path / "out" / name / "metrics.json").read_text())
         assert 0 < metrics["fvu"] < 1 and metrics["kl_spliced"] >= 0 and metrics["macs_encode"] == one.macs_encode
-        assert len(tables.read(tmp_path / "out" / name / "latents.parquet")) == F
-        shutil.copy(tmp_path / "out" / name / "latents.parquet", tmp_path / "saes" / name)
-        browser.add(name, tmp_path / "saes" / name, None, stores["test"], torch.device("cpu"), 0.5)
-        assert browser.data()["saes"][name]["latents"]
+        rows = tables.read(tmp_path / "out" / name / "latents.parquet")
+        assert len(rows) == F
+        largest, seen = np.array([row["max_activation"] for row in rows]), SaeInputs(stores["test"], SITES[1], CPU)
+        shown = images_of_latents(one, seen, len(images["test"]), 3, largest, 0)
+        np.testing.assert_allclose(shown.top_values[:, 0], largest, atol=1e-5)
+        assert details(one, seen, shown, largest, np.arange(5)).strengths[1].max() > 0
 
 
 @every_kind

@@ -29,7 +29,7 @@ COMMON: dict[str, Any] = {
         "clip": None,
     },
     "saes": {"switch": None, "resae": None, "plain": None},
-    "report": {"latents": 20, "images": 4},
+    "report": {"images": 4},
 }  # fmt: skip
 OF_PATCHES = {"patches": {"backbone": "vit", "site": PATCHES["site"], "tokens": "patches", **SMALL}}
 OF_CLASS = {"topk": {"site": CLASS, **SMALL}}

@@ -85,9 +85,10 @@ def test_one_command_makes_every_promised_file_and_leaves_no_working_state(run_f
         *(f"pruning/heads/{t}.parquet" for t in ("frontier", "class_subsets", "false_positives")),
         *(f"pruning/heads/{f}" for f in ("policy.safetensors", "config.json", "training.jsonl", "metrics.json")),
         "pruning/heads/head_latents.safetensors",
+        "pruning/heads/test_images.safetensors",
         "report/index.html",
         *(f"report/figures/{kind}-heads.svg" for kind in ("frontier", "heads", "latents")),
-        *(f"report/figures/steering-{name}-s0.svg" for name in ("class-latents", "vs2", "neighbours")),
+        *(f"report/figures/steering-{name}.svg" for name in ("class-latents", "vs2", "neighbours")),
         *(
             f"report/figures/{name}.svg"
             for name in ("saes", "chain-resae", "tradeoff-vit-blocks.2.input", "backbone-vit", "backbone-clip")

@@ -35,7 +35,7 @@ saes:
 policies: {heads: null}
 steering: {class-latents: {latents: 3, strengths: [2]}}
 pruning: null
-report: {latents: 2, images: 2}
+report: {images: 2}
 """
 
 

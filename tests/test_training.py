@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sparsight.common.errors import SparsightError
+from sparsight.training import checkpoints
 from sparsight.training import loop as training_loop
 from sparsight.training.batches import RowNumbers
 
@@ -120,7 +121,7 @@ def test_killed_while_a_checkpoint_is_written_it_continues_from_the_one_before(
         raise KeyboardInterrupt
 
     def due(step: int) -> None:
-        patch.setattr(training_loop.Checkpoint, "due", step % 8 == 0)
+        patch.setattr(checkpoints.Checkpoint, "due", step % 8 == 0)
         patch.setattr("sparsight.training.checkpoints.save_file", half if step == 16 else save_file)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
@@ -134,7 +135,7 @@ def test_interrupted_between_checkpoints_it_repeats_the_steps_since_the_last(
     undisturbed: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupt(step: int) -> None:
-        patch.setattr(training_loop.Checkpoint, "due", step % 8 == 0)
+        patch.setattr(checkpoints.Checkpoint, "due", step % 8 == 0)
         if step == last:
             raise KeyboardInterrupt
 
@@ -164,7 +165,7 @@ def test_a_loss_that_turns_nan_is_told_with_the_last_good_checkpoint(
     def spoil(step: int) -> None:
         loop.factor = np.nan if step >= 50 else 1.0
 
-    monkeypatch.setattr(training_loop.Checkpoint, "due", due)
+    monkeypatch.setattr(checkpoints.Checkpoint, "due", due)
     loop = Loop(spoil)
     with pytest.raises(SparsightError, match=message):
         train(loop, tmp_path)

@@ -2,7 +2,6 @@
 
 import json
 import re
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +9,13 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from browsers import CHROMIUM, needs_chromium
 from conftest import ROOT, make_backbone, snakemake, workspace
 from PIL import Image
 from runs import ODD, TINY_RUN, run_in_one_process
 from safetensors.torch import save_file
 
 pytestmark = pytest.mark.slow
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 SIZES = {"img_size": 16, "patch_size": 4, "in_chans": 1, "embed_dim": 48, "depth": 3, "num_heads": 6}
 SAE = {"site": "blocks.2.output", "d_sae": 96, "k": 4, "seeds": [0], "epochs": 4, "batch_size": 64, "lr": 1e-3}
 
@@ -101,11 +100,11 @@ def test_the_report_says_what_is_missing_and_has_no_empty_columns(run: Path) -> 
         rows = table.split("<tbody")[1].split("<tr>")[1:]
         body = [re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row, re.DOTALL) for row in rows]
         for name, column in zip(head, zip(*body, strict=True), strict=False):
-            optional = ("between experts %", "redundancy", "transported", "random", "activation, map alone")
+            optional = ("between experts, %", "as it is", "taken along", "random", "map alone")
             assert any(column) or name in optional or "latents-list" in table, name
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium, which apt-get install chromium brings")
+@needs_chromium
 def test_the_browser_shows_latents_without_classes(run: Path) -> None:
     from playwright.sync_api import sync_playwright
 
@@ -115,16 +114,20 @@ def test_the_browser_shows_latents_without_classes(run: Path) -> None:
         page.on("console", lambda message: wrong.append(message.text))
         page.on("pageerror", lambda error: wrong.append(str(error)))
         page.goto((run / "report" / "index.html").as_uri())
-        head = page.locator(".browser thead th").all_inner_texts()
+        page.wait_for_selector("html[data-ready]", state="attached")
+        head = page.locator("#latents-head th").all_inner_texts()
         assert head == ["latent", "monosemanticity", "fires %"]
         cells = [row.locator("th, td").all_inner_texts() for row in page.locator("#latents-list tr").all()]
-        assert len(cells) > 2 and {len(row) for row in cells} == {3} and all(all(row) for row in cells)
+        fire = [row for row in cells if row[2] != "never"]
+        assert len(fire) > 2 and {len(row) for row in cells} == {3} and all(map(all, fire[:3]))
         page.locator("#latents-search").fill(cells[1][0])
         assert page.locator("#latents-list tr").count() == 1
-        page.locator("#latents-list button").first.click()
+        page.locator("#latents-list a").first.click()
+        page.wait_for_selector("#latents-detail h3")
         shown = page.locator("#latents-detail").inner_text()
         assert "monosemanticity" in shown and not re.search("undefined|null|NaN|most for|no label", shown)
-        assert page.locator("#latents-detail img").first.get_attribute("alt") == "test image"
+        label = page.locator("#latents-detail .latent canvas[role=img]").first.get_attribute("aria-label")
+        assert re.fullmatch(r"test image \d+", str(label))
         browser.close()
     assert wrong == []
 

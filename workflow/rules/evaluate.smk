@@ -1,3 +1,6 @@
+include: "names.smk"
+
+
 RANDOM_SAE = "src/sparsight/sae/variants/topk.py"  # the random dictionary, a baseline of every SAE
 OF_AN_SAE = ["metrics.json", "latents.parquet", "baselines.parquet", "probing.parquet"]
 
@@ -18,7 +21,10 @@ for NUMBER, (ENDINGS, SECTIONS) in enumerate(RUN.shapes.items(), 1):
                 stores=evaluation_stores,
                 saes=expand(SAE_WEIGHTS, sae=SAES),
                 configs=expand(SAE_CONFIG, sae=SAES),
-                mark=mark("evaluate-{section}", code_of_sae("evaluate_sae.py", RANDOM_SAE)),
+                namer=namer,
+                embeddings=embeddings,
+                words=WORDS,
+                mark=mark("evaluate-{section}", code_of_sae("evaluate_sae.py", RANDOM_SAE), reads=read_by_evaluation),
             output:
                 expand(f"{R}/saes/{{sae}}/{{of}}", sae=SAES, of=OF_AN_SAE),
                 record=f"{R}/records/evaluate-{{section}}.json",
@@ -38,6 +44,7 @@ for NUMBER, (ENDINGS, SECTIONS) in enumerate(RUN.shapes.items(), 1):
             shell:
                 "python {SCRIPTS}/evaluate_sae.py --from-images {input.images} --from-backbone {input.backbone}"
                 " --from-stores {input.stores} --from-saes {input.saes} --name {wildcards.section}"
+                " --from-namer {input.namer} --from-embeddings {input.embeddings} --from-words {input.words}"
                 " --out {params.out} --work {params.work} --record {output.record}"
                 " {params.flags} > {log} 2>&1"
 
@@ -54,7 +61,14 @@ for NUMBER, (ENDINGS, SECTIONS) in enumerate(RUN.shapes.items(), 1):
                 maps=expand(MAPS, chain="{section}-s{seed}"),
                 saes=expand(SAE_WEIGHTS, sae=SITES),
                 configs=expand(SAE_CONFIG, sae=SITES),
-                mark=mark("evaluate-{section}-s{seed}", code_of_sae("evaluate_chain.py", RANDOM_SAE)),
+                namer=namer,
+                embeddings=embeddings,
+                words=WORDS,
+                mark=mark(
+                    "evaluate-{section}-s{seed}",
+                    code_of_sae("evaluate_chain.py", RANDOM_SAE),
+                    reads=read_by_evaluation,
+                ),
             output:
                 chain=f"{R}/saes/{{section}}-s{{seed}}/metrics.json",
                 sites=expand(f"{R}/saes/{{site}}/{{of}}", site=SITES, of=OF_AN_SAE),
@@ -77,5 +91,6 @@ for NUMBER, (ENDINGS, SECTIONS) in enumerate(RUN.shapes.items(), 1):
                 "python {SCRIPTS}/evaluate_chain.py --from-images {input.images}"
                 " --from-backbone {input.backbone} --from-stores {input.stores}"
                 " --from-maps {input.maps} --from-saes {input.saes} --name {wildcards.section}-s{wildcards.seed}"
+                " --from-namer {input.namer} --from-embeddings {input.embeddings} --from-words {input.words}"
                 " --out {params.out} --work {params.work} --record {output.record}"
                 " {params.flags} > {log} 2>&1"

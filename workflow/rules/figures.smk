@@ -18,7 +18,7 @@ FIGURES = [
     *([("saes",)] if RUN.sae_names else []),
     *(("chain", name) for name, section in RUN.saes.items() if section.sites),
     *((one.kind, one.name) for one in comparisons(RUN.saes)),
-    *(("steering", name) for name in RUN.steering_names),
+    *(("steering", name) for name in RUN.steering),
     *(("backbone", name) for name, b in RUN.backbones.items() if b.epochs and b.training != "none"),
 ]
 

@@ -4,6 +4,8 @@ import shutil
 import sys
 from pathlib import Path
 
+from sparsight.report.headline import headline
+
 # `python` in a rule is the interpreter that runs Snakemake, even if its environment is not activated.
 os.environ.update(PATH=os.pathsep.join([str(Path(sys.executable).parent), os.getenv("PATH", "")]))
 
@@ -15,6 +17,11 @@ THREADS = RUN.compute.threads  # fixed, because Snakemake's {threads} shrinks wi
 # exec: the stage replaces the shell. A shell would die of SIGTERM, and Snakemake and SLURM would take the job as finished
 # while the stage still writes its checkpoint.
 shell.prefix("set -euo pipefail; exec ")
+
+
+onsuccess:
+    if Path(R, "metrics.json").exists() and Path(R, "report", "index.html").exists():
+        print(f"{headline(Path(R, 'metrics.json'))}\nthe report: {R}/report/index.html", file=sys.stderr)
 
 
 onerror:

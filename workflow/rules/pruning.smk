@@ -46,6 +46,7 @@ rule pruning:
         validation=f"{R}/pruning/{{policy}}/validation.parquet",
         targets=f"{R}/pruning/{{policy}}/targets.parquet",
         head_latents=f"{R}/pruning/{{policy}}/head_latents.safetensors",
+        test_images=f"{R}/pruning/{{policy}}/test_images.safetensors",
         metrics=f"{R}/pruning/{{policy}}/metrics.json",
         record=f"{R}/records/pruning-{{policy}}.json",
     log:

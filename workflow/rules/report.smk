@@ -40,8 +40,11 @@ rule summary:
 # What the report reads besides them.
 OTHERS = {
     "images": [f"{R}/images/manifest.parquet"],
+    "test_images": expand(rules.pruning.output.test_images, policy=RUN.policies),
     "configuration": [f"{R}/configuration.json"],
     "stores": expand(f"{R}/activations/{{backbone}}/test.json", backbone=RUN.backbones),
+    "latents": expand(f"{R}/saes/{{sae}}/latents.parquet", sae=[sae for saes in RUN.grids.values() for sae in saes]),
+    "head_latents": expand(f"{R}/pruning/{{policy}}/head_latents.safetensors", policy=RUN.policies),
 }
 READ_BY_REPORT = [*chain(*RESULTS.values(), *OTHERS.values())]
 PARTS_OF_PAGE = Path(workflow.basedir, "src/sparsight/report")
@@ -62,9 +65,6 @@ rule report:
     input:
         **RESULTS,
         **OTHERS,
-        latents=expand(
-            f"{R}/saes/{{sae}}/latents.parquet", sae=[name for names in RUN.grids.values() for name in names]
-        ),
         mark=mark("report", CODE_OF_REPORT, RUN.report, READ_BY_REPORT),
     output:
         page=f"{R}/report/index.html",
@@ -86,7 +86,9 @@ rule report:
         "python {SCRIPTS}/report.py --from-backbones {input.backbones} --from-saes {input.saes}"
         " --from-chains {input.chains} --from-stabilities {input.stabilities}"
         " --from-steerings {input.steerings} --from-transfers {input.transfers} --from-policies {input.policies}"
+        " --from-test_images {input.test_images}"
         " --from-images {input.images} --from-configuration {input.configuration} --from-stores {input.stores}"
+        " --from-latents {input.latents} --from-head_latents {input.head_latents}"
         " --name {params.name}"
         " --out {params.out} --work {params.work} --record {output.record}"
         " {params.flags} > {log} 2>&1"

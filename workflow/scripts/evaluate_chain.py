@@ -8,6 +8,7 @@ def main(job: stage.Stage) -> None:
     from sparsight.backbones.loading import open_folder
     from sparsight.images.manifest import Manifest
     from sparsight.sae.evaluate import evaluate_chain
+    from sparsight.sae.metrics.names import words_from
     from sparsight.sae.resae import load_chain
 
     device = job.device
@@ -16,7 +17,8 @@ def main(job: stage.Stage) -> None:
     stores = {path.stem: ActivationStore.open(path) for path in job.inputs["stores"]}
     manifest = Manifest(job.inputs["images"])
     images = {split: manifest.split(split) for split in stores}
-    evaluate_chain(chain, backbone.to(device), stores, images, job.seed, job.work, job.record())
+    words = words_from(job.inputs["namer"], job.inputs["embeddings"], job.inputs["words"], device)
+    evaluate_chain(chain, backbone.to(device), stores, images, job.seed, job.work, job.record(), words)
 
 
 if __name__ == "__main__":
@@ -28,4 +30,7 @@ if __name__ == "__main__":
         stores=["train.json, val.json and test.json, the manifests of the stores"],
         maps="affine.safetensors of the sae stage",
         saes=["sae.safetensors of every site"],
+        namer=["model.safetensors of the image-text model that names latents, if there is one"],
+        embeddings=["train.json and test.json, the manifests of its stores"],
+        words=["words that may be names, one a line; without a file the class names"],
     )

@@ -12,6 +12,7 @@ def main(job: stage.Stage) -> None:
     from sparsight.images.manifest import Manifest
     from sparsight.sae.base import load
     from sparsight.sae.evaluate import evaluate
+    from sparsight.sae.metrics.names import words_from
 
     device = job.device
     saes = {path.parent.name: load(path.parent).to(device) for path in job.inputs["saes"]}
@@ -19,7 +20,8 @@ def main(job: stage.Stage) -> None:
     stores = {path.stem: ActivationStore.open(path) for path in job.inputs["stores"]}
     manifest = Manifest(job.inputs["images"])
     images = {split: manifest.split(split) for split in stores}
-    evaluate(saes, backbone.to(device), stores, images, job.seed, job.work, job.record())
+    words = words_from(job.inputs["namer"], job.inputs["embeddings"], job.inputs["words"], device)
+    evaluate(saes, backbone.to(device), stores, images, job.seed, job.work, job.record(), words)
 
 
 if __name__ == "__main__":
@@ -30,4 +32,7 @@ if __name__ == "__main__":
         backbone="model.safetensors of the backbone stage",
         stores=["train.json, val.json and test.json, the manifests of the stores"],
         saes=["sae.safetensors of every SAE"],
+        namer=["model.safetensors of the image-text model that names latents, if there is one"],
+        embeddings=["train.json and test.json, the manifests of its stores"],
+        words=["words that may be names, one a line; without a file the class names"],
     )

@@ -25,4 +25,7 @@ if __name__ == "__main__":
         steerings=["<name>.parquet of every steering result"],
         transfers=["<data set>.json of every steering result on other images"],
         policies=["metrics.json of every policy"],
+        latents=["latents.parquet of every SAE, in the order of the configuration"],
+        head_latents=["head_latents.safetensors of every policy"],
+        test_images=["test_images.safetensors of every policy"],
     )

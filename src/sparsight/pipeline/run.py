@@ -81,6 +81,16 @@ class Run:
         except SparsightError as error:
             raise SparsightError(f"saes.{name}.{error}") from None
 
+    def namer_of(self, backbone: str) -> list[str]:
+        """The image-text model that names the latents of a backbone's SAEs: itself, or else the run's first; or none.
+
+        It needs stored embeddings.
+        """
+        models = [name for name, section in self.backbones.items() if section.model.startswith("open_clip/")]
+        if "embedding" not in self.activations.tokens_by_site:
+            return []
+        return [backbone] if backbone in models else models[:1]
+
     @cached_property
     def repeated(self) -> list[str]:
         """The sections of ``saes`` with several seeds, whose SAEs can be compared."""
@@ -238,6 +248,11 @@ def _check_links(run: Run) -> None:
     if run.other_images and not run.transfers:
         raise SparsightError(
             "other_images: only steering of kind vs2 on an open_clip model is tried on them; add one, or leave them out"
+        )
+    if run.report.words is not None and not any(map(run.namer_of, run.backbones)):
+        raise SparsightError(
+            "report.words: names of latents need an open_clip backbone, and embedding in activations.sites; add them, "
+            "or set words to null"
         )
     if run.pruning is None:
         for name in run.policies:

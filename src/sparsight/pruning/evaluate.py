@@ -32,7 +32,7 @@ from sparsight.common.work import Work
 from sparsight.images.labels import need_labels, needs
 from sparsight.images.manifest import Manifest
 from sparsight.images.split import Split
-from sparsight.pruning import comparisons, controls, linear_probe, per_class
+from sparsight.pruning import comparisons, controls, image_table, linear_probe, per_class
 from sparsight.pruning.last_block import LastBlockInputs, last_block_inputs
 from sparsight.pruning.latent_effects import LatentEffects, scramble
 from sparsight.pruning.masks import unpack
@@ -49,7 +49,10 @@ def evaluate(
     section: config.Pruning, backbone: Backbone, policy: HeadPolicy, saes: Mapping[str, SAE], manifest: Manifest,
     seed: int, work: Work, n_parallel: int, record: dict[str, Any],
 ) -> None:  # fmt: skip
-    """Write the tables of docs/pruning.md, ``head_latents.safetensors`` and ``metrics.json`` to ``work.out``.
+    """Write the tables of docs/pruning.md, two files of tensors and ``metrics.json`` to ``work.out``.
+
+    The tensors are W_head W_dec of each SAE, ``head_latents.safetensors``, and ``test_images.safetensors``
+    (:mod:`sparsight.pruning.image_table`).
 
     Args:
         saes: SAEs of what the policy reads at the last block's input, by name.
@@ -95,6 +98,7 @@ def evaluate(
         tables.write(work.out / f"{name}.parquet", table)
     pushes = {name: effects.push_HF.contiguous() for name, effects in strategies.effects_by_sae.items()}
     save_file(pushes, work.out / "head_latents.safetensors")
+    image_table.write(test, strategies.effects_by_sae, work.out / "test_images.safetensors")
     unpruned, difference = _other_ways(whole, backbone, policy, manifest.split("test"), section.batch_size)
     metrics = {
         "format_version": 1,

@@ -9,15 +9,17 @@ import torch
 import yaml
 
 from sparsight import config
-from sparsight.activations.store import ActivationStore
 from sparsight.common.digests import file_digest
 from sparsight.images.labels import unlabelled
 from sparsight.images.manifest import Manifest
+from sparsight.report.cards.first_screen import first_screen
 from sparsight.report.chapters import backbones, pipeline, pruning, saes, steering
-from sparsight.report.chapters.latents import Browser
-from sparsight.sae.resae import ReSAE, load_chain
+from sparsight.report.figures.svg import inline
+from sparsight.report.latents.browser import browser
+from sparsight.report.steer import panels
 
 _FOLDER = Path(__file__).parent
+_USED_BY_OTHERS = ("dom", "data", "thumbnail", "route")
 _CAPTIONS = _FOLDER / "captions"  # by kind of figure; Snakemake's own report uses them too
 
 
@@ -27,7 +29,7 @@ def write_page(section: config.Report, run: str, inputs: dict[str, Any], device:
     Args:
         run: name of the run.
         inputs: paths by name: images, configuration, and lists of backbones, saes, chains, stabilities, stores,
-            steerings, transfers, policies.
+            steerings, transfers, policies, latents, head_latents, test_images.
     """
     manifest = Manifest(inputs["images"])
     splits = {part: manifest.split(part) for part in ("train", "val", "test")}
@@ -36,16 +38,21 @@ def write_page(section: config.Report, run: str, inputs: dict[str, Any], device:
     )
     about_policies = [pruning.chapter(path.parent) for path in inputs["policies"]]
     about_backbones = [backbones.chapter(path.parent) for path in inputs["backbones"]]
-    about_steering = [steering.chapter(path, inputs["transfers"]) for path in inputs["steerings"]]
+    about_steering = [
+        steering.chapter(name, paths, inputs["transfers"])
+        for name, paths in steering.by_section(inputs["steerings"]).items()
+    ]
     figures: dict[str, str] = {}
     for chapter in (*about_policies, about_saes, *about_steering, *about_backbones):
         figures |= chapter["figures"]
+    latents = browser(section, inputs, manifest, device)
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_FOLDER / "templates"), autoescape=True, undefined=jinja2.StrictUndefined
     )
     page = environment.get_template("page.html.j2").render(
         title=section.title or f"sparsight: {run} run",
         manifest=manifest,
+        summary=first_screen(inputs, len(splits["test"])),
         pipeline=pipeline.stages(manifest, inputs),
         counts={part: len(split) for part, split in splits.items()},
         unlabelled=unlabelled(splits),
@@ -53,12 +60,13 @@ def write_page(section: config.Report, run: str, inputs: dict[str, Any], device:
         saes=about_saes,
         steerings=about_steering,
         policies=about_policies,
-        figures=figures,
+        figures={name: inline(name, svg) for name, svg in figures.items()},
         captions={path.stem: path.read_text() for path in _CAPTIONS.glob("*.rst")},
-        latents=_latents(section, inputs, manifest, device),
+        latents=latents,
+        steer=panels(inputs["test_images"], latents["rows"]),
         configuration=yaml.safe_dump(json.loads(inputs["configuration"].read_text()), sort_keys=False),
         files=_files(inputs),
-        script="".join(path.read_text() for path in sorted((_FOLDER / "scripts").glob("*.js"))),
+        script=_script(),
     )
     (out / "index.html").write_text(page)
     (out / "figures").mkdir(exist_ok=True)
@@ -73,27 +81,8 @@ def _files(inputs: dict[str, Any]) -> dict[str, str]:
     return {path.relative_to(run).as_posix(): file_digest(path) for path in sorted(paths)}
 
 
-def _latents(
-    section: config.Report, inputs: dict[str, Any], manifest: Manifest, device: torch.device
-) -> dict[str, Any]:
-    """Content of the latent browser: of each section's first seed, the SAE or the SAEs of the chain."""
-    shown: dict[Path, ReSAE | None] = dict.fromkeys(_firsts(inputs["saes"]))
-    for folder in _firsts(inputs["chains"]):
-        loaded = load_chain(folder).to(device)
-        shown |= {folder / site: loaded for site in loaded.sites}
-    stores = {path.parent.name: path for path in inputs["stores"]}
-    browser = Browser(manifest, section.latents, section.images)
-    for folder, chain in shown.items():
-        metadata = json.loads((folder / "config.json").read_text())
-        name = folder.relative_to(inputs["configuration"].parent / "saes").as_posix()
-        store = ActivationStore.open(stores[metadata["backbone"]])
-        browser.add(name, folder, chain, store, device, 1 / len(shown))
-    return browser.data()
-
-
-def _firsts(metrics: list[Path]) -> list[Path]:
-    """For each section, the folder of its first seed."""
-    firsts: dict[str, Path] = {}
-    for path in metrics:
-        firsts.setdefault(path.parent.name.rpartition("-s")[0], path.parent)
-    return list(firsts.values())
+def _script() -> str:
+    """The page's script: the files of ``scripts``, those that others use first, in one scope, and its start."""
+    paths = {path.stem: path for path in sorted((_FOLDER / "scripts").glob("*.js"))}
+    parts = [path.read_text() for path in (*map(paths.pop, _USED_BY_OTHERS), *paths.values())]
+    return "\n".join(['"use strict";', "(() => {", *parts, "start();", "})();"])

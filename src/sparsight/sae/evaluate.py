@@ -4,6 +4,7 @@ Shapes: N rows, D width (d_in), F latents (d_sae).
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ from sparsight.images.split import Split
 from sparsight.sae.base import SAE
 from sparsight.sae.metrics.geometry import random_rows, redundancy
 from sparsight.sae.metrics.measure import Measured, measure
+from sparsight.sae.metrics.names import COLUMNS as NAMES
+from sparsight.sae.metrics.names import Words, name_latents
 from sparsight.sae.metrics.splice import Clean, Replacement, spliced
 from sparsight.sae.moments import Moments, by_group
 from sparsight.sae.resae import ReSAE
@@ -42,7 +45,7 @@ _OF_PROBES = {
 
 def evaluate(
     saes: Mapping[str, SAE], backbone: Backbone, stores: Mapping[str, ActivationStore], images: Mapping[str, Split],
-    seed: int, work: Work, record: dict[str, Any],
+    seed: int, work: Work, record: dict[str, Any], words: Words | None = None,
 ) -> None:  # fmt: skip
     """Write ``metrics.json``, ``latents.parquet``, ``baselines.parquet`` and ``probing.parquet`` (docs/evaluation.md).
 
@@ -54,11 +57,13 @@ def evaluate(
         stores: stores of the splits ``train``, ``val`` and ``test``.
         images: the same splits' images.
         seed: the run's seed, from which those of the baselines are derived.
+        words: words that may name latents; without them no latent has a name.
     """
     _log_missing(images)
     ((site, tokens),) = {(sae.about["site"], sae.about["tokens"]) for sae in saes.values()}
     labels, test = {name: split.labels for name, split in images.items()}, images["test"]
     results = measure(list(saes.values()), site, stores, labels, len(test.classes), seed, tokens=tokens)
+    results = _named(results, list(saes.values()), site, stores, words, seed, tokens=tokens)
     modes = {name: partial(_decoded, sae) for name, sae in saes.items()}
     means = _means(stores["train"], [site], tokens)
     positions = _positions(stores["test"], site, tokens, backbone)
@@ -73,11 +78,11 @@ def evaluate(
 
 def evaluate_chain(
     chain: ReSAE, backbone: Backbone, stores: Mapping[str, ActivationStore], images: Mapping[str, Split], seed: int,
-    work: Work, record: dict[str, Any],
+    work: Work, record: dict[str, Any], words: Words | None = None,
 ) -> None:  # fmt: skip
     """Write the files of :func:`evaluate` to ``<site>/`` for every SAE, and ``metrics.json`` for the whole chain.
 
-    ``stores`` and ``images`` are those of :func:`evaluate`.
+    ``stores``, ``images`` and ``words`` are those of :func:`evaluate`.
 
     A site's metrics are about the inputs of its SAE, the residuals; their FVU is called ``fvu_residual``. The results
     of :func:`chain_errors` and :func:`redundancies` are added. The chain's metrics are means over the sites, and the
@@ -93,7 +98,8 @@ def evaluate_chain(
     by_site, errors = {}, chain_errors(chain, stores["test"], tokens)
     labels, test = {name: split.labels for name, split in images.items()}, images["test"]
     for m, (site, sae) in enumerate(chain.saes.items()):
-        (result,) = measure([sae], site, stores, labels, len(test.classes), seed, chain, tokens)
+        results = measure([sae], site, stores, labels, len(test.classes), seed, chain, tokens)
+        (result,) = _named(results, [sae], site, stores, words, seed, chain, tokens)
         site_metrics = {("fvu_residual" if key == "fvu" else key): value for key, value in result.metrics.items()}
         by_site[site] = {**site_metrics, **errors[site], **(redundancies(chain, m, seed) if m else {})}
         (work.out / site).mkdir(exist_ok=True)
@@ -181,12 +187,30 @@ def redundancies(chain: ReSAE, m: int, seed: int) -> dict[str, float]:
     }
 
 
+def _named(
+    results: list[Measured], saes: list[SAE], site: str, stores: Mapping[str, ActivationStore], words: Words | None,
+    seed: int, chain: ReSAE | None = None, tokens: str | None = None,
+) -> list[Measured]:  # fmt: skip
+    """The results with the columns of :func:`name_latents`, and with their number of names."""
+    if words is None:
+        nothing = dict.fromkeys(NAMES)
+        return [replace(found, latents=[{**row, **nothing} for row in found.latents]) for found in results]
+    drawn = derive_seed(seed, "metrics", "names")
+    named = []
+    for found, columns in zip(results, name_latents(saes, site, stores, words, drawn, chain, tokens), strict=True):
+        rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+        latents = [{**row, **names} for row, names in zip(found.latents, rows, strict=True)]
+        n_named = sum(names["name"] is not None for names in rows)
+        named.append(replace(found, metrics={**found.metrics, "named": n_named}, latents=latents))
+    return named
+
+
 def _line(metrics: dict[str, Any]) -> str:
     return ", ".join(f"{name} {value if isinstance(value, str) else f'{value:.4g}'}" for name, value in metrics.items())
 
 
 def _write_tables(found: Measured, folder: Path) -> None:
-    tables.write(folder / "latents.parquet", found.latents, _OF_CLASSES)
+    tables.write(folder / "latents.parquet", found.latents, _OF_CLASSES | NAMES)
     tables.write(folder / "baselines.parquet", found.baselines)
     tables.write(folder / "probing.parquet", found.probing, _OF_PROBES)
 

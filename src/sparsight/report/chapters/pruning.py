@@ -7,11 +7,13 @@ from typing import Any
 import numpy as np
 
 from sparsight.common import tables
+from sparsight.report.chapters.grid import end_of_grid
 from sparsight.report.figures import pruning as figures
 from sparsight.report.summary import by_strategy
 
 _MAIN = "class-latents"
 _DEPLOYABLE = "probe"
+_SHOWN = 3  # classes named at either end
 _MAPS = ("class-latents", "random-latents", "logit-bias", "class-static")
 
 
@@ -22,14 +24,16 @@ def chapter(folder: Path) -> dict[str, Any]:
     by_key = by_strategy(read["overall"])
     maps = [("none", "none"), *((name, _DEPLOYABLE) for name in _MAPS)]
     saes = list(metrics["fvu_on_pruned_stream"])
+    subsets = _subsets(read["class_subsets"], read["false_positives"])
     return {
         "name": folder.name,
         "metrics": metrics,
         "rows": [_row(key, rows, read["frontier"], metrics["against_none"]) for key, rows in by_key.items()],
-        "matched": metrics["matched_usage"],
-        "verdicts": _verdicts(metrics["matched_usage"]),
+        "deployable": ("none", _DEPLOYABLE),
+        "matched": [{"at_usage": _alike(row), **row} for row in metrics["matched_usage"]],
         "selected": metrics["selected_classes"],
-        "subsets": _subsets(read["class_subsets"], read["false_positives"]),
+        "subsets": subsets,
+        "extremes": _extremes(subsets),
         "figures": {
             f"frontier-{folder.name}": figures.frontiers(read["frontier"], metrics["unpruned"]["accuracy"]),
             f"heads-{folder.name}": figures.class_by_head(read["per_head"], [key for key in maps if key in by_key]),
@@ -55,30 +59,29 @@ def _row(
     (of_accuracy,) = rows if len(rows) == 1 else (row for row in frontier if _is_chosen(row, key))
     (of_delta,) = rows if len(rows) == 1 else (row for row in against_none if (row["strategy"], row["labels"]) == key)
     line |= {name: of_accuracy[name] for name in ("lo", "hi")}
+    tried = [row for row in frontier if row["split"] == "val" and (row["strategy"], row["labels"]) == key]
+    line |= {f"{name}_end": end_of_grid(line[name], (row[name] for row in tried)) for name in ("strength", "latents")}
     return line | {name: of_delta[name] for name in ("delta_lo", "delta_hi")}
+
+
+def _alike(row: dict[str, Any]) -> bool:
+    """Whether class latents and the control keep as many heads, to 0.01."""
+    return bool(abs(row["usage"] - row["usage_control"]) <= 0.01)
 
 
 def _is_chosen(row: dict[str, Any], key: tuple[str, str]) -> bool:
     return bool(row["chosen"] and row["split"] == "test" and (row["strategy"], row["labels"]) == key)
 
 
-def _verdicts(matched: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """Class latents with deployable labels, and the controls by how class latents compare with them at equal usage.
-
-    None if there are no deployable labels.
-    """
-    rows = [row for row in matched if row["labels"] == _DEPLOYABLE]
-    if not rows:
-        return None
-    better, worse, neither = "better than", "worse than", "not significantly different from"
-    controls: dict[str, list[str]] = {better: [], worse: [], neither: []}
-    for row in rows:
-        verdict = better if row["delta_lo"] > 0 else worse if row["delta_hi"] < 0 else neither
-        controls[verdict].append(row["control"])
-    return {"usage": rows[0]["usage"], "accuracy": rows[0]["accuracy"], "controls": controls}
-
-
 def _subsets(rows: list[dict[str, Any]], counted: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Class latents of the first SAE by class, with the false positives of the same configuration."""
     main_rows = [{**line, **row} for row, line in zip(rows, counted, strict=True) if row["strategy"] == _MAIN]
     return [row for row in main_rows if row["sae"] == main_rows[0]["sae"]]
+
+
+def _extremes(subsets: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """The classes that gain most and those that lose most accuracy; empty if the table is short enough to read."""
+    if len(subsets) <= 4 * _SHOWN:
+        return {}
+    order = sorted(subsets, key=lambda row: row["delta"])
+    return {"gain most": order[: -_SHOWN - 1 : -1], "lose most": order[:_SHOWN]}

@@ -26,10 +26,13 @@ def chapter(saes: Iterable[Path], chains: Iterable[Path], stabilities: Iterable[
     sections = {row["name"]: row for row in (*singles, *chained)}
     drawn = {}
     if singles:
-        drawn["saes"] = figures.training({row["folders"][0].name: row["folders"][0] for row in singles}, "fvu")
+        firsts = {row["folders"][0].name: row["folders"][0] for row in singles}
+        drawn["saes"] = figures.training(firsts, "fvu", "FVU of the SAEs during training")
     for row in chained:
         first = row["folders"][0]
-        drawn[f"chain-{row['name']}"] = figures.training({site: first / site for site in row["sites"]}, "fvu_residual")
+        folders = {site: first / site for site in row["sites"]}
+        title = f"FVU of each SAE of {row['name']} during training"
+        drawn[f"chain-{row['name']}"] = figures.training(folders, "fvu_residual", title)
     for comparison in comparisons({name: row["about"] for name, row in sections.items()}):
         draw = {"tradeoff": figures.tradeoff, "depth": figures.depth, "chains": figures.chains}[comparison.kind]
         drawn[f"{comparison.kind}-{comparison.name}"] = draw([sections[name] for name in comparison.members])

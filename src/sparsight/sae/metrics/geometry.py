@@ -69,23 +69,32 @@ def redundancy(later: Tensor, earlier: Tensor, transport: Tensor | None = None) 
     return {"mean": float(best.double().mean()), **shares}
 
 
-def matching(a_FD: Tensor, b_FD: Tensor) -> dict[str, float]:
+def pairs(a_FD: Tensor, b_FD: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """One-to-one matching of the rows of two decoders that maximises the sum of cosines.
 
     The assignment is optimal (Jonker and Volgenant's algorithm, scipy). If the cost matrix would have more than 2**26
     entries, only the first rows of ``a`` are matched, each with any row of ``b``.
 
     Returns:
-        matched: number of matched rows; cosine: mean cosine; over_0.7: share of cosines above 0.7.
+        For each pair the row of ``a``, the row of ``b``, and their cosine in float64.
     """
     a = unit(a_FD)[: max(1, _ENTRIES // len(b_FD))]
     cosines = torch.cat([block.cpu() for _, block in _cosines(a, b_FD)]).numpy()
     rows, columns = linear_sum_assignment(cosines, maximize=True)
-    matched = cosines[rows, columns].astype(np.float64)
+    return rows, columns, cosines[rows, columns].astype(np.float64)
+
+
+def matching(a_FD: Tensor, b_FD: Tensor) -> dict[str, float]:
+    """How well the rows of two decoders match, by :func:`pairs`.
+
+    Returns:
+        matched: number of matched rows; cosine: mean cosine; over_0.7: share of cosines above 0.7.
+    """
+    _, _, cosines = pairs(a_FD, b_FD)
     return {
-        "matched": len(matched),
-        "cosine": float(matched.mean()),
-        f"over_{MATCHED:g}": float((matched > MATCHED).mean()),
+        "matched": len(cosines),
+        "cosine": float(cosines.mean()),
+        f"over_{MATCHED:g}": float((cosines > MATCHED).mean()),
     }
 
 

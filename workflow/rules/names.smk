@@ -1,0 +1,32 @@
+# What an SAE's evaluation reads for the names of its latents.
+
+
+def namer(wildcards):
+    """The image-text model that names latents, if there is one."""
+    return [f"{R}/backbones/{name}/model.safetensors" for name in RUN.namer_of(sae_section(wildcards).backbone)]
+
+
+def embeddings(wildcards):
+    """The stores of its embeddings, which are compared with words."""
+    return stores_of(RUN.namer_of(sae_section(wildcards).backbone), ["train", "test"])
+
+
+WORDS = [RUN.report.words] if RUN.report.words else []
+
+
+def read_by_evaluation(wildcards):
+    """Every file that the stage reads; whether latents get names follows from other sections than its own."""
+    seed = getattr(wildcards, "seed", None)
+    saes = [
+        sae for sae in RUN.grids[wildcards.section] if seed is None or sae.startswith(f"{wildcards.section}-s{seed}/")
+    ]
+    return [
+        f"{R}/images/manifest.parquet",
+        backbone_of_sae(wildcards),
+        *evaluation_stores(wildcards),
+        *expand(SAE_WEIGHTS, sae=saes),
+        *([] if seed is None else expand(MAPS, chain=f"{wildcards.section}-s{seed}")),
+        *namer(wildcards),
+        *embeddings(wildcards),
+        *WORDS,
+    ]
