@@ -490,6 +490,15 @@ def test_a_run_of_chains_is_about_their_last_site_and_compares_with_plain_saes(t
     assert "resae: accuracy with all sites replaced 94.0 %, plain SAEs (plain) 75.0 %: better, +19.0 (" in text
 
 
+def test_unequal_sparsity_is_said(tmp_path: Path) -> None:
+    run = MadeUp(tmp_path).sae("relu")
+    assert not any("latents at a time, PCA" in fact for fact in run.cards()["Faithful?"].question.facts)
+    for path in run.inputs["saes"]:
+        write(path, {**json.loads(path.read_text()), "l0": 20.25})
+    facts = run.cards()["Faithful?"].question.facts
+    assert "It uses 20.2 latents at a time, PCA 8 components." in facts
+
+
 def test_sixty_sections_make_six_cards(tmp_path: Path) -> None:
     run = MadeUp(tmp_path)
     for number in range(60):
