@@ -33,7 +33,9 @@ def ask(sae: MainSae, chains: list[Path], n_test: int) -> Question:
         ],
         *_chains(chains, n_test),
     ]
-    return Question("Faithful?", "saes", groups, _in_the_model(sae))
+    l0 = sae.mean("l0")
+    unequal = [f"It uses {l0:.1f} latents at a time, PCA {k} components."] if abs(l0 - k) > 0.5 else []
+    return Question("Faithful?", "saes", groups, unequal + _in_the_model(sae))
 
 
 def _in_the_model(sae: MainSae) -> list[str]:
