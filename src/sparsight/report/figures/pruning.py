@@ -98,7 +98,9 @@ def _bounds(axis: Axes, rows: list[dict[str, Any]], near: float) -> None:
             shared.append(row["strategy"])
     for x, y, names in places:
         right = x > 0.75
-        place = {"ha": "right", "va": "top", "xytext": (-6, -4)} if right else {"va": "center", "xytext": (7, 0)}
+        place: dict[str, Any] = (
+            {"ha": "right", "va": "top", "xytext": (-6, -4)} if right else {"va": "center", "xytext": (7, 0)}
+        )
         axis.annotate(", ".join(names), (x, y), textcoords="offset points", color=QUIET, fontsize=8, **place)
 
 
