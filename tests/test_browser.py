@@ -87,7 +87,7 @@ def codes_of(folder: Path, name: str) -> np.ndarray:
 
 def listed(page: Any) -> list[list[str]]:
     """The rows of the list of latents."""
-    return page.eval_on_selector_all(  # type: ignore[no-any-return]
+    return page.eval_on_selector_all(
         "#latents-list tr", "rows => rows.map(row => [...row.children].map(cell => cell.innerText))"
     )
 
@@ -213,9 +213,8 @@ def test_from_an_image_to_a_patch_to_a_latent_to_an_image(made: Any, run: tuple[
     largest = codes.max(axis=(0, 1))[strongest]
     np.testing.assert_allclose(shown, codes[image, 6, strongest], atol=0.005 + largest.max() / 510)
     row.locator("a").first.click()
-    made.wait_for_function(
-        f"document.querySelector('#latents-detail h3').textContent.startsWith('Latent {strongest[0]}')"
-    )
+    heading = "document.querySelector('#latents-detail h3').textContent"
+    made.wait_for_function(f"{heading}.startsWith('Latent {strongest[0]} ')")
     thumbnail = made.locator(f'#latents-detail .latent a[href="#image={image}"]').first
     thumbnail.click()
     made.wait_for_function(f"{heading}.startsWith('Image {image} ')")
@@ -376,3 +375,17 @@ def test_20000_latents_and_2000_images_open_in_2_seconds(blank: Any, tmp_path: P
     assert min(seconds) < 2
     data = json.loads(re.search(r"<script id=\"latents-data\"[^>]*>(.*?)</script>", path.read_text())[1])  # type: ignore[index]
     assert data["images"]["count"] == 2_000 and not any(one["missing"] for one in data["saes"])
+
+
+@needs_chromium
+def test_an_image_says_what_the_models_predict(page: Any, run_folder: Path) -> None:
+    """On 200 images they are as often right as the backbone stage measured on all of them."""
+    run = run_folder / TINY_RUN
+    classes = Manifest(run / "images" / "manifest.parquet").classes
+    shown = page.evaluate(EACH, [f"#image={image}" for image in range(200)])
+    found = [
+        re.search(rf"label({'|'.join(classes)})vit predicts({'|'.join(classes)})clip", text) for _, text, _ in shown
+    ]
+    hits = np.mean([match is not None and match[1] == match[2] for match in found])
+    accuracy = json.loads((run / "backbones" / "vit" / "config.json").read_text())["accuracy"]["test"]["accuracy"]
+    assert abs(hits - accuracy) < 4 * (accuracy * (1 - accuracy) / 200) ** 0.5 and all(found)

@@ -5,11 +5,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import write_store
+from conftest import make_backbone, write_store
 
 from sparsight import sae
 from sparsight.activations.store import ActivationStore
 from sparsight.report.latents import gather
+from sparsight.report.latents.classifiers import jacobian
 from sparsight.report.latents.pack import shares, smallest
 from sparsight.sae.base import SAE
 from sparsight.sae.inputs import SaeInputs
@@ -108,3 +109,23 @@ def test_quantised_activations_keep_their_order_and_what_is_above_zero_stays_abo
     assert shares(np.zeros(2), np.zeros(2), np.uint16).tolist() == [0, 0], "of a latent that never fires"
     assert smallest(np.array([-1, 0, 7]), 8).tolist() == [65535, 0, 7]
     assert smallest(np.array([-1, 70_000]), 80_000).dtype == np.uint32
+
+
+@pytest.mark.parametrize("site", ["blocks.2.output", "embedding"])
+def test_the_direct_effect_is_the_slope_of_the_class_logits(site: str, tmp_path: Path) -> None:
+    backbone = make_backbone()
+    store = ActivationStore.open(write_store(tmp_path, 50, {site: (48,)}))
+    mean = torch.from_numpy(store.rows(site)[:]).float().mean(dim=0).double()
+    steps = torch.nn.functional.normalize(
+        torch.randn(5, 48, generator=torch.Generator().manual_seed(0)), dim=1
+    ).double()
+    whole = backbone.double()
+
+    def logits(x: torch.Tensor) -> torch.Tensor:
+        return whole.classify(x[:, None]) if site != "embedding" else whole.classify_embedding(x)
+
+    slope = (logits(mean + 1e-5 * steps) - logits(mean - 1e-5 * steps)) / 2e-5
+    found = jacobian(make_backbone(), store, site)
+    assert found is not None
+    torch.testing.assert_close(steps.float() @ found.T, slope.float(), rtol=1e-3, atol=1e-4)
+    assert jacobian(make_backbone(global_pool="avg"), store, "blocks.2.output") is None or site != "blocks.2.output"

@@ -11,7 +11,7 @@ Shapes: N test images, n images in the page, F latents (d_sae), H heads.
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ from sparsight.common.progress import log
 from sparsight.images.manifest import Manifest
 from sparsight.images.preprocess import Preprocess
 from sparsight.report.latents import gather
+from sparsight.report.latents.classifiers import EXTREMES, Classifiers
 from sparsight.report.latents.gather import Shown
 from sparsight.report.latents.neighbours import nearest_rows
 from sparsight.report.latents.pack import Pack, pack, shares, smallest
@@ -58,6 +59,16 @@ class _Browsed:
         return one, SaeInputs(ActivationStore.open(self.store), self.about["site"], device, chain, self.about["tokens"])
 
 
+class _Run(NamedTuple):
+    """What the weights of a run say of its latents."""
+
+    saes: list[_Browsed]
+    heads: Mapping[str, Mapping[str, np.ndarray]]
+    """By policy and SAE, what each latent adds to each head's logit, (H, F)."""
+    classifiers: Classifiers
+    device: torch.device
+
+
 def browser(section: config.Report, inputs: dict[str, Any], manifest: Manifest, device: torch.device) -> dict[str, Any]:
     """The content of the page's JSON (``data``), by name the texts beside it (``texts``), and the images (``rows``).
 
@@ -82,11 +93,15 @@ def browser(section: config.Report, inputs: dict[str, Any], manifest: Manifest, 
     sprites = Sprites(split, _preprocess(inputs["backbones"], main.about["backbone"]))
     chosen = _chosen(saes, len(split), sprites, int(_OF_IMAGES * left))
     sheets = sprites.sheets(chosen)
-    of_images = pack({"rows": chosen.astype(np.uint32), "labels": split.labels[chosen].astype(np.int32)})
+    classifiers = Classifiers({path.parent.name: path.parent for path in inputs["backbones"]}, device)
+    predicted = {name: classifiers.predictions(name, store, chosen) for name, store in stores.items()}
+    predicted = {name: classes for name, classes in predicted.items() if classes is not None}
+    columns = {"labels": split.labels[chosen], **{f"predicted-{name}": found for name, found in predicted.items()}}
+    of_images = pack({"rows": chosen.astype(np.uint32), **{k: v.astype(np.int32) for k, v in columns.items()}})
     texts = {"images": of_images.text, **{f"sheet-{i}": sheet for i, sheet in enumerate(sheets)}}
     left -= sum(map(len, texts.values()))
-    heads = _head_latents(inputs["head_latents"])
-    packs = {one.name: _packs(one, saes, heads, chosen, device) for one in saes}
+    run = _Run(saes, _head_latents(inputs["head_latents"]), classifiers, device)
+    packs = {one.name: _packs(one, run, chosen) for one in saes}
     first = {one.section: one.seed for one in reversed(saes)}
     order = sorted(saes, key=lambda one: (one.section != main.section, one.seed != first[one.section]))
     stored: dict[str, dict[str, Any]] = {one.name: {} for one in saes}
@@ -113,21 +128,19 @@ def browser(section: config.Report, inputs: dict[str, Any], manifest: Manifest, 
         "perPatch": gather.PER_PATCH,
         "nStrengths": gather.STRENGTHS,
         "nearest": _NEAREST,
+        "nEffects": 2 * min(EXTREMES, len(manifest.classes) // 2),
         "images": {
             "total": len(split), "count": len(chosen), "size": sprites.size, "columns": COLUMNS,
-            "perSheet": PER_SHEET, "directory": of_images.directory,
+            "perSheet": PER_SHEET, "predicted": list(predicted), "directory": of_images.directory,
         },
-        "saes": [_entry(one, saes, heads, stored[one.name], packs[one.name], device) for one in saes],
+        "saes": [_entry(one, run, stored[one.name], packs[one.name]) for one in saes],
     }  # fmt: skip
     return {"saes": data["saes"], "judged": data["judged"], "data": data, "texts": texts, "rows": chosen}
 
 
-def _entry(
-    one: _Browsed, saes: list[_Browsed], heads: Mapping[str, Mapping[str, np.ndarray]], parts: dict[str, Any],
-    made: Mapping[str, Pack], device: torch.device,
-) -> dict[str, Any]:  # fmt: skip
+def _entry(one: _Browsed, run: _Run, parts: dict[str, Any], made: Mapping[str, Pack]) -> dict[str, Any]:
     """What the page's JSON says of one SAE; ``missing`` are the parts that did not fit."""
-    patches = gather.square_of_patches(one.opened(device)[1])
+    patches = gather.square_of_patches(one.opened(run.device)[1])
     return {
         "name": one.name,
         "site": one.about["site"],
@@ -136,8 +149,8 @@ def _entry(
         "total": len(one.rows),
         "unit": len(one.rows[0]["histogram"]),
         "side": 0 if patches is None else round(len(patches) ** 0.5),
-        "others": [other.name for other in _others(one, saes)],
-        "heads": {policy: len(of_policy[one.name]) for policy, of_policy in heads.items() if one.name in of_policy},
+        "others": [other.name for other in _others(one, run.saes)],
+        "heads": {policy: len(of_policy[one.name]) for policy, of_policy in run.heads.items() if one.name in of_policy},
         "parts": parts,
         "missing": [part for part in made if part not in parts],
     }
@@ -180,13 +193,10 @@ def _head_latents(paths: list[Path]) -> dict[str, dict[str, np.ndarray]]:
     return found
 
 
-def _packs(
-    one: _Browsed, saes: list[_Browsed], heads: Mapping[str, Mapping[str, np.ndarray]], chosen: np.ndarray,
-    device: torch.device,
-) -> dict[str, Pack]:  # fmt: skip
+def _packs(one: _Browsed, run: _Run, chosen: np.ndarray) -> dict[str, Pack]:
     """All parts of one SAE."""
     shown, largest, n_latents = one.shown, one.largest_F, len(one.rows)
-    sae, seen = one.opened(device)
+    sae, seen = one.opened(run.device)
     found = gather.details(sae, seen, shown, largest, chosen)
     n_images = len(seen.rows) // seen.tokens
 
@@ -198,7 +208,7 @@ def _packs(
         return pack({"latents": smallest(latents, n_latents), "values": shares(values, largest[latents], dtype)})
 
     parts = {
-        "facts": pack(_facts(one, sae, saes, heads, device)),
+        "facts": pack(_facts(one, sae, run)),
         "top": of_latents(shown.top, shown.top_values, found.top_heats),
         "strengths": of_images(*found.strengths, np.uint16),
         "samples": of_latents(shown.samples, shown.sample_values, found.sample_heats),
@@ -206,9 +216,7 @@ def _packs(
     return parts if found.patches is None else {**parts, "patches": of_images(*found.patches, np.uint8)}
 
 
-def _facts(
-    one: _Browsed, sae: SAE, saes: list[_Browsed], heads: Mapping[str, Mapping[str, np.ndarray]], device: torch.device
-) -> dict[str, np.ndarray]:
+def _facts(one: _Browsed, sae: SAE, run: _Run) -> dict[str, np.ndarray]:
     """Columns of ``latents.parquet``, and what the weights say. Missing numbers are NaN, missing classes -1."""
 
     def column(name: str) -> np.ndarray:
@@ -233,10 +241,12 @@ def _facts(
         place = {name: i for i, name in enumerate(names)}
         facts["name"] = np.array([place.get(row["name"], -1) for row in one.rows], np.int32)
         facts["names"] = np.frombuffer(json.dumps(names).encode(), np.uint8)
-    for i, other in enumerate(_others(one, saes)):
-        match, cosine = nearest_rows(sae.W_dec, load(other.folder).to(device).W_dec, 1)
+    for i, other in enumerate(_others(one, run.saes)):
+        match, cosine = nearest_rows(sae.W_dec, load(other.folder).to(run.device).W_dec, 1)
         facts |= {f"match-{i}": match[:, 0].astype(np.int32), f"match-cosine-{i}": cosine[:, 0]}
-    for policy, of_policy in heads.items():
+    for policy, of_policy in run.heads.items():
         if one.name in of_policy:
             facts[f"heads-{policy}"] = of_policy[one.name].T.astype(np.float32)
+    if (extremes := run.classifiers.extremes(one.about, one.store, sae.W_dec)) is not None:
+        facts |= {"classes": extremes[0].astype(np.int32), "effects": extremes[1].astype(np.float32)}
     return facts

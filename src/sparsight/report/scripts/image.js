@@ -19,12 +19,19 @@ async function imagePage(image) {
     previous: step(place - 1),
     next: step(place + 1),
     parts: [
+      ...(data.images.predicted.length ? [predictionsOf(place)] : []),
       ...(first ? patchesOf(image, place, withPatches, first) : [element("div", { class: "frame large" }, picture(image))]),
       ...(own ? [element("h4", {}, `Latents of ${own.name}, strongest first`), await strengthsOf(own, place)] : []),
       ...(panel ? [panel] : []),
       ...others.map((one) => folded(one, place)),
     ],
   };
+}
+
+function predictionsOf(place) {
+  const answers = data.images.predicted.map((model) => [`${model} predicts`, className(images[`predicted-${model}`][place])]);
+  const rows = [["label", labelOf(images.rows[place])], ...answers];
+  return element("dl", {}, ...rows.flatMap(([name, text]) => [element("dt", {}, name), element("dd", {}, text)]));
 }
 
 async function strengthsOf(of, place) {
@@ -39,7 +46,7 @@ function latentTable(of, all, shown) {
     return element("tr", {}, element("th", { scope: "row" }, link(addressOf(of, latent), String(latent))),
       element("td", { class: "text" }, one.name ?? (data.judged && one.label >= 0 ? className(one.label) : "")),
       element("td", {}, number(share * one.max, 2)), element("td", {}, percent(share, 0)),
-      element("td", { class: "text" }, element("span", { class: "bar", style: `width: ${4 * share}rem` })));
+      element("td", { class: "text" }, bar(share)));
   });
   return table([["latent"], ["stands for", "text"], ["activation"], ["% of its largest"], ["share", "text"]], rows);
 }

@@ -22,7 +22,7 @@ async function latentPage(name, latent) {
     parts: [
       element("div", { class: "beside" }, factsOf(one), ...(dead(one) ? [] : [histogram(row(facts.histogram, latent, wanted.unit), one)])),
       dead(one) ? element("p", {}, "It never fires on the test split, so it has no images.") : await imagesOf(wanted, one, facts),
-      element("div", { class: "beside" }, ...headsOf(wanted, latent, facts), ...neighboursOf(wanted, latent, facts)),
+      element("div", { class: "beside" }, ...effectsOf(latent, facts), ...headsOf(wanted, latent, facts), ...neighboursOf(wanted, latent, facts)),
       noteField(`${name}/${latent}`),
     ],
   };
@@ -84,13 +84,24 @@ function histogram(counts, one) {
   return element("figure", {}, drawn, element("figcaption", {}, about));
 }
 
+// The direct path of the latent's decoder row, past all later blocks.
+function effectsOf(latent, facts) {
+  if (!facts.effects) return [];
+  const classes = row(facts.classes, latent, data.nEffects), effects = row(facts.effects, latent, data.nEffects);
+  const top = Math.max(...effects.map(Math.abs), 1e-12);
+  const rows = Array.from(classes, (label, i) => element("tr", {}, element("th", { scope: "row" }, className(label)),
+    element("td", {}, number(effects[i], 3)), element("td", { class: "text" }, bar(effects[i] / top))));
+  return [element("div", {}, element("h4", {}, "Direct effect on class logits"),
+    element("p", { class: "note" }, "What one unit of activation adds to a class's logit, less the mean over classes, past all later blocks: by the final norm, linearised at the mean of the test split, and the classifier. The classes of the largest and the smallest effect."),
+    table([["class"], ["logit"], ["effect", "text"]], rows))];
+}
+
 // What one unit of the latent adds to the logits by which a policy keeps or drops heads of the last block.
 function headsOf(wanted, latent, facts) {
   return Object.entries(wanted.heads).flatMap(([policy, n]) => {
     const pushes = Array.from(row(facts[`heads-${policy}`], latent, n)), top = Math.max(...pushes.map(Math.abs), 1e-12);
-    const bar = (push) => element("span", { class: push < 0 ? "bar less" : "bar", style: `width: ${(4 * Math.abs(push)) / top}rem` });
     const rows = pushes.map((push, head) => element("tr", {}, element("th", { scope: "row" }, String(head)),
-      element("td", {}, number(push, 3)), element("td", { class: "text" }, bar(push))));
+      element("td", {}, number(push, 3)), element("td", { class: "text" }, bar(push / top))));
     return [element("div", {}, element("h4", {}, `Effect on the heads of the last block, policy ${policy}`),
       element("p", { class: "note" }, "What one unit of activation adds to each head's logit (W_head W_dec). Above 0: towards keeping the head."),
       table([["head"], ["logit"], ["effect", "text"]], rows))];

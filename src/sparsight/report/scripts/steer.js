@@ -56,7 +56,7 @@ async function sliders(image, { policy, sae, i }) {
 
 function slider(name, changed) {
   const input = element("input", { type: "range", min: 0, max: STRENGTHS.length - 1, step: 1, "aria-label": `${name}: strength` });
-  const value = element("output", {});
+  const value = element("span", {});
   const set = (strength) => {
     input.value = STRENGTHS.indexOf(strength);
     input.setAttribute("aria-valuetext", `${strength} times`);
