@@ -20,8 +20,9 @@ async function steerPanel(image) {
   select.addEventListener("change", show);
   await show();
   return element("section", { class: "steer" }, element("h4", {}, "Steer the head policy"),
-    element("p", { class: "note" }, "Each slider multiplies the activation of a latent in what the head policy reads, where the policy also prunes earlier blocks. ",
-      "The heads kept follow from that, and the class from the heads kept; the block itself runs on the image as it is."),
+    element("p", { class: "note" }, "Each slider multiplies the activation of a latent in what the head policy reads at the last block. ",
+      "That decides which heads are kept, and these decide the class; the block itself runs on the unedited stream. ",
+      "Activations are those in the pruned model, so they can differ from the ones listed above."),
     element("label", {}, "SAE ", select), body);
 }
 
@@ -36,8 +37,8 @@ async function sliders(image, { policy, sae, i }) {
     Array.from(arrays[`push${i}`].subarray(at.get(latent), at.get(latent) + policy.heads), (push) => codes[j] * push));
   const logits = of("logits", policy.heads), predictions = arrays.predictions && of("predictions", 2 ** policy.heads);
 
-  const strengths = latents.map(() => 1), output = element("div", { class: "steered", "aria-live": "polite" });
-  const redraw = () => output.replaceChildren(...outcome(logits, headLogits(logits, effects, strengths), predictions, output));
+  const strengths = latents.map(() => 1), says = element("output", { class: "steered" }), heads = element("div", {});
+  const redraw = () => outcome(logits, headLogits(logits, effects, strengths), predictions, says, heads);
   const rows = latents.map((latent, j) => slider(`Latent ${latent}`, (strength) => {
     strengths[j] = strength;
     redraw();
@@ -50,12 +51,12 @@ async function sliders(image, { policy, sae, i }) {
   const line = (head, one) => element("tr", {}, element("th", { scope: "row" }, head), element("td", { class: "text" }, one.input), element("td", {}, one.value));
   redraw();
   const lines = rows.map((row, j) => line(link(addressOf({ name: sae }, latents[j]), String(latents[j])), row));
-  return [output, table([["latent"], ["strength", "text"], ["times"]], [line("all", every), ...lines])];
+  return [says, heads, table([["latent"], ["strength", "text"], ["times"]], [line("all", every), ...lines])];
 }
 
 function slider(name, changed) {
   const input = element("input", { type: "range", min: 0, max: STRENGTHS.length - 1, step: 1, "aria-label": `${name}: strength` });
-  const value = element("output", {});
+  const value = element("span", {});
   const set = (strength) => {
     input.value = STRENGTHS.indexOf(strength);
     input.setAttribute("aria-valuetext", `${strength} times`);
@@ -69,17 +70,17 @@ function slider(name, changed) {
   return { input, value, set };
 }
 
-// The heads before and after, and the class that each mask predicts. The numbers stand in the output's data, too.
-function outcome(before, after, predictions, output) {
+// Shows the heads before and after, and the class that each mask predicts. The numbers stand in the sentence's data, too.
+function outcome(before, after, predictions, says, heads) {
   const masks = [before, after].map(maskOf), classes = masks.map((mask) => predictions?.[mask]);
-  [output.dataset.mask, output.dataset.predicted] = [masks[1], classes[1] ?? ""];
+  [says.dataset.mask, says.dataset.predicted] = [masks[1], classes[1] ?? ""];
+  const [was, is] = classes.map(className);
+  const changed = was === is ? `The class stays ${is}.` : `The class becomes ${is} instead of ${was}.`;
+  const text = predictions ? changed : "Predictions by mask are not tabulated for a model of this size.";
+  says.textContent = `${after.filter((logit) => logit > 0).length} of ${after.length} heads are kept. ${text}`;
   const kept = (logit) => (logit > 0 ? "kept" : "off");
   const rows = after.map((logit, h) => element("tr", {}, element("th", { scope: "row" }, `h${h}`),
     element("td", {}, number(before[h], 2)), element("td", { class: "text" }, kept(before[h])),
     element("td", {}, number(logit, 2)), element("td", { class: "text" }, kept(logit))));
-  const [was, is] = classes.map(className);
-  const changed = was === is ? `The class stays ${is}.` : `The class becomes ${is} instead of ${was}.`;
-  const text = predictions ? changed : "Predictions by mask are not tabulated for a model of this size.";
-  return [element("p", {}, `${after.filter((logit) => logit > 0).length} of ${after.length} heads are kept. ${text}`),
-    table([["head"], ["logit"], ["", "text"], ["steered"], ["", "text"]], rows)];
+  heads.replaceChildren(table([["head"], ["logit"], ["unsteered", "text"], ["steered logit"], ["steered", "text"]], rows));
 }
