@@ -6,6 +6,9 @@ const saeNamed = (name) => data.saes.find((sae) => sae.name === name);
 const addressOf = (sae, latent) => `#latent=${sae.name}/${latent}`;
 const className = (label) => data.classes[label] ?? "no label";
 
+// What a latent stands for: its name, else its class.
+const meaningOf = (one) => one?.name ?? (data.judged && one?.label >= 0 ? className(one.label) : "");
+
 // Arrays by name, or null if the page lacks them.
 const part = (sae, name) => (sae.parts[name] ? unpack(`${sae.name}:${name}`, sae.parts[name]) : null);
 

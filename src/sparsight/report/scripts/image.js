@@ -44,7 +44,7 @@ function latentTable(of, all, shown) {
   const rows = shown.map(({ number: latent, share }) => {
     const one = all[latent];
     return element("tr", {}, element("th", { scope: "row" }, link(addressOf(of, latent), String(latent))),
-      element("td", { class: "text" }, one.name ?? (data.judged && one.label >= 0 ? className(one.label) : "")),
+      element("td", { class: "text" }, meaningOf(one)),
       element("td", {}, number(share * one.max, 2)), element("td", {}, percent(share, 0)),
       element("td", { class: "text" }, bar(share)));
   });

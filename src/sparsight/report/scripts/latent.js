@@ -21,8 +21,8 @@ async function latentPage(name, latent) {
     next: step(at + 1),
     parts: [
       element("div", { class: "beside" }, factsOf(one), ...(dead(one) ? [] : [histogram(row(facts.histogram, latent, wanted.unit), one)])),
-      dead(one) ? element("p", {}, "It never fires on the test split, so it has no images.") : await imagesOf(wanted, one, facts),
-      element("div", { class: "beside" }, ...effectsOf(latent, facts), ...headsOf(wanted, latent, facts), ...neighboursOf(wanted, latent, facts)),
+      dead(one) ? element("p", {}, `It never fires on the test split${data.judged && one.label < 0 ? ", nor on train" : ""}, so it has no images.`) : await imagesOf(wanted, one, facts),
+      element("div", { class: "beside" }, ...effectsOf(latent, facts), ...headsOf(wanted, latent, facts), ...await neighboursOf(wanted, latent, facts)),
       noteField(`${name}/${latent}`),
     ],
   };
@@ -108,14 +108,18 @@ function headsOf(wanted, latent, facts) {
   });
 }
 
-function neighboursOf(wanted, latent, facts) {
+async function neighboursOf(wanted, latent, facts) {
   const near = Array.from(row(facts.nearest, latent, data.nearest), (other, i) => [wanted, other, facts.cosines[latent * data.nearest + i]])
     .filter(([, other]) => other >= 0);
   const matches = wanted.others.map((name, i) => [saeNamed(name), facts[`match-${i}`][latent], facts[`match-cosine-${i}`][latent]]);
-  const lines = (found) => element("ul", {}, ...found.map(([of, other, cosine]) => element("li", {},
-    link(addressOf(of, other), of === wanted ? String(other) : `${other} of ${of.name}`), `, cosine ${number(cosine, 2)}`)));
+  const line = async ([of, other, cosine]) => {
+    const meaning = meaningOf((await latentsOf(of))[other]);
+    return element("li", {}, link(addressOf(of, other), of === wanted ? String(other) : `${other} of ${of.name}`),
+      `${meaning && ` (${meaning})`}, cosine ${number(cosine, 2)}`);
+  };
+  const section = async (title, found) => element("div", {}, element("h4", {}, title), element("ul", {}, ...await Promise.all(found.map(line))));
   return [
-    element("div", {}, element("h4", {}, "Nearest latents, by the cosine of decoder rows"), lines(near)),
-    ...(matches.length ? [element("div", {}, element("h4", {}, "Nearest latent of each other seed"), lines(matches))] : []),
+    await section("Nearest latents, by the cosine of decoder rows", near),
+    ...(matches.length ? [await section("Nearest latent of each other seed", matches)] : []),
   ];
 }
