@@ -158,8 +158,8 @@ function effectsOf(latent, facts) {
       element(
         "p",
         { class: "note" },
-        "What one unit of activation adds to a class's logit, less the mean over classes, past all later blocks: by the " +
-          "final norm, linearised at the mean of the test split, and the classifier. The largest and smallest effects.",
+        "What one unit of activation adds to a class's logit, less the mean over classes, past all later blocks: by " +
+          "the final norm, linearised at the mean of the test split, and the classifier. Largest and smallest effects.",
       ),
       table([["class"], ["logit"], ["effect", "text"]], rows),
     ),
