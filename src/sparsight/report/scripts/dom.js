@@ -20,10 +20,14 @@ const number = (x, digits) => (Number.isFinite(x) ? x.toFixed(digits) : "");
 const percent = (x, digits) => number(100 * x, digits);
 
 // A share from -1 to 1.
-const bar = (share) => element("span", { class: share < 0 ? "bar less" : "bar", style: `width: ${4 * Math.abs(share)}rem` });
+const bar = (share) =>
+  element("span", { class: share < 0 ? "bar less" : "bar", style: `width: ${4 * Math.abs(share)}rem` });
 
 function table(columns, rows) {
   const head = columns.map(([name, kind]) => element("th", { scope: "col", ...(kind ? { class: kind } : {}) }, name));
-  return element("div", { class: "wide" },
-    element("table", {}, element("thead", {}, element("tr", {}, ...head)), element("tbody", {}, ...rows)));
+  return element(
+    "div",
+    { class: "wide" },
+    element("table", {}, element("thead", {}, element("tr", {}, ...head)), element("tbody", {}, ...rows)),
+  );
 }

@@ -6,7 +6,10 @@ async function imagePage(image) {
   if (image >= total) return nothing(`No image ${image}`, `The test split has ${total} images, 0 to ${total - 1}.`);
   const place = places.get(image);
   if (place === undefined) {
-    return nothing(`Image ${image}`, `It is not in this page, which has room for ${n} of ${total} test images (report.megabytes).`);
+    return nothing(
+      `Image ${image}`,
+      `It is not in this page, which has room for ${n} of ${total} test images (report.megabytes).`,
+    );
   }
   const step = (i) => (i >= 0 && i < images.rows.length ? `#image=${images.rows[i]}` : undefined);
   const withPatches = data.saes.filter((one) => one.parts.patches);
@@ -20,7 +23,9 @@ async function imagePage(image) {
     next: step(place + 1),
     parts: [
       ...(data.images.predicted.length ? [predictionsOf(place)] : []),
-      ...(first ? patchesOf(image, place, withPatches, first) : [element("div", { class: "frame large" }, picture(image))]),
+      ...(first
+        ? patchesOf(image, place, withPatches, first)
+        : [element("div", { class: "frame large" }, picture(image))]),
       ...(own ? [element("h4", {}, `Latents of ${own.name}, strongest first`), await strengthsOf(own, place)] : []),
       ...(panel ? [panel] : []),
       ...others.map((one) => folded(one, place)),
@@ -29,13 +34,17 @@ async function imagePage(image) {
 }
 
 function predictionsOf(place) {
-  const answers = data.images.predicted.map((model) => [`${model} predicts`, className(images[`predicted-${model}`][place])]);
+  const answers = data.images.predicted.map((model) => [
+    `${model} predicts`,
+    className(images[`predicted-${model}`][place]),
+  ]);
   const rows = [["label", labelOf(images.rows[place])], ...answers];
   return element("dl", {}, ...rows.flatMap(([name, text]) => [element("dt", {}, name), element("dd", {}, text)]));
 }
 
 async function strengthsOf(of, place) {
-  const all = await latentsOf(of), shown = pairs(await part(of, "strengths"), place, data.nStrengths);
+  const all = await latentsOf(of),
+    shown = pairs(await part(of, "strengths"), place, data.nStrengths);
   return latentTable(of, all, shown);
 }
 
@@ -43,10 +52,15 @@ function latentTable(of, all, shown) {
   if (!shown.length) return element("p", { class: "note" }, "No latent fires.");
   const rows = shown.map(({ number: latent, share }) => {
     const one = all[latent];
-    return element("tr", {}, element("th", { scope: "row" }, link(addressOf(of, latent), String(latent))),
-      element("td", { class: "text" }, one.name ?? (data.judged && one.label >= 0 ? className(one.label) : "")),
-      element("td", {}, number(share * one.max, 2)), element("td", {}, percent(share, 0)),
-      element("td", { class: "text" }, bar(share)));
+    return element(
+      "tr",
+      {},
+      element("th", { scope: "row" }, link(addressOf(of, latent), String(latent))),
+      element("td", { class: "text" }, meaningOf(one)),
+      element("td", {}, number(share * one.max, 2)),
+      element("td", {}, percent(share, 0)),
+      element("td", { class: "text" }, bar(share)),
+    );
   });
   return table([["latent"], ["stands for", "text"], ["activation"], ["% of its largest"], ["share", "text"]], rows);
 }
@@ -61,19 +75,34 @@ function folded(of, place) {
 // The picture with a button for every patch; the chosen patch's latents are listed beside it.
 function patchesOf(image, place, withPatches, first) {
   const select = element("select", {}, ...withPatches.map((one) => element("option", { value: one.name }, one.name)));
-  const grid = element("fieldset", { class: "patches" }), output = element("div", { "aria-live": "polite" });
+  const grid = element("fieldset", { class: "patches" }),
+    output = element("div", { "aria-live": "polite" });
   select.value = first.name;
   const redraw = () => {
     const of = saeNamed(select.value);
     grid.style.setProperty("--side", of.side);
-    grid.replaceChildren(element("legend", {}, "Patches"), ...Array.from({ length: of.side ** 2 }, (_, i) => patch(of, place, i, output)));
-    output.replaceChildren(element("p", { class: "note" }, "Choose a patch of the picture to list its latents, with the mouse or the arrow keys."));
+    grid.replaceChildren(
+      element("legend", {}, "Patches"),
+      ...Array.from({ length: of.side ** 2 }, (_, i) => patch(of, place, i, output)),
+    );
+    output.replaceChildren(
+      element(
+        "p",
+        { class: "note" },
+        "Choose a patch of the picture to list its latents, with the mouse or the arrow keys.",
+      ),
+    );
   };
   select.addEventListener("change", redraw);
   redraw();
-  return [element("div", { class: "beside" },
-    element("div", { class: "frame large" }, picture(image), grid),
-    element("div", {}, element("label", {}, "Patches of ", select), output))];
+  return [
+    element(
+      "div",
+      { class: "beside" },
+      element("div", { class: "frame large" }, picture(image), grid),
+      element("div", {}, element("label", {}, "Patches of ", select), output),
+    ),
+  ];
 }
 
 function patch(of, place, i, output) {

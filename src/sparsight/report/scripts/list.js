@@ -1,6 +1,7 @@
 // The list of an SAE's latents.
-const [chosen, search, order, list, count, more] =
-  ["sae", "search", "order", "list", "count", "more"].map((name) => byId(`latents-${name}`));
+const [chosen, search, order, list, count, more] = ["sae", "search", "order", "list", "count", "more"].map((name) =>
+  byId(`latents-${name}`),
+);
 const PAGE = 50;
 let limit = PAGE;
 let latents = []; // of the chosen SAE
@@ -34,22 +35,36 @@ const named = () => Boolean(sae().parts.facts?.name);
 function matching() {
   const words = search.value.trim().toLowerCase();
   const texts = (one) => [one.name ?? "", data.judged && one.label >= 0 ? className(one.label) : ""];
-  const fits = (one) => !words || String(one.latent) === words || texts(one).some((text) => text.toLowerCase().includes(words));
+  const fits = (one) =>
+    !words || String(one.latent) === words || texts(one).some((text) => text.toLowerCase().includes(words));
   const compare = orders[order.value];
   const ranked = (a, b) => (compare && (dead(a) - dead(b) || compare(a, b))) || a.latent - b.latent;
   return latents.filter(fits).sort(ranked);
 }
 
 function draw() {
-  const all = matching(), shown = columns.filter((column) => column.if?.() ?? true);
+  const all = matching(),
+    shown = columns.filter((column) => column.if?.() ?? true);
   const never = latents.filter(dead).length;
   count.textContent = latents.length
     ? `${all.length} of ${latents.length} latents; ${never} never fire on the test split`
     : `${sae().name} has ${sae().total} latents, none of which is in this page: ${lacking}`;
   byId("latents-head").replaceChildren(
-    ...shown.map(({ title, kind }) => element("th", { scope: "col", ...(kind ? { class: kind } : {}) }, title)));
-  list.replaceChildren(...all.slice(0, limit).map((one) => element("tr", {}, ...shown.map(({ kind, cell }, i) => (
-    i ? element("td", kind ? { class: kind } : {}, cell(one)) : element("th", { scope: "row" }, cell(one)))))));
+    ...shown.map(({ title, kind }) => element("th", { scope: "col", ...(kind ? { class: kind } : {}) }, title)),
+  );
+  list.replaceChildren(
+    ...all
+      .slice(0, limit)
+      .map((one) =>
+        element(
+          "tr",
+          {},
+          ...shown.map(({ kind, cell }, i) =>
+            i ? element("td", kind ? { class: kind } : {}, cell(one)) : element("th", { scope: "row" }, cell(one)),
+          ),
+        ),
+      ),
+  );
   more.hidden = all.length <= limit;
 }
 

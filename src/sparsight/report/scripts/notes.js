@@ -21,9 +21,17 @@ function write(name, text) {
 }
 
 function allNotes() {
-  const names = storage ? Object.keys(storage).filter((key) => key.startsWith(prefix)).map((key) => key.slice(prefix.length))
+  const names = storage
+    ? Object.keys(storage)
+        .filter((key) => key.startsWith(prefix))
+        .map((key) => key.slice(prefix.length))
     : [...kept.keys()];
-  return Object.fromEntries(names.sort().map((name) => [name, noteOf(name)]).filter(([, text]) => text));
+  return Object.fromEntries(
+    names
+      .sort()
+      .map((name) => [name, noteOf(name)])
+      .filter(([, text]) => text),
+  );
 }
 
 function noteField(name) {

@@ -1,11 +1,13 @@
 // Addresses of the page. A route is a pattern of the address and a function of its groups, which returns what to show:
 // { title, parts, previous, next }, the last two being addresses. Files add their routes to the table.
 const routes = [];
-const detail = byId("latents-detail"), found = byId("latents-found");
+const detail = byId("latents-detail"),
+  found = byId("latents-found");
 let asked = 0;
 
 async function follow() {
-  const number = ++asked, address = decoded(location.hash);
+  const number = ++asked,
+    address = decoded(location.hash);
   for (const [pattern, open] of routes) {
     const match = pattern.exec(address);
     if (!match) continue;
@@ -26,7 +28,11 @@ function decoded(address) {
 
 function show({ title, parts, previous, next }) {
   const heading = element("h3", { tabindex: "-1" }, title);
-  const steps = [["#latents", "List of latents"], [previous, "Previous"], [next, "Next"]].filter(([address]) => address);
+  const steps = [
+    ["#latents", "List of latents"],
+    [previous, "Previous"],
+    [next, "Next"],
+  ].filter(([address]) => address);
   const bar = element("nav", { "aria-label": "Steps" }, ...steps.map(([address, text]) => link(address, text)));
   detail.replaceChildren(heading, bar, ...parts);
   detail.dataset.previous = previous ?? "";
@@ -42,7 +48,7 @@ function showList() {
   detail.hidden = true;
   detail.replaceChildren();
   found.hidden = false;
-  (opened && found.querySelector(`a[href="${CSS.escape(opened)}"]`) || byId("latents-search")).focus();
+  ((opened && found.querySelector(`a[href="${CSS.escape(opened)}"]`)) || byId("latents-search")).focus();
 }
 
 // Steps by the keyboard, unless it is needed by what has the focus.

@@ -14,31 +14,51 @@ function sheet(i) {
   if (!sheets.has(i)) {
     const picture = new Image();
     picture.src = byId(`pack-sheet-${i}`).textContent;
-    sheets.set(i, picture.decode().then(() => picture));
+    sheets.set(
+      i,
+      picture.decode().then(() => picture),
+    );
   }
   return sheets.get(i);
 }
 
-const seen = new IntersectionObserver((entries) => {
-  for (const entry of entries.filter((one) => one.isIntersecting)) {
-    seen.unobserve(entry.target);
-    drawn(entry.target);
-  }
-}, { rootMargin: "200px" });
+const seen = new IntersectionObserver(
+  (entries) => {
+    for (const entry of entries.filter((one) => one.isIntersecting)) {
+      seen.unobserve(entry.target);
+      drawn(entry.target);
+    }
+  },
+  { rootMargin: "200px" },
+);
 
 async function drawn(canvas) {
-  const place = Number(canvas.dataset.place), { columns, perSheet, size: [height, width] } = data.images;
-  const at = place % perSheet, x = width * (at % columns), y = height * Math.floor(at / columns);
-  canvas.getContext("2d").drawImage(await sheet(Math.floor(place / perSheet)), x, y, width, height, 0, 0, width, height);
+  const place = Number(canvas.dataset.place),
+    {
+      columns,
+      perSheet,
+      size: [height, width],
+    } = data.images;
+  const at = place % perSheet,
+    x = width * (at % columns),
+    y = height * Math.floor(at / columns);
+  canvas
+    .getContext("2d")
+    .drawImage(await sheet(Math.floor(place / perSheet)), x, y, width, height, 0, 0, width, height);
 }
 
 const labelOf = (image) => (data.classes.length ? className(images.labels[places.get(image)]) : "");
 
 function picture(image) {
   if (!places.has(image)) return element("span", { class: "absent" }, `image ${image} is not in this page`);
-  const [height, width] = data.images.size, label = labelOf(image);
+  const [height, width] = data.images.size,
+    label = labelOf(image);
   const canvas = element("canvas", {
-    width, height, role: "img", "aria-label": `test image ${image}${label && `, ${label}`}`, "data-place": places.get(image),
+    width,
+    height,
+    role: "img",
+    "aria-label": `test image ${image}${label && `, ${label}`}`,
+    "data-place": places.get(image),
   });
   seen.observe(canvas);
   return canvas;
