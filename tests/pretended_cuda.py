@@ -244,7 +244,7 @@ def _on_host(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _grouped(lists: list[list[Any]], with_indices: bool = False) -> dict[Any, Any]:
-    """Optimisers group parameters by device in C++, to which the tensors here say ``cpu``."""
+    """Optimisers and clipping group tensors by device in C++, to which the tensors here say ``cpu``."""
     device = next(z for tensors in lists for z in tensors if z is not None).device
     return {(device, dtype): group for (_, dtype), group in _group(lists, with_indices).items()}
 
@@ -375,6 +375,7 @@ def pretended_cuda() -> Iterator[Activity]:
             patch.setattr(kernels, stand_in.__name__, _Kernel(stand_in.__name__, stand_in))
         patch.setattr(clip_grad, "_has_foreach_support", lambda tensors, device: isinstance(tensors[0], CudaTensor))
         patch.setattr(Optimizer, "_group_tensors_by_device_and_dtype", staticmethod(_grouped))
+        patch.setattr(clip_grad, "_group_tensors_by_device_and_dtype", _grouped)
         patch.setattr(torch.cuda, "mem_get_info", lambda device: (2**33, 2**33))
         for name in ("Event", "Stream", "current_stream", "stream", "synchronize"):
             patch.setattr(torch.cuda, name, getattr(cuda_streams, name.replace("current_stream", "current")))
