@@ -1,6 +1,7 @@
 """The code of ``compute.device: cuda`` on a pretended device: no device fault, and the results of the CPU."""
 
 import json
+import os
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -291,6 +292,12 @@ def test_the_activations_stage(manifest: Manifest, stores: Stores, tmp_path: Pat
     for split, store in extracted(manifest, tmp_path, DEVICE).items():
         for site in store.sites:
             np.testing.assert_allclose(store.rows(site)[:], stores[split].rows(site)[:], rtol=1e-2, atol=1e-3)
+
+
+def test_every_core_decodes_beside_a_device(cuda: Activity) -> None:
+    backbone = two_classes()
+    assert backbone.decoding_threads == torch.get_num_threads()
+    assert backbone.to(DEVICE).decoding_threads == len(os.sched_getaffinity(0))
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
