@@ -161,6 +161,15 @@ def test_steps_without_and_with_dead_latents_are_those_of_the_cpu(
     torch.testing.assert_close(on_device(batch(9)).detach().cpu(), on_cpu(batch(9)).detach())
 
 
+@pytest.mark.parametrize("kind", sae.names())
+def test_steps_in_bf16_are_close_to_those_in_fp32_and_not_equal(kind: str, cuda: Activity) -> None:
+    half, full = (Trainer([sae.create(kind, D, F, K).to(DEVICE)], precision=p) for p in ("bf16", "fp32"))
+    for step in range(2):
+        found, expected = (one.step(batch(step).to(DEVICE))[0].total.detach().item() for one in (half, full))
+        assert found != expected
+        assert found == pytest.approx(expected, rel=0.03)
+
+
 @pytest.mark.parametrize(("memory", "free"), [(2**20, 2**33), (2**15, 2**33), (2**15, 2**10)])
 def test_batches_are_those_of_the_cpu_where_the_store_fits_and_where_not(
     memory: int, free: int, tmp_path: Path, cuda: Activity, monkeypatch: pytest.MonkeyPatch
