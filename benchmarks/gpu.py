@@ -21,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -56,14 +56,14 @@ class Sizes:
     d_sae: tuple[int, ...] = (8192, 65536)
     k: int = 32
     models: tuple[str, ...] = ("timm/vit_small_patch16_224", "timm/vit_base_patch16_224")
-    pixels: int = 224
+    architecture: Mapping[str, Any] = field(default_factory=dict)
     images: int = 4096
     image_batch: int = 256
     calls: int = 5
     """Calls in a row that are timed together."""
 
 
-SMALL = Sizes(64, 24, (256,), 4, ("timm/vit_tiny_patch16_224",), 32, 8, 4, 1)
+SMALL = Sizes(64, 24, (256,), 4, ("timm/vit_tiny_patch16_224",), {"img_size": 32, "depth": 2}, 8, 4, 1)
 
 
 def main() -> None:
@@ -149,11 +149,11 @@ def extraction(sizes: Sizes, device: torch.device) -> Iterator[tuple[str, dict[s
     from extract import Decoded
 
     compute = Compute(device="cuda", precision="bf16")
-    shape = (sizes.images, sizes.pixels, sizes.pixels, 3)
-    pixels = np.random.default_rng(0).integers(0, 255, shape, dtype=np.uint8)
     for name in sizes.models:
-        backbone = backbones.load(name, None, img_size=sizes.pixels).to(device).requires_grad_(False)
-        batches = [backbone.normalize(pixels[rows]) for rows in row_slices(sizes.images, sizes.image_batch)]
+        backbone = backbones.load(name, **sizes.architecture).to(device).requires_grad_(False)
+        shape = (sizes.images, *backbone.preprocess.size, 3)
+        split = Decoded(np.random.default_rng(0).integers(0, 255, shape, dtype=np.uint8))
+        batches = [backbone.normalize(split.pixels[rows]) for rows in row_slices(sizes.images, sizes.image_batch)]
         site = StoredSite(f"blocks.{backbone.n_blocks - 1}.output")
 
         def bare(backbone: Any = backbone, batches: Any = batches) -> None:
@@ -161,11 +161,11 @@ def extraction(sizes: Sizes, device: torch.device) -> Iterator[tuple[str, dict[s
                 for x in batches:
                     backbone.model(x)
 
-        def whole(tokens: Any, backbone: Any = backbone, site: Any = site) -> None:
+        def whole(tokens: Any, backbone: Any = backbone, site: Any = site, split: Any = split) -> None:
             section = config.Activations(sites=(site,), tokens=tokens, batch_size=sizes.image_batch)
             quiet = contextlib.redirect_stderr(io.StringIO())
             with tempfile.TemporaryDirectory() as folder, quiet, Work(Path(folder) / "work", "key") as work:
-                extract(backbone, Decoded(pixels), section, compute, work, Path(folder) / "train.zarr", 0, {})
+                extract(backbone, split, section, compute, work, Path(folder) / "train.zarr", 0, {})
 
         title = f"extraction, {name}, {sizes.images} images in batches of {sizes.image_batch}, bf16"
         yield title, {"bare model": bare, "class token stored": partial(whole, "cls"), "all": partial(whole, "all")}
@@ -175,8 +175,8 @@ def heads(sizes: Sizes, device: torch.device) -> Iterator[tuple[str, dict[str, W
     """The whole model with a third of its heads, another third for each image, masked and gathered."""
     generator = torch.Generator().manual_seed(0)
     for name in sizes.models:
-        backbone = backbones.load(name, None, img_size=sizes.pixels).to(device).requires_grad_(False)
-        images = torch.randn(sizes.image_batch, 3, sizes.pixels, sizes.pixels, generator=generator).to(device)
+        backbone = backbones.load(name, **sizes.architecture).to(device).requires_grad_(False)
+        images = torch.randn(sizes.image_batch, 3, *backbone.preprocess.size, generator=generator).to(device)
         L, H = backbone.n_blocks, backbone.n_heads
         order = torch.rand(sizes.image_batch, L, H, generator=generator).argsort(dim=2)
         mask = (order < max(1, H // 3)).to(device)

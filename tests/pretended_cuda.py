@@ -152,7 +152,8 @@ def _compute(op: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     name = op._overloadpacket.__name__
     if name == "copy_" and args[1].dim() and args[0].is_cuda != args[1].is_cuda:
         return _copy(*args, **kwargs)
-    if _called_by_autograd():  # formulas of PyTorch's C++ make tensors where the gradient is; here these say cpu
+    by_autograd = _called_by_autograd()  # formulas of PyTorch's C++ work where the gradient is; here that says cpu
+    if by_autograd:
         args, kwargs = tree_map(lambda z: _to_device(z) if isinstance(z, Tensor) and z.dim() else z, (args, kwargs))
     _check_devices(op, name, args, kwargs)
     cuda_rules.check_deterministic(op, name, args)
@@ -166,7 +167,7 @@ def _compute(op: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     out = op(*tree_map(to_host, args), **tree_map(to_host, kwargs))
     if not op.is_view:
         cuda_streams.ran(op, _hosts((args, kwargs)), _hosts(out))
-    if device is not None and torch.device(device).type == "cpu":
+    if device is not None and torch.device(device).type == "cpu" and not by_autograd:
         return out
     outs = [kwargs[key] for key in ("out", "values", "indices") if key in kwargs]
     if outs:
@@ -244,7 +245,7 @@ def _on_host(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _grouped(lists: list[list[Any]], with_indices: bool = False) -> dict[Any, Any]:
-    """Optimisers group parameters by device in C++, to which the tensors here say ``cpu``."""
+    """Optimisers and clipping group tensors by device in C++, to which the tensors here say ``cpu``."""
     device = next(z for tensors in lists for z in tensors if z is not None).device
     return {(device, dtype): group for (_, dtype), group in _group(lists, with_indices).items()}
 
@@ -423,6 +424,7 @@ def pretended_cuda() -> Iterator[Activity]:
             patch.setattr(module, stand_in.__name__, _Kernel(stand_in.__name__, stand_in))
         patch.setattr(clip_grad, "_has_foreach_support", lambda tensors, device: isinstance(tensors[0], CudaTensor))
         patch.setattr(Optimizer, "_group_tensors_by_device_and_dtype", staticmethod(_grouped))
+        patch.setattr(clip_grad, "_group_tensors_by_device_and_dtype", _grouped)
         patch.setattr(torch.cuda, "mem_get_info", lambda device: (2**33, 2**33))
         for name in ("Event", "Stream", "current_stream", "stream", "synchronize"):
             patch.setattr(torch.cuda, name, getattr(cuda_streams, name.replace("current_stream", "current")))

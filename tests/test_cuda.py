@@ -1,6 +1,7 @@
 """The code of ``compute.device: cuda`` on a pretended device: no device fault, and the results of the CPU."""
 
 import json
+import os
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -160,6 +161,15 @@ def test_steps_without_and_with_dead_latents_are_those_of_the_cpu(
     torch.testing.assert_close(on_device(batch(9)).detach().cpu(), on_cpu(batch(9)).detach())
 
 
+@pytest.mark.parametrize("kind", sae.names())
+def test_steps_in_bf16_are_close_to_those_in_fp32_and_not_equal(kind: str, cuda: Activity) -> None:
+    half, full = (Trainer([sae.create(kind, D, F, K).to(DEVICE)], precision=p) for p in ("bf16", "fp32"))
+    for step in range(2):
+        found, expected = (one.step(batch(step).to(DEVICE))[0].total.detach().item() for one in (half, full))
+        assert found != expected
+        assert found == pytest.approx(expected, rel=0.03)
+
+
 @pytest.mark.parametrize(("memory", "free"), [(2**20, 2**33), (2**15, 2**33), (2**15, 2**10)])
 def test_batches_are_those_of_the_cpu_where_the_store_fits_and_where_not(
     memory: int, free: int, tmp_path: Path, cuda: Activity, monkeypatch: pytest.MonkeyPatch
@@ -291,6 +301,12 @@ def test_the_activations_stage(manifest: Manifest, stores: Stores, tmp_path: Pat
     for split, store in extracted(manifest, tmp_path, DEVICE).items():
         for site in store.sites:
             np.testing.assert_allclose(store.rows(site)[:], stores[split].rows(site)[:], rtol=1e-2, atol=1e-3)
+
+
+def test_every_core_decodes_beside_a_device(cuda: Activity) -> None:
+    backbone = two_classes()
+    assert backbone.decoding_threads == torch.get_num_threads()
+    assert backbone.to(DEVICE).decoding_threads == len(os.sched_getaffinity(0))
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

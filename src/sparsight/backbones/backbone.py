@@ -7,7 +7,6 @@ C channels of a head, E joint embedding of images and texts.
 import dataclasses
 import os
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 
 from sparsight.backbones import attention
 from sparsight.backbones.attention import HeadMode
-from sparsight.backbones.preprocessing import published
+from sparsight.backbones.preprocessing import mean_and_std, published
 from sparsight.backbones.towers import Tower, timm_tower
 from sparsight.common import sites
 from sparsight.common.devices import sent
@@ -149,8 +148,8 @@ class Backbone(Module):
     def normalize(self, pixels: np.ndarray | Tensor) -> Tensor:
         """uint8 (B, H, W, C) as :meth:`Split.batch` gives it -> the model's input, float32 (B, C, H, W)."""
         x = sent(torch.from_numpy(pixels) if isinstance(pixels, np.ndarray) else pixels, self.device)
-        mean_C, std_C = _mean_and_std(self.preprocess, self.device)
-        return (x.permute(0, 3, 1, 2).float() / 255 - mean_C) / std_C
+        mean, std = mean_and_std(self.preprocess, self.device)
+        return (x.permute(0, 3, 1, 2).float() / 255 - mean) / std
 
     def forward(
         self,
@@ -330,13 +329,6 @@ class Backbone(Module):
     def blank(self) -> Tensor:
         """One blank image, as input of :meth:`forward`."""
         return torch.zeros(1, self.preprocess.channels, *self.tower.image_size, device=self.device)
-
-
-@lru_cache
-def _mean_and_std(preprocess: Preprocess, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Both (1, C, 1, 1). Kept, because a copy to a GPU would make the host wait in every batch."""
-    mean_C, std_C = (torch.tensor(numbers, device=device) for numbers in (preprocess.mean, preprocess.std))
-    return mean_C.view(1, -1, 1, 1), std_C.view(1, -1, 1, 1)
 
 
 @dataclasses.dataclass

@@ -1,8 +1,11 @@
 """How pictures become a model's input, by the model's own configuration."""
 
+from functools import lru_cache
 from typing import Any
 
+import torch
 from timm.data import resolve_model_data_config
+from torch import Tensor
 
 from sparsight.images.preprocess import Preprocess
 
@@ -21,3 +24,10 @@ def published(model: Any, size: tuple[int, int]) -> Preprocess:
     crop_pct = data["crop_pct"] if original_size else 1.0
     squash = data.get("crop_mode") == "squash"
     return Preprocess(size, model.in_chans, mean, std, data["interpolation"], crop_pct, squash)
+
+
+@lru_cache
+def mean_and_std(preprocess: Preprocess, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Mean and deviation of the pixels, (1, C, 1, 1). Kept: each copy of them to a GPU would make the host wait."""
+    mean_C, std_C = (torch.tensor(numbers, device=device) for numbers in (preprocess.mean, preprocess.std))
+    return mean_C.view(1, -1, 1, 1), std_C.view(1, -1, 1, 1)
