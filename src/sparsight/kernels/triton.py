@@ -17,6 +17,7 @@ from sparsight.kernels.largest import largest
 
 _BLOCK_D = 256
 _BLOCK_K = 16
+_BLOCK_N = 8  # most latents have few entries
 _CHUNK = 128
 _OPTIONS = {"enable_fp_fusion": True}  # Triton's default depends on its version, and so would the bits of the sums
 _PRODUCT = 2**28  # entries of the encoder product that exist at a time: 1 GiB in fp32
@@ -69,9 +70,9 @@ def accumulate(values_BK: Tensor, indices_BK: Tensor, g_BD: Tensor, n_rows: int)
     where = (latents_N, starts, sums_FD, sums_F, parts_CD, parts_C)
     _accumulate[(n_rows + chunks, blocks)](
         values_BK.contiguous(), order_N, g_BD.contiguous(), *where, n_rows, k, d_in,
-        _sum_type(g_BD), _CHUNK, _BLOCK_K, _BLOCK_D, **_OPTIONS,
+        _sum_type(g_BD), _CHUNK, _BLOCK_N, _BLOCK_D, **_OPTIONS,
     )  # fmt: skip
-    _add_parts[(chunks, blocks)](*where, d_in, _sum_type(g_BD), _CHUNK, _BLOCK_K, _BLOCK_D, **_OPTIONS)
+    _add_parts[(chunks, blocks)](*where, d_in, _sum_type(g_BD), _CHUNK, _BLOCK_N, _BLOCK_D, **_OPTIONS)
     return sums_FD, sums_F
 
 
@@ -128,15 +129,12 @@ def _accumulate(
     first entries of the chunk if their latent started before it.
     """
     program = tl.program_id(0)
-    if program < n_latents:
-        latent = program
-        start = tl.load(starts + latent)
-        end = (start // CHUNK + 1) * CHUNK
-    else:
-        start = (program - n_latents) * CHUNK
-        latent = tl.load(latents + start)
-        end = tl.where(tl.load(starts + latent) < start, start + CHUNK, start)
-    end = tl.minimum(end, tl.load(starts + latent + 1))
+    own, chunk = program < n_latents, program - n_latents
+    latent = tl.where(own, program, tl.load(latents + chunk * CHUNK, mask=program >= n_latents, other=0))
+    begin = tl.load(starts + latent)
+    start = tl.where(own, begin, chunk * CHUNK)
+    end = (start // CHUNK + 1) * CHUNK
+    end = tl.where(own | (begin < start), tl.minimum(end, tl.load(starts + latent + 1)), start)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     total = tl.zeros((BLOCK_D,), dtype=SUM)
     total_value = tl.zeros((BLOCK_N,), dtype=SUM)
@@ -149,15 +147,11 @@ def _accumulate(
         g_nd = tl.load(g + row[:, None] * d_in + d[None, :], mask=mask, other=0.0).to(SUM)
         total += tl.sum(value[:, None] * g_nd, axis=0)
         total_value += value
-    if program < n_latents:
-        tl.store(out + latent.to(tl.int64) * d_in + d, total, mask=d < d_in)
-        if tl.program_id(1) == 0:
-            tl.store(sums + latent, tl.sum(total_value, axis=0))
-    else:
-        chunk = program - n_latents
-        tl.store(parts + chunk.to(tl.int64) * d_in + d, total, mask=d < d_in)
-        if tl.program_id(1) == 0:
-            tl.store(part_sums + chunk, tl.sum(total_value, axis=0))
+    tl.store(out + latent.to(tl.int64) * d_in + d, total, mask=d < tl.where(own, d_in, 0))
+    tl.store(parts + chunk.to(tl.int64) * d_in + d, total, mask=d < tl.where(own, 0, d_in))
+    if tl.program_id(1) == 0:
+        tl.store(sums + latent, tl.sum(total_value, axis=0), mask=own)
+        tl.store(part_sums + chunk, tl.sum(total_value, axis=0), mask=program >= n_latents)
 
 
 @triton.jit
