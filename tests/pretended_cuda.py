@@ -420,8 +420,8 @@ def pretended_cuda() -> Iterator[Activity]:
         patch.setattr(Tensor, "is_pinned", cuda_streams.is_pinned)
         for stand_in in (_combine, _dots, _accumulate, _add_parts):
             patch.setattr(kernels, stand_in.__name__, _Kernel(stand_in.__name__, stand_in))
-        for module, stand_in in ((update, _prepare), (update, _judge), (update, _update), (batch, _cut)):
-            patch.setattr(module, stand_in.__name__, _Kernel(stand_in.__name__, stand_in))
+        for module, name in ((update, "_prepare"), (update, "_judge"), (update, "_update"), (batch, "_cut")):
+            patch.setattr(module, name, _Kernel(name, globals()[name]))
         patch.setattr(clip_grad, "_has_foreach_support", lambda tensors, device: isinstance(tensors[0], CudaTensor))
         patch.setattr(Optimizer, "_group_tensors_by_device_and_dtype", staticmethod(_grouped))
         patch.setattr(clip_grad, "_group_tensors_by_device_and_dtype", _grouped)

@@ -1,6 +1,7 @@
 """What a training step asks of a card, counted on the pretended device: launches, waits, and how it says it failed."""
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,9 @@ from sparsight.training import loop
 
 B, D, K = 64, 24, 4
 DEVICE = torch.device("cuda")
-LAUNCHES = {"topk": 60, "relu": 90, "jumprelu": 90, "gated": 100, "switch": 110}
-"""Variants whose step does not wait, and the most launches that it may take."""
+LAUNCHES = {kind: 60 if kind == "topk" else 90 for kind in sae.names()}
+"""The most launches that a step may take; a Switch SAE of these sizes has 16 experts."""
+WITH_AUXK = ("topk", "batchtopk", "matryoshka", "switch")
 
 
 def batch(number: int) -> Tensor:
@@ -59,20 +61,95 @@ def test_labels_of_the_host_make_no_step_wait(kind: str, cuda: Activity) -> None
     assert not cuda.waits
 
 
-def test_the_step_asks_for_dead_latents_only_when_there_may_be_some(cuda: Activity) -> None:
-    trainer = second_step("topk", 256, cuda, dead_after=3 * B)
+@pytest.mark.parametrize("kind", WITH_AUXK)
+def test_steps_with_dead_latents_do_not_wait_and_continue_from_their_state(kind: str, cuda: Activity) -> None:
+    trainer = second_step(kind, 256, cuda, dead_after=2 * B)
+    for number in (2, 3):
+        (loss,) = trainer.step(batch(number))
     assert not cuda.waits
-    trainer.step(batch(2))
-    trainer.step(batch(3))
-    assert [line.split()[-1] for line in cuda.waits] == ["nonzero"]
-    assert to_host(trainer.saes[0].dead).any()
+    assert 0 < to_host(trainer.saes[0].dead).sum() < 256 and to_host(loss.aux) > 0
     state = trainer.state()
-    other = Trainer([sae.create("topk", D, 256, K).to(DEVICE)], dead_after=3 * B)
+    other = Trainer([sae.create(kind, D, 256, K).to(DEVICE)], dead_after=2 * B)
     other.restore(state)
     for continued in (trainer, other):
         continued.step(batch(4))
     for name, value in trainer.state().items():
         assert torch.equal(to_host(other.state()[name]), to_host(value)), name
+
+
+def test_after_a_check_that_finds_no_latent_dead_auxk_costs_nothing_until_one_may_be(cuda: Activity) -> None:
+    launches = []
+    trainer = second_step("topk", 8, cuda, dead_after=3 * B)  # few latents, so that each fires in every step
+    for number in range(2, 6):
+        cuda.clear()
+        trainer.step(batch(number))
+        launches.append(sum(cuda.launches.values()))
+        if number == 4:
+            trainer.check()
+    none, unknown, still, checked = launches
+    assert checked <= none < still
+    assert none <= unknown
+
+
+DEAD = {"none": [], "one": [5], "fewer than aux_k": [0, 7, 9], "more than aux_k": range(0, 64, 3), "all": range(64)}
+
+
+@pytest.mark.parametrize("dead", DEAD.values(), ids=DEAD)
+@pytest.mark.parametrize("kind", WITH_AUXK)
+def test_auxk_in_fixed_shapes_has_the_values_and_gradients_of_its_definition(
+    kind: str, dead: Sequence[int], cuda: Activity
+) -> None:
+    pair = [sae.create(kind, D, 64, K, aux_k=6).to(device) for device in (torch.device("cpu"), DEVICE)]
+    for one in pair:
+        one.start(3.0)
+        one.dead = torch.tensor([i in dead for i in range(64)]).to(one.dead.device)
+        loss = one.loss(batch(0) if one.dead.is_cuda else to_host(batch(0)))
+        loss.total.backward()
+        pair[pair.index(one)].about["loss"] = to_host(loss.aux.detach())
+    host, device = pair
+    assert (host.about["loss"] > 0) == bool(len(dead))
+    torch.testing.assert_close(device.about["loss"], host.about["loss"])
+    for p, q in zip(host.parameters(), device.parameters(), strict=True):
+        torch.testing.assert_close(to_host(q.grad), p.grad)
+
+
+@pytest.mark.parametrize("labelled", [False, True], ids=["no labels", "labels"])
+@pytest.mark.parametrize("kind", LAUNCHES)
+def test_steps_on_the_device_are_those_of_the_cpu(kind: str, labelled: bool, cuda: Activity) -> None:
+    host, device = (
+        Trainer([sae.create(kind, D, 64, K).to(place)], lr=1e-3, dead_after=2 * B)
+        for place in (torch.device("cpu"), DEVICE)
+    )
+    y = np.arange(B) % 3 if labelled else None
+    for number in range(5):
+        if number:
+            device.restore(host.state())  # so that rounding in one step does not decide about codes in the next
+        (expected,), (found,) = host.step(to_host(batch(number)), y), device.step(batch(number), y)
+        for name in ("total", "reconstruction", "aux", "penalty", "x_hat"):
+            torch.testing.assert_close(to_host(getattr(found, name).detach()), getattr(expected, name).detach())
+        torch.testing.assert_close(to_host(found.codes.dense().detach()), expected.codes.dense().detach())
+        assert torch.equal(to_host(found.codes.l0()), expected.codes.l0())
+        assert torch.equal(to_host(found.codes.fired()), expected.codes.fired())
+        state = host.state()
+        for name, value in device.state().items():
+            wanted = state[name]
+            if f"{name}.exp_avg" in state:  # Adam divides by the gradient's size, also where that is rounding error
+                size = state[f"{name}.exp_avg"].abs().reshape(value.shape)
+                wanted = torch.where(size > 1e-4 * size.max(), wanted, to_host(value))
+            torch.testing.assert_close(to_host(value), wanted, rtol=1e-3, atol=2e-5)
+
+
+@pytest.mark.parametrize("kind", ["batchtopk", "matryoshka"])
+def test_a_row_may_hold_all_codes_of_the_batch(kind: str, cuda: Activity) -> None:
+    host, device = (sae.create(kind, D, 128, K).to(place) for place in (torch.device("cpu"), DEVICE))
+    x = to_host(batch(0)).clone()
+    x[3] *= 1e4
+    expected, found = host.loss(x), device.loss(x.to(DEVICE))
+    assert expected.codes.l0()[3] > 4 * K
+    assert torch.equal(to_host(found.codes.l0()), expected.codes.l0())
+    torch.testing.assert_close(to_host(found.codes.dense().detach()), expected.codes.dense().detach())
+    torch.testing.assert_close(to_host(found.total.detach()), expected.total.detach())
+    assert not cuda.waits
 
 
 @pytest.mark.parametrize(

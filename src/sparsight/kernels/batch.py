@@ -20,8 +20,9 @@ _PRODUCT = 2**28  # pre-activations that exist at a time: 1 GiB in fp32
 _SLICES = 16  # PyTorch sorts up to ten long slices; of more it selects, at a fraction of the time and memory
 
 
-def select(x_BD: Tensor, W_enc_DF: Tensor, b_enc_F: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def select(x_BD: Tensor, W_enc_DF: Tensor, b_enc_F: Tensor | None, k: int) -> tuple[Tensor, Tensor]:
     """The B K largest entries of x W_enc + b_enc and their places, row * F + latent: (N,) both, in any order."""
+    assert b_enc_F is not None
     n, d_sae = len(x_BD) * k, W_enc_DF.shape[1]
     found: list[tuple[Tensor, Tensor]] = []
     rows = max(1, _PRODUCT // d_sae)
@@ -51,7 +52,9 @@ def cut(values_N: Tensor, keys_N: Tensor, n_groups: int, d_sae: int, width: int)
     n_parts = len(keys_N) // width + n_groups
     values_VW, latents_VW = values_N.new_empty(n_parts, width), keys_N.new_empty(n_parts, width)
     groups_V = keys_N.new_empty(n_parts)
-    _cut[(n_groups,)](values_N, keys_N, order_N, starts, values_VW, latents_VW, groups_V, d_sae, width, 32)
+    _cut[(n_groups,)](
+        values_N, keys_N, order_N, starts, values_VW, latents_VW, groups_V, d_sae, width, 32, enable_fp_fusion=True
+    )
     return values_VW, latents_VW, groups_V
 
 

@@ -20,7 +20,7 @@ def select(
     d_in, width = x_BD.shape[1], W_enc_DF.shape[1] // n_experts
     size = math.ceil(len(x_BD) / n_experts)
     n_blocks = len(x_BD) // size + n_experts
-    # As many rows as experts before this one fill whole blocks, one block more for each: no two experts share a block.
+    # Expert e begins with block s // R + e, where s is the number of rows before its own: no two share a block.
     sorted_B, order_B = expert_B.sort(stable=True)
     steps = torch.arange(max(len(x_BD), n_blocks, n_experts + 1), device=x_BD.device)
     starts = torch.searchsorted(sorted_B, steps[: n_experts + 1])

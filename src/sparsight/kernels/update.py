@@ -52,7 +52,7 @@ def judge(total: Tensor, norm: Tensor, first_2: Tensor, failed: Tensor) -> Tenso
         scalar, what divides the gradients so that their norm is at most 1.
     """
     clip = norm.new_empty(())
-    _judge[(1,)](total, norm, first_2, failed, clip)
+    _judge[(1,)](total, norm, first_2, failed, clip, enable_fp_fusion=True)
     return clip
 
 
@@ -117,7 +117,7 @@ def _judge(total, norm, first, failed, clip):
     if tl.load(failed) == 0:
         tl.store(first, loss)
         tl.store(first + 1, length)
-        finite = (loss - loss == 0) & (length - length == 0)
+        finite = (tl.abs(loss) < float("inf")) & (tl.abs(length) < float("inf"))  # false for NaN
         tl.store(failed, tl.where(finite, 0.0, 1.0))
     tl.store(clip, tl.maximum(length, 1.0))
 

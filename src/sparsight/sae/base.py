@@ -189,8 +189,10 @@ class SAE(Module, ABC):
         residual = x - x_hat
         error = (self._from_dead(x, dead) - residual).square().sum()
         variance = (residual - residual.mean(dim=0)).square().sum()
-        varies = variance > 0  # false for a batch of one row
-        return error / torch.where(varies, variance, 1.0) * varies
+        counts = variance > 0  # false for a batch of one row
+        if dead is None:
+            counts &= self.dead.any()
+        return error / torch.where(counts, variance, 1.0) * counts
 
     def _from_dead(self, x: Tensor, dead: Tensor | None) -> Tensor:
         """Decoded ReLU of the ``aux_k`` largest pre-activations of dead latents, (B, D), without bias.
