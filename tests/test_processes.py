@@ -264,11 +264,19 @@ class Three:
         return self.stage.wait(timeout=300), self.errors.read_text()
 
 
+def alive(pid: int) -> bool:
+    """Whether a process has not ended; what nobody has waited for has ended, too."""
+    try:
+        return Path("/proc", str(pid), "stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
 def gone(pids: list[int]) -> bool:
     """Whether all these processes end within a few seconds."""
     end = time.monotonic() + 60
     while time.monotonic() < end:
-        if not any(Path("/proc", str(pid)).exists() for pid in pids):
+        if not any(map(alive, pids)):
             return True
         time.sleep(0.02)
     return False
@@ -328,3 +336,47 @@ def test_at_sigterm_the_stage_waits_until_every_process_has_stopped(tmp_path: Pa
     code, _ = three.end()
     assert code == 143 and gone(pids)
     assert len(list((tmp_path / "work" / "state").glob("stopped-*"))) == 3
+
+
+def stage_of(store: Path, folder: Path, n: int) -> "subprocess.Popen[bytes]":
+    """The stage on its own, with ``n`` processes."""
+    folder.mkdir(exist_ok=True)
+    options = {**SECTION, "seeds": None, "epochs": 40, "processes": n, "threads": 1}
+    manifest = store.with_suffix(".json")
+    places = {"from-images": manifest, "from-store": manifest, "out": folder / "out", "work": folder / "work"}
+    words = {**places, **{name.replace("_", "-"): value for name, value in options.items() if value is not None}}
+    script = Path(__file__).parent.parent / "workflow" / "scripts" / "sae.py"
+    command = [sys.executable, str(script), "--name=one", "--seeds", "0", *(f"--{k}={v}" for k, v in words.items())]
+    with (folder / "errors.txt").open("w") as errors:
+        return subprocess.Popen(command, stderr=errors)
+
+
+def children(pid: int) -> list[int]:
+    try:
+        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    except OSError:
+        return []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("n", [2, 4])
+def test_the_stage_killed_at_random_moments_ends_with_the_same_bytes(store: Path, tmp_path: Path, n: int) -> None:
+    generator = np.random.default_rng(n)
+    begin = time.monotonic()
+    assert stage_of(store, tmp_path / "peace", n).wait() == 0
+    seconds = time.monotonic() - begin
+    folder, codes = tmp_path / "killed", []
+    for victim in ("stage", "rank", "terminate", "rank", "stage", "terminate"):
+        stage = stage_of(store, folder, n)
+        time.sleep(generator.uniform(0, seconds))
+        ranks = children(stage.pid)
+        if victim == "rank" and ranks:
+            os.kill(ranks[generator.integers(len(ranks))], signal.SIGKILL)
+        else:
+            stage.send_signal(signal.SIGTERM if victim == "terminate" else signal.SIGKILL)
+        codes.append(stage.wait())
+        assert gone(ranks), "no process survives"
+    assert set(codes) <= {-signal.SIGKILL, -signal.SIGTERM, 143, 1, 0}
+    assert stage_of(store, folder, n).wait() == 0, (folder / "errors.txt").read_text()
+    assert contents(folder / "out", "*") == contents(tmp_path / "peace" / "out", "*")
+    assert not (folder / "work").exists()

@@ -36,6 +36,12 @@ class ShardedTrainer(Trainer):
         common = [p.grad for name, p in sae.named_parameters() if not name.startswith("shards.") and p.grad is not None]
         return torch.nn.utils.get_total_norm([norms_S, *common])
 
+    def _update(self, i: int, clip: Tensor) -> None:
+        super()._update(i, clip)
+        # Memory is what a split is for: the next gradients take the place of these instead of standing beside them.
+        self.saes[i].zero_grad()
+        self.optimizers[i].zero_grad()
+
 
 def _norm(module: torch.nn.Module) -> Tensor:
     return torch.nn.utils.get_total_norm([p.grad for p in module.parameters() if p.grad is not None])
