@@ -147,7 +147,7 @@ def _entry(one: _Browsed, run: _Run, parts: dict[str, Any], made: Mapping[str, P
         "tokens": one.about["tokens"],
         "backbone": one.about["backbone"],
         "total": len(one.rows),
-        "unit": len(one.rows[0]["histogram"]),
+        "bins": len(one.rows[0]["histogram"]),
         "side": 0 if patches is None else round(len(patches) ** 0.5),
         "others": [other.name for other in _others(one, run.saes)],
         "heads": {policy: len(of_policy[one.name]) for policy, of_policy in run.heads.items() if one.name in of_policy},
