@@ -27,7 +27,7 @@ async function latentPage(name, latent) {
         "div",
         { class: "beside" },
         factsOf(one),
-        ...(dead(one) ? [] : [histogram(row(facts.histogram, latent, wanted.unit), one)]),
+        ...(dead(one) ? [] : [histogram(row(facts.histogram, latent, wanted.bins), one)]),
       ),
       dead(one)
         ? element(

@@ -81,13 +81,17 @@ async function choose(name) {
 }
 
 // After a change of the controls: the list, whatever was open.
-function again() {
+function close() {
   limit = PAGE;
-  draw();
   if (location.hash !== "#latents" && !detail.hidden) history.pushState(null, "", "#latents");
   detail.hidden = true;
   detail.replaceChildren();
   found.hidden = false;
+}
+
+function again() {
+  close();
+  draw();
 }
 
 async function startList() {
@@ -95,9 +99,9 @@ async function startList() {
   const label = (one) => (one.name.endsWith(one.site) ? one.name : `${one.name} (${one.site})`);
   const absent = (one) => (one.parts.facts ? "" : ", not in this page");
   chosen.append(...data.saes.map((one) => element("option", { value: one.name }, label(one) + absent(one))));
-  chosen.addEventListener("change", async () => {
-    await choose(chosen.value);
-    again();
+  chosen.addEventListener("change", () => {
+    close(); // before what takes time, after which another page may be open
+    choose(chosen.value);
   });
   search.addEventListener("input", again);
   order.addEventListener("change", again);
