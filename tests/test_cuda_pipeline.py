@@ -49,9 +49,7 @@ def configuration(images: Path) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-def test_every_stage_ends_and_leaves_the_files_of_the_cpu(
-    tmp_path: Path, cuda: Activity, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_stage_of_the_default_run_ends(tmp_path: Path, cuda: Activity, monkeypatch: pytest.MonkeyPatch) -> None:
     overlay = tmp_path / "overlay.yaml"
     overlay.write_text(yaml.safe_dump(configuration(make_folder(tmp_path / "images", per_class=40))))
     folder = workspace(tmp_path / "run", overlay)
