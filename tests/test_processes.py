@@ -155,7 +155,7 @@ def test_a_rank_that_ends_between_any_two_parts_leaves_a_run_that_continues_to_t
             if interrupted:
                 codes = forked.run(2, forked.fit_section, folder, store, SECTION, end, at)
                 assert codes == [143, 143] if end == "terminate" else codes[1] == -9
-                (folder / "meeting").unlink()
+                (folder / "meeting").unlink(missing_ok=True)
                 index = work.state / "checkpoint"
                 assert index.exists() == ((end, at) != ("kill in part", 1))
                 if end == "terminate":
