@@ -115,7 +115,12 @@ def test_initial_rows_are_those_of_the_whole(d_sae: int, d_in: int, monkeypatch:
 
 
 def contents(folder: Path, *names: str) -> dict[str, bytes]:
-    return {p.relative_to(folder).as_posix(): p.read_bytes() for name in names for p in sorted(folder.rglob(name))}
+    return {
+        p.relative_to(folder).as_posix(): p.read_bytes()
+        for name in names
+        for p in sorted(folder.rglob(name))
+        if p.is_file()
+    }
 
 
 @pytest.mark.parametrize(
