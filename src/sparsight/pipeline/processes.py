@@ -10,6 +10,7 @@ yet. Here
 """
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -105,12 +106,10 @@ def run_all(n: int, work: Work, cards: Sequence[str]) -> None:
 
 def _wait(processes: Sequence["subprocess.Popen[bytes]"]) -> None:
     """Until all have ended, or one has failed; then a moment longer, for what one loses by another's end."""
-    while any(process.poll() is None for process in processes):
-        if any(process.returncode not in (None, 0, _TERMINATED) for process in processes):
+    end = math.inf
+    while None in (codes := [process.poll() for process in processes]) and time.monotonic() < end:
+        if end == math.inf and not {None, 0, _TERMINATED}.issuperset(codes):
             end = time.monotonic() + _GRACE_SECONDS
-            while time.monotonic() < end and any(process.poll() is None for process in processes):
-                time.sleep(_POLL_SECONDS)
-            return
         time.sleep(_POLL_SECONDS)
 
 

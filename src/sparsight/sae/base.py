@@ -324,11 +324,7 @@ def create(kind: str, d_in: int, d_sae: int, k: int, seed: int = 0, **options: A
 
 
 def variant_class(kind: str) -> type[SAE]:
-    """The class of a variant.
-
-    Raises:
-        SparsightError: there is none of this name.
-    """
+    """The class of a variant; raises SparsightError if there is none of this name."""
     if kind not in names():
         raise SparsightError(f"there is no SAE {kind!r}; known: {', '.join(names())}")
     importlib.import_module(f"sparsight.sae.variants.{kind}")
