@@ -179,6 +179,7 @@ def test_the_gradient_of_the_center_is_that_of_the_cpu(kind: str, cuda: Activity
     for device in ("cpu", "cuda"):
         one = sae.create(kind, D, 64, K).to(device)
         one.set_center(torch.linspace(-1, 1, D).to(device))
+        one.none_dead = True
         one.loss(batch(0).to(device)).total.backward()
         grads.append([to_host(p.grad) for p in one.parameters() if p.grad is not None])
     assert len(grads[0]) == len(grads[1])

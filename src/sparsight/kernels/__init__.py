@@ -49,13 +49,16 @@ def select(x_BD: Tensor, W_enc_DF: Tensor, b_enc_F: Tensor | None, k: int) -> tu
     return functions.select(_backend(x_BD), x_BD, W_enc_DF, b_enc_F, k)
 
 
-def chosen(x_BD: Tensor, W_enc_DF: Tensor, b_enc_F: Tensor | None, pre_BK: Tensor, indices_BK: Tensor) -> Tensor:
+def chosen(
+    x_BD: Tensor, W_enc_DF: Tensor, b_enc_F: Tensor | None, pre_BK: Tensor, indices_BK: Tensor,
+    center_D: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """The values (B, K) of :func:`topk` with their gradients, for a selection that was made before.
 
     Raises:
         SparsightError: ``SPARSIGHT_KERNELS`` names an unknown backend.
     """
-    return functions.chosen(_backend(x_BD), x_BD, W_enc_DF, b_enc_F, pre_BK, indices_BK)
+    return functions.chosen(_backend(x_BD), x_BD, W_enc_DF, b_enc_F, pre_BK, indices_BK, center_D)
 
 
 def routed_topk(

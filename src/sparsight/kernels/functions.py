@@ -94,7 +94,7 @@ def topk(
     """See :func:`sparsight.kernels.topk`."""
     x_BD, center_D = _centered(x_BD, center_D)
     pre_BK, indices_BK = select(backend, x_BD, W_enc_DF, b_enc_F, k)
-    return chosen(backend, x_BD, W_enc_DF, b_enc_F, pre_BK, indices_BK, center_D), indices_BK
+    return _Encode.apply(x_BD, W_enc_DF, b_enc_F, center_D, pre_BK, indices_BK, backend).relu(), indices_BK
 
 
 @torch.no_grad()
@@ -105,9 +105,10 @@ def select(backend: Backend, x_BD: Tensor, W_enc_DF: Tensor, b_enc_F: Tensor | N
 
 def chosen(
     backend: Backend, x_BD: Tensor, W_DF: Tensor, b_F: Tensor | None, pre_BK: Tensor, indices_BK: Tensor,
-    center_D: Tensor | None = None,
+    center_D: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    """See :func:`sparsight.kernels.chosen`; with ``center_D`` as :func:`_centered` gives it."""
+    """See :func:`sparsight.kernels.chosen`."""
+    x_BD, center_D = _centered(x_BD, center_D)
     return _Encode.apply(x_BD, W_DF, b_F, center_D, pre_BK, indices_BK, backend).relu()
 
 
@@ -126,7 +127,7 @@ def routed_topk(
             pre_BK, indices_BK = _select(in_blocks, x_BD, W_enc_DF, b_enc_F, k)
         else:
             pre_BK, indices_BK = _expert_by_expert(backend, x_BD, W_enc_DF, b_enc_F, expert_B, n_experts, k)
-    return chosen(backend, x_BD, W_enc_DF, b_enc_F, pre_BK, indices_BK, center_D), indices_BK
+    return _Encode.apply(x_BD, W_enc_DF, b_enc_F, center_D, pre_BK, indices_BK, backend).relu(), indices_BK
 
 
 def _centered(x_BD: Tensor, center_D: Tensor | None) -> tuple[Tensor, Tensor | None]:

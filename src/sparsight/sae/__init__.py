@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 from sparsight.common.lazy import lazy_names
 
 if TYPE_CHECKING:
-    from sparsight.sae.base import SAE, Loss, create, geometric_median, load
+    from sparsight.sae.base import SAE, Loss, create, load
+    from sparsight.sae.center import geometric_median
     from sparsight.sae.codes import Codes, DenseCodes, SparseCodes
     from sparsight.sae.trainer import Trainer
 
@@ -17,7 +18,8 @@ __all__ = [
 __getattr__ = lazy_names(
     __name__,
     {
-        **dict.fromkeys(("SAE", "Loss", "create", "geometric_median", "load"), "sparsight.sae.base"),
+        **dict.fromkeys(("SAE", "Loss", "create", "load"), "sparsight.sae.base"),
+        "geometric_median": "sparsight.sae.center",
         **dict.fromkeys(("Codes", "DenseCodes", "SparseCodes"), "sparsight.sae.codes"),
         "Trainer": "sparsight.sae.trainer",
     },

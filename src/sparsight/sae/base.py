@@ -239,7 +239,7 @@ class SAE(Module, ABC):
 
     @torch.no_grad()
     def set_center(self, center_D: Tensor | np.ndarray) -> None:
-        """Initialise b_dec with a centre (D,): the mean of the activations or their :func:`geometric_median`."""
+        """Initialise b_dec with a centre (D,): the mean of the activations or their geometric median."""
         self.b_dec.copy_(torch.as_tensor(center_D))
 
     def constrain(self) -> None:
@@ -285,21 +285,6 @@ class SAE(Module, ABC):
 def _blocks(W_FD: Tensor) -> tuple[Tensor, ...]:
     """Rows to handle at a time: on a GPU all of them, because it takes longer to launch a block than to read it."""
     return (W_FD,) if W_FD.is_cuda else W_FD.split(_ROWS)
-
-
-def geometric_median(x_ND: Tensor | np.ndarray, iterations: int = 100, tolerance: float = 1e-6) -> Tensor:
-    """The point with the smallest sum of distances to the rows, (D,), by Weiszfeld's iteration in float64.
-
-    Gao et al. 2024 (section A.1) initialise b_dec with it, on at most 32,768 rows.
-    """
-    rows = torch.as_tensor(x_ND).double()
-    median = rows.mean(dim=0)
-    for _ in range(iterations):
-        distance_N = (rows - median).norm(dim=1).clamp(min=1e-12)
-        previous, median = median, (rows / distance_N.unsqueeze(1)).sum(dim=0) / (1 / distance_N).sum()
-        if (median - previous).norm() <= tolerance * median.norm():
-            break
-    return median.float()
 
 
 def variant(cls: type[SAE]) -> type[SAE]:

@@ -44,7 +44,7 @@ class BatchSelection(SAE):
 
     def _codes_in_parts(self, x: Tensor, pre_VW: Tensor, indices_VW: Tensor, rows_V: Tensor) -> SparseCodes:
         """Codes of what a GPU selects, which does not tell the host how long the longest row is."""
-        values = kernels.chosen(x[rows_V] - self.b_dec, self.W_enc, self.b_enc, pre_VW, indices_VW)
+        values = kernels.chosen(x[rows_V], self.W_enc, self.b_enc, pre_VW, indices_VW, self.b_dec)
         return SparseCodes(values, indices_VW, self.d_sae, (rows_V, len(x)))
 
     def _largest(self, x: Tensor) -> SparseCodes:

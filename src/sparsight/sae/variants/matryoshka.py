@@ -43,35 +43,32 @@ class Matryoshka(BatchSelection):
         if list(prefixes) != sorted({*prefixes}) or not 0 < min(prefixes) <= max(prefixes) == 1:
             raise SparsightError(f"prefixes: expected shares of d_sae rising to 1, got {list(prefixes)}")
         self.prefixes = tuple(prefixes)
-
-    @property
-    def _ends(self) -> list[int]:
+        ends = sorted({math.ceil(share * self.d_sae) for share in self.prefixes})[:-1]
+        self.register_buffer("ends", torch.tensor(ends, dtype=torch.int64), persistent=False)
+        self.ends: Tensor
         """Ends of the prefixes without the last, (P,)."""
-        return sorted({math.ceil(share * self.d_sae) for share in self.prefixes})[:-1]
 
     def training_codes(self, x: Tensor) -> tuple[SparseCodes, Tensor | None]:
         if self.gpu_step:
             codes, _, penalty = self._forward(x)
             return codes, penalty
         codes, _ = super().training_codes(x)
-        ends = self._ends
-        if not ends:
+        n_ends = len(self.ends)
+        if not n_ends:
             return codes, None
         # One decode of P * B rows covers all prefixes, so the decoder's gradient is computed once.
-        ends_P11 = torch.tensor(ends, device=x.device)[:, None, None]
-        values_PBM = codes.values * (codes.indices < ends_P11)
+        values_PBM = codes.values * (codes.indices < self.ends[:, None, None])
         indices_PBM = codes.indices.expand(values_PBM.shape)
         x_hat = self._combine(values_PBM.flatten(0, 1), indices_PBM.flatten(0, 1)) + self.b_dec
-        return codes, self._squared_error(x_hat, x.repeat(len(ends), 1), len(x_hat)) * len(ends)
+        return codes, self._squared_error(x_hat, x.repeat(n_ends, 1), len(x_hat)) * n_ends
 
     def _forward(self, x: Tensor) -> tuple[SparseCodes, Tensor, Tensor | None]:
         """On a GPU, every code is decoded once: a prefix is the sum of the ranges of latents between the ends."""
         if not self.gpu_step:
             codes, penalty = self.training_codes(x)
             return codes, self.decode(codes), penalty
-        n_ends, n = len(self._ends), len(x)
-        ends = torch.tensor(self._ends, dtype=torch.int64, device=x.device)
-        pre, indices, groups = kernels.batch_topk(x - self.b_dec, self.W_enc, self.b_enc, self.k, ends)
+        n_ends, n = len(self.ends), len(x)
+        pre, indices, groups = kernels.batch_topk(x - self.b_dec, self.W_enc, self.b_enc, self.k, self.ends)
         codes = self._codes_in_parts(x, pre, indices, groups % n)
         decoded = self._combine(codes.values, indices)
         ranges = decoded.new_zeros((n_ends + 1) * n, self.d_in).index_add(0, groups, decoded).view(n_ends + 1, -1)
