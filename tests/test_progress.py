@@ -32,3 +32,15 @@ def test_a_log_file_gets_lines_now_and_then_and_the_last(monkeypatch: pytest.Mon
         "300/400 rows, 33.3 rows/s, 3 s left, fvu 0.25, l0 8, dead 3",
         "400/400 rows, 37.5 rows/s, 0 s left, fvu 0.25, l0 8, dead 3",
     ]
+
+
+def test_what_takes_seconds_is_followed_and_what_does_not_is_silent(monkeypatch: pytest.MonkeyPatch) -> None:
+    for times, lines in (
+        ([0.0, 1.0, 2.0, 3.0], []),
+        ([0.0, 4.0, 8.0, 9.0], ["2/3 windows, 0.2 windows/s, 4 s left", "3/3 windows, 0.3 windows/s, 0 s left"]),
+    ):
+        clock, stream = iter(times), io.StringIO()
+        monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda clock=clock: next(clock)))
+        monkeypatch.setattr("sys.stderr", stream)
+        assert list(progress.followed("abc", 3, "windows")) == ["a", "b", "c"]
+        assert stream.getvalue().splitlines() == lines

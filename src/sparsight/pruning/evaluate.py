@@ -11,7 +11,8 @@ Shapes: N images, D width (d_in), L blocks, H heads, C classes.
 """
 
 import itertools
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,7 +27,7 @@ from sparsight.common import tables
 from sparsight.common.errors import SparsightError
 from sparsight.common.files import write_json
 from sparsight.common.intervals import paired, wilson
-from sparsight.common.progress import log
+from sparsight.common.progress import followed, log
 from sparsight.common.seeds import derive_seed
 from sparsight.common.work import Work
 from sparsight.images.labels import need_labels, needs
@@ -77,7 +78,7 @@ def evaluate(
     routes = _routes(probe, test)
     used_points = itertools.chain(chosen.values(), *frontiers.values())
     wanted = {row for point in used_points for row in point.rows}
-    on_test = dict(run(strategies, [row for row in on_val if row in wanted], test, routes))
+    on_test = dict(_run(strategies, [row for row in on_val if row in wanted], test, routes))
     configurations = per_class.configurations(on_val, val, len(names), section.tolerance)
     class_tables = per_class.evaluate(strategies, configurations, test, on_test[NONE], routes, names, section, seed)
     costs = Costs.of(backbone, strategies, len(names))
@@ -176,7 +177,7 @@ def _choices(
 ) -> _Choices:  # fmt: skip
     candidates = every_row(section, val.n_heads, strategies.effects_by_sae)
     none = dict(run(strategies, [NONE], val, routes))[NONE]
-    outcomes, tried = pick_targets(run(strategies, candidates, val, routes), none, section.tolerance)
+    outcomes, tried = pick_targets(_run(strategies, candidates, val, routes), none, section.tolerance)
     place = {row._replace(target=-1): i for i, row in enumerate(candidates)}
     outcomes = dict(sorted(outcomes.items(), key=lambda item: place[item[0]._replace(target=-1)]))
     targets = [{**row._asdict(), "accuracy": hits, "usage_last": usage} for row, hits, usage in tried]
@@ -185,6 +186,12 @@ def _choices(
     return _Choices(
         outcomes, targets, groups, chosen, {key: frontier(group, outcomes) for key, group in groups.items()}
     )
+
+
+def _run(
+    strategies: Strategies, rows: list[Row], inputs: LastBlockInputs, routes: dict[str, np.ndarray]
+) -> Iterator[tuple[Row, Outcome]]:
+    return followed(run(strategies, rows, inputs, routes), len(rows), "strategies")
 
 
 def _masks(test: LastBlockInputs, none: Outcome) -> dict[str, Any]:
@@ -219,7 +226,8 @@ def _other_ways(
     def pruned(x_BTD: Tensor, heads: HeadMode) -> Tensor:
         return backbone.classify(backbone.run_blocks(x_BTD, first, L, policy, heads)[0])
 
-    for pixels in split.batches(backbone.preprocess, batch_size, backbone.decoding_threads):
+    batches = split.batches(backbone.preprocess, batch_size, backbone.decoding_threads)
+    for pixels in followed(batches, math.ceil(len(split) / batch_size), "batches"):
         images = backbone.normalize(pixels)
         x_BTD, _ = backbone.run_blocks(backbone.tokens(images), 0, first)  # once for all: no head is decided there
         masked, gathered = pruned(x_BTD, "masked"), pruned(x_BTD, "gathered")

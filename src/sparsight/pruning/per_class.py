@@ -18,6 +18,7 @@ import numpy as np
 
 from sparsight import config
 from sparsight.common.intervals import bootstrap, loss_bound, paired, wilson
+from sparsight.common.progress import followed
 from sparsight.pruning.last_block import LastBlockInputs
 from sparsight.pruning.masks import unpack
 from sparsight.pruning.outcomes import Outcome, run
@@ -81,7 +82,7 @@ def evaluate(
     """Run every configuration on every test image."""
     tables = ClassTables([], [], [])
     steered: dict[tuple[str, str], dict[int, Outcome]] = {}
-    for c, name in enumerate(classes):
+    for c, name in followed(enumerate(classes), len(classes), "classes"):
         rows = {row: by_class[c] for by_class in chosen.values() if c in by_class for row in by_class[c].point.rows}
         all_as_class = {"oracle": np.full(len(test), c)}
         images = np.flatnonzero(test.labels == c)

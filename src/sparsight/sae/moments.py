@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sparsight.activations.store import ActivationStore
 from sparsight.common.errors import SparsightError
+from sparsight.common.progress import followed
 from sparsight.common.slices import row_slices
 
 Activations = Mapping[str, Tensor]
@@ -73,7 +74,8 @@ def by_group(
     """
     groups, sources = store.token_groups(sites[0], tokens), {site: store.rows(site, tokens) for site in sites}
     n_tokens = sum(map(len, groups.values()))
-    for images in row_slices(len(sources[sites[0]]) // n_tokens, max(1, rows // n_tokens)):
+    windows = list(row_slices(len(sources[sites[0]]) // n_tokens, max(1, rows // n_tokens)))
+    for images in followed(windows, len(windows), "windows"):
         blocks = {
             site: torch.from_numpy(site_rows.images(images.start, images.stop)) for site, site_rows in sources.items()
         }

@@ -12,6 +12,7 @@ from torch.nn.functional import hardshrink
 
 from sparsight.activations.store import Rows
 from sparsight.common.errors import SparsightError
+from sparsight.common.progress import followed
 from sparsight.common.slices import row_slices
 
 _QUERIES = 512  # a block of similarities, (_QUERIES, _WINDOW), takes 32 MiB
@@ -57,7 +58,8 @@ def nearest(queries: Rows | np.ndarray, bank: Rows | np.ndarray, n: int, device:
     for block in row_slices(len(queries), _WINDOW):
         q_QD[block] = _unit(queries, block, "queries", device)
     keys_QN = _key(torch.full((len(queries), n), -torch.inf, device=device), torch.zeros((), dtype=torch.int64))
-    for window in row_slices(len(bank), _WINDOW):
+    windows = list(row_slices(len(bank), _WINDOW))
+    for window in followed(windows, len(windows), "windows"):
         bank_WD = _unit(bank, window, "bank", device).double()
         rows_W = torch.arange(window.start, window.stop, device=device)
         for block in row_slices(len(queries), _QUERIES):

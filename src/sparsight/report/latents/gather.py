@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from sparsight.common.progress import followed
 from sparsight.common.slices import row_slices
 from sparsight.report.latents.pack import shares
 from sparsight.sae.base import SAE
@@ -106,7 +107,8 @@ def images_of_latents(one: SAE, seen: SaeInputs, n: int, k: int, largest_F: np.n
     top, samples = Best(k), Best(SAMPLES)
     counts = np.zeros((one.d_sae, INTERVALS), np.int64)
     drawn = np.random.default_rng(seed).permutation(n)
-    for window in row_slices(n, _batch(one, seen)):
+    windows = list(row_slices(n, _batch(one, seen)))
+    for window in followed(windows, len(windows), "windows"):
         at, latents, values = per_image(_codes(one, seen, window), seen.tokens)
         images = at + window.start
         top.add(latents, -values, images, values)

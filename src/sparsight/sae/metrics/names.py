@@ -33,6 +33,7 @@ from sparsight.activations.store import ActivationStore
 from sparsight.backbones.loading import open_folder
 from sparsight.backbones.prompts import PLAIN
 from sparsight.common.errors import SparsightError, reason
+from sparsight.common.progress import followed
 from sparsight.common.slices import row_slices
 from sparsight.sae.base import SAE
 from sparsight.sae.inputs import SaeInputs
@@ -157,7 +158,8 @@ def _windows(
     """Window by window the codes of each SAE, CSR (I, F), an image's being the mean over its tokens, and features."""
     inputs = SaeInputs(store, site, saes[0].W_dec.device, chain, tokens)
     at_once = max(1, min(8192, _ENTRIES // saes[0].d_sae) // inputs.tokens)
-    for window in row_slices(len(inputs.rows) // inputs.tokens, at_once):
+    windows = list(row_slices(len(inputs.rows) // inputs.tokens, at_once))
+    for window in followed(windows, len(windows), "windows"):
         x = inputs.images(window)
         yield [pooled(from_codes(sae.encode(x)), inputs.tokens) for sae in saes], features(window)
 

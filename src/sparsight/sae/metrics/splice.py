@@ -4,6 +4,7 @@ Shapes: B batch, T tokens, D width (d_in), N rows = B x tokens of a group, C cla
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
@@ -14,6 +15,7 @@ from torch import Tensor
 from sparsight.backbones.backbone import Backbone
 from sparsight.common import sites
 from sparsight.common.intervals import paired, wilson
+from sparsight.common.progress import followed
 from sparsight.images.split import Split
 
 _IMAGES = 125
@@ -120,7 +122,8 @@ def spliced(
                     x_BTD[:, tokens] = value.unflatten(0, (len(x_BTD), -1))
         return backbone.classify(backbone.run_blocks(x_BTD, block, backbone.n_blocks)[0]), arrived
 
-    for pixels in split.batches(backbone.preprocess, _IMAGES, backbone.decoding_threads):
+    batches = split.batches(backbone.preprocess, _IMAGES, backbone.decoding_threads)
+    for pixels in followed(batches, math.ceil(len(split) / _IMAGES), "batches"):
         tokens_BTD = backbone.tokens(backbone.normalize(pixels))
         x_BTD, _ = backbone.run_blocks(tokens_BTD, 0, starts[0])  # once for all modes
         logits, clean = forward(x_BTD, None)

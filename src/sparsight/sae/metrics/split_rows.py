@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sparsight.activations.store import ActivationStore
 from sparsight.common.errors import SparsightError
+from sparsight.common.progress import followed
 from sparsight.common.slices import row_slices
 from sparsight.sae.base import SAE
 from sparsight.sae.inputs import SaeInputs
@@ -64,7 +65,8 @@ class SplitRows:
 
     def windows(self) -> Iterator[Window]:
         """All rows in order."""
-        for window in row_slices(len(self.labels), self._images):
+        windows = list(row_slices(len(self.labels), self._images))
+        for window in followed(windows, len(windows), "windows"):
             x = self._seen.images(window)
             images = self._means(x)
             if self.embedding_site == "embedding":
