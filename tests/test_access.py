@@ -153,6 +153,9 @@ def many_classes(run: Path, out: Path, times: int) -> Path:
         "steerings": sorted(copy.glob("steering/*-s?.parquet")),
         "transfers": sorted(copy.glob("steering/*/*.json")),
         "policies": sorted(copy.glob("pruning/*/metrics.json")),
+        "latents": sorted(copy.glob("saes/**/latents.parquet")),
+        "head_latents": sorted(copy.glob("pruning/*/head_latents.safetensors")),
+        "test_images": sorted(copy.glob("pruning/*/test_images.safetensors")),
     }
     report.write_page(config.Report(**settings["report"]), "many", inputs, torch.device("cpu"), out)
     return out / "index.html"

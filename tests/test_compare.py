@@ -28,7 +28,7 @@ def test_a_run_compared_with_itself_has_no_difference_and_cosines_of_one(run_fol
     assert len(differences) == len(json.loads((run_folder / TINY_RUN / "metrics.json").read_text()))
     assert set(differences) == {"0"}
     names = compare.saes(run_folder / TINY_RUN)
-    assert {"topk-s0", "topk-s1", "resae-s0/blocks.2.input"} <= names.keys()
+    assert {"topk-s0", "switch-s1", "resae-s0/blocks.2.input"} <= names.keys()
     for name in names:
         section = page.split(f"<h3>{name}</h3>")[1].split("<h3>")[0]
         cosines = re.findall(r"</a></td><td>([\d.]+)</td>", section)

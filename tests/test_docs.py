@@ -205,7 +205,8 @@ def understood(words: list[str], page: Path, monkeypatch: pytest.MonkeyPatch) ->
         case ["dvc", *rest]:
             parse_dvc(rest)
         case ["python", "-m", module, *rest]:
-            parsed(ROOT / "src" / f"{module.replace('.', '/')}.py", rest, monkeypatch)
+            place = ROOT / "src" / module.replace(".", "/")
+            parsed(place / "__main__.py" if place.is_dir() else place.with_suffix(".py"), rest, monkeypatch)
         case ["python", script, *rest]:
             text = (ROOT / script).read_text()
             if "ArgumentParser" in text:
