@@ -48,7 +48,8 @@ function showList() {
   detail.hidden = true;
   detail.replaceChildren();
   found.hidden = false;
-  ((opened && found.querySelector(`a[href="${CSS.escape(opened)}"]`)) || byId("latents-search")).focus();
+  const before = [...found.querySelectorAll("a")].find((one) => opened && one.getAttribute("href") === opened);
+  (before ?? byId("latents-search")).focus();
 }
 
 // Steps by the keyboard, unless it is needed by what has the focus.
