@@ -70,6 +70,7 @@ def made_up(folder: Path, n: int, saes: Mapping[str, tuple[str, int]], main: str
         "stores": [folder / "activations" / tokens / "test.json" for tokens in stores],
         "latents": [folder / "saes" / name / "latents.parquet" for name in saes],
         "head_latents": [folder / "pruning" / "heads" / "head_latents.safetensors"],
+        "test_images": [],
         **{kind: [] for kind in NOWHERE},
     }
 

@@ -72,15 +72,16 @@ def test_two_stages_get_two_cards_and_a_third_waits_until_one_is_killed(machine:
 
 
 def test_a_stage_of_two_cards_takes_both_at_once_and_holds_none_while_it_waits(machine: Path) -> None:
-    with Stage(machine) as first, Stage(machine, CARDS="2") as two:
+    with Stage(machine) as first:
         first.card()
-        while not two.errors.read_text().endswith("are free; waiting for 2\n"):
-            assert two.process.poll() is None
-            time.sleep(0.02)
-        with Stage(machine) as third:
-            assert third.card() == "GPU-b"
-            first.process.kill()
-        assert two.card() == "GPU-a,GPU-b"
+        with Stage(machine, CARDS="2") as two:
+            while not two.errors.read_text().endswith("are free; waiting for 2\n"):
+                assert two.process.poll() is None
+                time.sleep(0.02)
+            with Stage(machine) as third:
+                assert third.card() == "GPU-b"
+                first.process.kill()
+            assert two.card() == "GPU-a,GPU-b"
 
 
 def test_more_cards_than_there_are_are_refused(machine: Path) -> None:

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -14,6 +14,7 @@ def model() -> nn.Module:
     return nn.Sequential(nn.Linear(5, 7), nn.GELU(), nn.LayerNorm(7), nn.Linear(7, 3)).double()
 
 
+@settings(deadline=None)
 @given(rows=st.integers(1, 70), n_parallel=st.integers(1, 5))
 def test_gradients_are_those_of_the_whole_batch(rows: int, n_parallel: int) -> None:
     net, scale = model(), torch.tensor(1.5, dtype=torch.float64, requires_grad=True)
