@@ -27,3 +27,10 @@ CHAIN = {"chain.resae-s0.fvu": 0.1, "chain.resae-s0.fvu_affine": 0.4}
 def test_a_run_ends_with_what_its_first_sae_explains(metrics: dict[str, float], line: str, tmp_path: Path) -> None:
     (tmp_path / "metrics.json").write_text(json.dumps(metrics))
     assert headline(tmp_path / "metrics.json") == line
+
+
+def test_the_sae_that_the_run_is_about_is_named_if_it_is_there(tmp_path: Path) -> None:
+    other = {f"sae.a-s0.{key.rpartition('.')[2]}": value for key, value in SAE.items()}
+    (tmp_path / "metrics.json").write_text(json.dumps({**other, **SAE}))
+    assert headline(tmp_path / "metrics.json", "topk-s0").startswith("SAE topk-s0 leaves")
+    assert headline(tmp_path / "metrics.json", "none").startswith("SAE a-s0 leaves")

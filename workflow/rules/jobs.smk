@@ -21,7 +21,8 @@ shell.prefix("set -euo pipefail; exec ")
 
 onsuccess:
     if Path(R, "metrics.json").exists() and Path(R, "report", "index.html").exists():
-        print(f"{headline(Path(R, 'metrics.json'))}\nthe report: {R}/report/index.html", file=sys.stderr)
+        main = next(iter([*RUN.steered, *RUN.steering_names.values(), *RUN.sae_names]), "")
+        print(f"{headline(Path(R, 'metrics.json'), main)}\nthe report: {R}/report/index.html", file=sys.stderr)
 
 
 onerror:
