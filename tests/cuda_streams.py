@@ -94,7 +94,7 @@ _state = _State()
 
 def reset(on_wait: Callable[[str], None]) -> None:
     """Forget everything; ``on_wait`` is told of each time the host waits, and for what."""
-    _state.__init__()  # type: ignore[misc]
+    vars(_state).update(vars(_State()))
     _state.on_wait = on_wait
 
 

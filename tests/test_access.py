@@ -17,8 +17,8 @@ from sparsight import config
 from sparsight.common import tables
 from sparsight.report import page as report
 from sparsight.report.chapters import steering
-from sparsight.report.chapters.grid import end_of_grid
 from sparsight.report.figures.pruning import CLASSES
+from sparsight.report.grid import end_of_grid
 
 DESK, PHONE = {"width": 1280, "height": 900}, {"width": 390, "height": 844}
 BOXES = "[...document.querySelectorAll('.wide, .plate, pre')].filter(box => box.scrollWidth > box.clientWidth + 1)"

@@ -11,8 +11,8 @@ from sparsight import config
 from sparsight.common import tables
 from sparsight.pruning.strategies import KINDS
 from sparsight.report.cards.questions import ONE_SEED, Question, counted
-from sparsight.report.cards.steering import end_of
 from sparsight.report.cards.verdicts import Comparison, Measure, over_images, pooled
+from sparsight.report.grid import end_of_grid
 from sparsight.report.summary import by_strategy
 
 KEPT = Measure("share of the last block's heads kept", "points", 1, 100, lower_is_better=True)
@@ -114,7 +114,7 @@ class _Policy:
             texts = {"strength": f"strength {chosen['strength']:g}", "latents": f"{chosen['latents']} latents"}
             offered = ["strength"] * kind.grid.endswith("strengths") + ["latents"] * kind.counts
             for column in offered:
-                end = end_of([row[column] for row in self._on_val[self._key(strategy)]], chosen, column)
+                end = end_of_grid(chosen[column], (row[column] for row in self._on_val[self._key(strategy)]))
                 if end and (column, chosen[column]) != ("latents", 1):
                     ends.append(f"{strategy} ({texts[column]})")
         return tuple(ends)

@@ -10,6 +10,7 @@ import numpy as np
 from sparsight.common import tables
 from sparsight.report.cards.questions import Question, counted, sections
 from sparsight.report.cards.verdicts import Comparison, Interval, Measure, pooled
+from sparsight.report.grid import end_of_grid
 
 ACCURACY = Measure("accuracy when steered", "points", 1, 100)
 _OWN = ("vs2", "class-latents")  # beginnings of the names of methods that use the SAE's latents
@@ -70,15 +71,8 @@ class _Seed:
         """The strength on test and, if val chose it at an end of several, which end."""
         row = self.row(method, labels)
         key = row["method"], row["labels"]
-        return row["strength"], end_of({r["strength"] for r in self.on_val if (r["method"], r["labels"]) == key}, row)
-
-
-def end_of(grid: Iterable[float], row: dict[str, Any], column: str = "strength") -> str:
-    """``least`` or ``greatest`` if a chosen row lies at that end of a grid of several."""
-    values = sorted(set(grid))
-    if len(values) < 2:
-        return ""
-    return "least" if row[column] == values[0] else "greatest" if row[column] == values[-1] else ""
+        tried = (r["strength"] for r in self.on_val if (r["method"], r["labels"]) == key)
+        return row["strength"], end_of_grid(row["strength"], tried)
 
 
 def _against(name: str, seeds: list[_Seed], key: tuple[str, str], control: str) -> Comparison:

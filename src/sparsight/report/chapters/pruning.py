@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 
 from sparsight.common import tables
-from sparsight.report.chapters.grid import end_of_grid
 from sparsight.report.figures import pruning as figures
+from sparsight.report.grid import end_of_grid
 from sparsight.report.summary import by_strategy
 
 _MAIN = "class-latents"

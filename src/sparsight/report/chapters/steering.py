@@ -6,8 +6,8 @@ from typing import Any
 
 from sparsight.common import tables
 from sparsight.common.intervals import mean_of_seeds
-from sparsight.report.chapters.grid import end_of_grid
 from sparsight.report.figures import steering as figures
+from sparsight.report.grid import end_of_grid
 
 Rows = list[dict[str, Any]]
 

@@ -212,7 +212,8 @@ def _of_patches(z: Matrix, tokens: int, patches: np.ndarray, images: np.ndarray)
     best = Best(PER_PATCH)
     best.add(at, -values, latents, values)
     numbers, strongest = best.table(len(rows))
-    return tuple(x.reshape(len(images), len(patches), PER_PATCH) for x in (numbers, strongest))  # type: ignore[return-value]
+    shape = len(images), len(patches), PER_PATCH
+    return numbers.reshape(shape), strongest.reshape(shape)
 
 
 def _runs(numbers: np.ndarray) -> Iterator[slice]:
