@@ -29,6 +29,7 @@ from typing import Any
 
 import cuda_rules
 import cuda_streams
+import kernel_formulas
 import pytest
 import torch
 from torch import Tensor
@@ -36,9 +37,6 @@ from torch.nn.utils import clip_grad
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import return_and_correct_aliasing
 from torch.utils._pytree import tree_leaves, tree_map
-
-from sparsight.kernels import batch, cpu, update
-from sparsight.kernels import triton as kernels
 
 CUDA = torch.device("cuda", 0)
 _aten = torch.ops.aten
@@ -338,69 +336,6 @@ class _Kernel:
         return launch
 
 
-def _combine(values: Tensor, indices: Tensor, W: Tensor, out: Tensor, *_: Any) -> None:
-    out.copy_(cpu.combine(values, indices, W))
-
-
-def _dots(g: Tensor, W: Tensor, indices: Tensor, active: Tensor, out: Tensor, *_: Any) -> None:
-    out.copy_(cpu.dots(g, W, indices, active))
-
-
-def _accumulate(
-    values: Tensor, order: Tensor, g: Tensor, latents: Tensor, starts: Tensor, out: Tensor, sums: Tensor,
-    parts: Tensor, part_sums: Tensor, n_latents: int, k: int, *_: Any,
-) -> None:  # fmt: skip
-    out.zero_().index_add_(0, latents, values.flatten()[order, None] * g[order // k])
-    sums.zero_().index_add_(0, latents, values.flatten()[order])
-
-
-def _add_parts(*_: Any) -> None:
-    """Nothing: the sums above are whole."""
-
-
-def _prepare(gradient: Tensor, W: Tensor, step: Tensor, norms: Tensor, bias: Tensor, d_in: int, *logs: Any) -> None:
-    norms.copy_(_across(gradient, W).norm(dim=1))
-    t = step.double() + 1
-    bias.copy_(torch.stack([t, *(-torch.expm1(t * log) for log in logs[:2])]))
-
-
-def _judge(total: Tensor, norm: Tensor, first: Tensor, failed: Tensor, clip: Tensor) -> None:
-    if not failed:
-        first.copy_(torch.stack([total, norm]))
-        failed.fill_(float(not first.isfinite().all()))
-    clip.copy_(norm.clamp(min=1))
-
-
-def _across(gradient: Tensor, W: Tensor) -> Tensor:
-    return gradient - torch.linalg.vecdot(gradient, W).unsqueeze(1) * W
-
-
-def _update(
-    gradient: Tensor, W: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, step: Tensor, bias: Tensor, clip: Tensor,
-    failed: Tensor, d_in: int, lr: float, beta1: float, beta2: float, eps: float, *_: Any,
-) -> None:  # fmt: skip
-    if failed:
-        return
-    g = _across(gradient, W) / clip
-    exp_avg.lerp_(g, 1 - beta1)
-    exp_avg_sq.mul_(beta2).addcmul_(g, g, value=1 - beta2)
-    W.addcdiv_(exp_avg, exp_avg_sq.sqrt() / bias[2].sqrt() + eps, value=-lr / float(bias[1]))
-    W.div_(W.norm(dim=1, keepdim=True))
-    step.copy_(bias[0])
-
-
-def _cut(
-    values: Tensor, keys: Tensor, order: Tensor, starts: Tensor, out_values: Tensor, out_latents: Tensor,
-    out_groups: Tensor, d_sae: int, width: int, *_: Any,
-) -> None:  # fmt: skip
-    groups = keys // d_sae
-    first = starts // width + torch.arange(len(starts))
-    slots = (first * width - starts)[groups] + torch.arange(len(keys))
-    out_values.zero_().view(-1)[slots] = values[order]
-    out_latents.zero_().view(-1)[slots] = keys % d_sae
-    out_groups.copy_(torch.repeat_interleave(torch.arange(len(first) - 1), first.diff()))
-
-
 @contextmanager
 def pretended_cuda() -> Iterator[Activity]:
     """Inside ``with``, PyTorch has the device; yields the counts of what it does."""
@@ -418,10 +353,9 @@ def pretended_cuda() -> Iterator[Activity]:
         patch.setattr(Tensor, "to", _to)
         patch.setattr(Tensor, "pin_memory", lambda x: cuda_streams.lock_pages(x.clone()))
         patch.setattr(Tensor, "is_pinned", cuda_streams.is_pinned)
-        for stand_in in (_combine, _dots, _accumulate, _add_parts):
-            patch.setattr(kernels, stand_in.__name__, _Kernel(stand_in.__name__, stand_in))
-        for module, name in ((update, "_prepare"), (update, "_judge"), (update, "_update"), (batch, "_cut")):
-            patch.setattr(module, name, _Kernel(name, globals()[name]))
+        for module, names in kernel_formulas.KERNELS.items():
+            for name in names:
+                patch.setattr(module, name, _Kernel(name, getattr(kernel_formulas, name)))
         patch.setattr(clip_grad, "_has_foreach_support", lambda tensors, device: isinstance(tensors[0], CudaTensor))
         patch.setattr(Optimizer, "_group_tensors_by_device_and_dtype", staticmethod(_grouped))
         patch.setattr(clip_grad, "_group_tensors_by_device_and_dtype", _grouped)
