@@ -253,15 +253,21 @@ class SAE(Module, ABC):
     @torch.no_grad()
     def normalize_decoder(self) -> None:
         """Scale every decoder row to unit norm."""
-        for rows in _blocks(self.W_dec):
-            rows.div_(torch.linalg.vector_norm(rows, dim=1, keepdim=True))
+        for W_dec in self._decoders():
+            for rows in _blocks(W_dec):
+                rows.div_(torch.linalg.vector_norm(rows, dim=1, keepdim=True))
 
     @torch.no_grad()
     def remove_parallel_gradient(self) -> None:
         """Remove from W_dec's gradient the part along each row, which would only change the row's length."""
-        assert self.W_dec.grad is not None
-        for gradient, rows in zip(_blocks(self.W_dec.grad), _blocks(self.W_dec), strict=True):
-            gradient.addcmul_(torch.linalg.vecdot(gradient, rows).unsqueeze(1), rows, value=-1)
+        for W_dec in self._decoders():
+            assert W_dec.grad is not None
+            for gradient, rows in zip(_blocks(W_dec.grad), _blocks(W_dec), strict=True):
+                gradient.addcmul_(torch.linalg.vecdot(gradient, rows).unsqueeze(1), rows, value=-1)
+
+    def _decoders(self) -> list[Tensor]:
+        """The parts of the decoder that this process holds."""
+        return [self.W_dec]
 
     @torch.no_grad()
     def fold_scale(self, scale: float) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 
 from sparsight.common import tables
 from sparsight.report.cards.verdicts import Comparison, Interval, Measure, pooled, unpaired
+from sparsight.report.main_section import main_section
 
 
 @dataclass(frozen=True)
@@ -81,9 +82,8 @@ ONE_SEED = "one seed says nothing about another; give the section more seeds"
 def main_sae(inputs: dict[str, Any]) -> MainSae | None:
     """The SAE that the first screen is about: that which steers, else the first section; None without any."""
     run = json.loads(inputs["configuration"].read_text())
-    steering = main_steering(run)
     by_name = sections(path.parent for path in inputs["saes"])
-    if steering and (name := run["steering"][steering]["sae"]) in by_name:
+    if (name := main_section(run)) in by_name:
         return _loaded(name, by_name[name])
     if by_name:
         return _loaded(*next(iter(by_name.items())))
@@ -91,13 +91,6 @@ def main_sae(inputs: dict[str, Any]) -> MainSae | None:
         site = json.loads(next(folders[0].glob("*/config.json")).read_text())["training"]["sites"][-1]
         return _loaded(name, [folder / site for folder in folders])
     return None
-
-
-def main_steering(run: dict[str, Any]) -> str | None:
-    """The steering section of pruning, else the first one."""
-    named = (run.get("pruning") or {}).get("steering")
-    wanted = [name for name, section in (run.get("steering") or {}).items() if section]
-    return named if named in wanted else next(iter(wanted), None)
 
 
 def sections(folders: Iterable[Path]) -> dict[str, list[Path]]:

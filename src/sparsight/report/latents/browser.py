@@ -30,6 +30,7 @@ from sparsight.report.latents.gather import Shown
 from sparsight.report.latents.neighbours import nearest_rows
 from sparsight.report.latents.pack import Pack, pack, shares, smallest
 from sparsight.report.latents.sprites import COLUMNS, PER_SHEET, Sprites
+from sparsight.report.main_section import main_section
 from sparsight.sae.base import SAE, load
 from sparsight.sae.inputs import SaeInputs
 from sparsight.sae.resae import load_chain
@@ -87,7 +88,8 @@ def browser(section: config.Report, inputs: dict[str, Any], manifest: Manifest, 
     left = int(1e6 * section.megabytes)
     if not saes or not left:
         return {"saes": [], "rows": np.arange(0)}
-    main = _main(saes, settings)
+    section_of_main = main_section(settings)
+    main = next((one for one in saes if one.section == section_of_main), saes[0])
     for one in saes:
         one.shown = gather.images_of_latents(*one.opened(device), len(split), section.images, one.largest_F, 0)
         log(f"{one.name}: images of {len(one.rows)} latents")
@@ -157,13 +159,6 @@ def _entry(one: _Browsed, run: _Run, parts: dict[str, Any], made: Mapping[str, P
         "parts": parts,
         "missing": [part for part in made if part not in parts],
     }
-
-
-def _main(saes: list[_Browsed], settings: Mapping[str, Any]) -> _Browsed:
-    """The SAE that pruning steers with, else the first that any steering section uses, else the first of all."""
-    sections, named = settings["steering"], (settings["pruning"] or {}).get("steering")
-    wanted = [sections[named]["sae"]] if named in sections else [section["sae"] for section in sections.values()]
-    return next((one for section in wanted for one in saes if one.section == section), saes[0])
 
 
 def _others(one: _Browsed, saes: list[_Browsed]) -> list[_Browsed]:

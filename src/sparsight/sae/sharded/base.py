@@ -114,7 +114,7 @@ class Sharded(SAE):
         return torch.where(own, values, 0), torch.where(own, columns, 0)
 
     def _combine(self, values_BK: Tensor, indices_BK: Tensor) -> Tensor:
-        return self._decoded(values_BK, indices_BK, [shard.W_dec for _, shard in self.own])
+        return self._decoded(values_BK, indices_BK, self._decoders())
 
     def _decoded(self, values: Tensor, indices: Tensor, decoders: list[Tensor]) -> Tensor:
         """:meth:`_combine` with these decoders in place of the own shards'."""
@@ -145,13 +145,8 @@ class Sharded(SAE):
         values, indices = self._largest_of(x, encoders, self.aux_k)
         return self._decoded(values, indices, decoders)
 
-    def normalize_decoder(self) -> None:
-        for _, shard in self.own:
-            SAE.normalize_decoder(shard)  # type: ignore[arg-type]
-
-    def remove_parallel_gradient(self) -> None:
-        for _, shard in self.own:
-            SAE.remove_parallel_gradient(shard)  # type: ignore[arg-type]
+    def _decoders(self) -> list[Tensor]:
+        return [shard.W_dec for _, shard in self.own]
 
     @torch.no_grad()
     def fold_scale(self, scale: float) -> None:
