@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 _PRODUCT = 2**28  # pre-activations that exist at a time: 1 GiB in fp32
-_SLICES = 16  # PyTorch sorts up to ten long slices; of more it selects, at a fraction of the time and memory
+_SLICES = 16  # PyTorch sorts slices of 100,000 entries where there are up to ten (should_use_sort); of more it selects
 
 
 def select(x_BD: Tensor, W_enc_DF: Tensor, b_enc_F: Tensor | None, k: int) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""The k largest entries of wide rows on a GPU, where torch.topk reads a row five times.
+"""The k largest entries of wide rows on a GPU, where torch.topk reads a row once for each digit of its radix.
 
 A group is a set of 16 latents. The k groups with the largest maxima hold k entries that no entry outside of them
 exceeds. So a row is read once, for the maxima of its groups, and only k groups are searched. All shapes are fixed,
