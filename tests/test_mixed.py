@@ -1,10 +1,13 @@
 """One run that stores all tokens at one site and class tokens at another, against two runs that store one of them."""
 
+import base64
+import gzip
 import json
 import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 from conftest import workspace
@@ -59,6 +62,15 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return made
 
 
+def unpacked(page: str, name: str, directory: dict[str, list[Any]], array: str) -> np.ndarray:
+    """An array of a pack of the page."""
+    text = re.search(rf'<script id="pack-{name}" type="text/plain">(.*?)</script>', page, re.DOTALL)
+    assert text is not None
+    kind, first, size = directory[array]
+    data = gzip.decompress(base64.b64decode(text[1]))
+    return np.frombuffer(data, {"Uint8": "<u1", "Uint16": "<u2"}[kind], size, first)
+
+
 def results(run: Path, *folders: str) -> dict[str, Any]:
     """Files of these folders by path; of JSON files all but where they come from and what their section says."""
     found: dict[str, Any] = {}
@@ -93,8 +105,12 @@ def test_the_report_has_heat_maps_of_the_patch_sae_alone(runs: dict[str, Path]) 
     page = (runs["mixed"] / "report" / "index.html").read_text()
     data = re.search(r'<script id="latents-data" type="application/json">(.*?)</script>', page, re.DOTALL)
     assert data is not None
-    saes = json.loads(data[1])["saes"]
-    heats = {name: [top["heat"] for latent in one["latents"] for top in latent["top"]] for name, one in saes.items()}
-    assert heats["patches-s0"] and all(len(heat) == 16 and max(heat) == 255 for heat in heats["patches-s0"])
-    assert set(map(str, heats["topk-s0"])) == {"None"}
+    saes = {one["name"]: one for one in json.loads(data[1])["saes"]}
+    tops = {name: one["parts"]["top"] for name, one in saes.items()}
+    assert {name: "heats" in top for name, top in tops.items()} == {"patches-s0": True, "topk-s0": False}
+    heats = unpacked(page, "patches-s0:top", tops["patches-s0"], "heats").reshape(-1, 16)
+    images = unpacked(page, "patches-s0:top", tops["patches-s0"], "images")
+    assert len(heats) == len(images) and saes["patches-s0"]["side"] == 4
+    shown = heats[images != 2**16 - 1]
+    assert len(shown) > 100 and (shown.max(axis=1) > 0).all() and shown.max() == 255
     assert "blocks.1.input (all), blocks.2.input (cls), embedding" in page

@@ -29,7 +29,7 @@ const columns = [
 ];
 
 const sae = () => saeNamed(chosen.value);
-const named = () => Boolean(sae().parts.facts?.name);
+const named = () => latents.some((one) => one.name);
 
 // The latents that the search finds, in the chosen order; those that never fire come last.
 function matching() {
