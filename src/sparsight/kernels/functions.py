@@ -133,14 +133,14 @@ def routed_topk(
 def _centered(x_BD: Tensor, center_D: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """Rows less the center, and the center if :class:`_Encode` is to compute its gradient.
 
-    On a GPU, where x needs no gradient, the center's is a product of matrix and vector, which reads the weights once.
-    Its way through the gradient of x would read B K rows of them.
+    Where x needs no gradient, the center's is a product of matrix and vector, which reads the weights once. Its way
+    through the gradient of x would read B K rows of them.
     """
     if center_D is None:
         return x_BD, None
-    if x_BD.is_cuda and not x_BD.requires_grad:
-        return x_BD - center_D.detach(), center_D
-    return x_BD - center_D, None
+    if x_BD.requires_grad:
+        return x_BD - center_D, None
+    return x_BD - center_D.detach(), center_D
 
 
 @torch.no_grad()
