@@ -58,6 +58,13 @@ def test_importing_the_package_imports_no_heavy_library() -> None:
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
 
 
+def test_training_an_sae_imports_no_compiler_and_no_tables() -> None:
+    code = "import sys, torch, sparsight, sparsight.sae.fit\n"
+    code += "sparsight.sae.Trainer([sparsight.sae.create('topk', 8, 16, 2)], lr=0.1).step(torch.randn(4, 8))\n"
+    code += "print([m for m in ('torch._dynamo', 'pyarrow', 'timm') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
 def test_files_are_short_and_ascii() -> None:
     limits = {"src/**/*.py": 350, "workflow/scripts/*.py": 60, "workflow/rules/*.smk": 120, "Snakefile": 40}
     for pattern, limit in limits.items():

@@ -33,7 +33,6 @@ import torch
 from sparsight.sae import fit, trainer
 from sparsight.sae.variants import topk
 from sparsight.training import loop
-torch.optim.Adam([torch.zeros(1)])  # the first optimiser imports for seconds
 
 marks, step, calls = open(sys.argv[1], "a"), trainer.Trainer.step, itertools.count(1)
 

@@ -187,7 +187,7 @@ def test_learning_rate_follows_the_width_unless_given() -> None:
     trainer = Trainer(saes)
     assert trainer.lrs == [2e-4 * math.sqrt(2**14 / 16), 2e-4 * math.sqrt(2**14 / 64)]
     trainer.schedule(0.5)
-    assert trainer.optimizers[0].param_groups[0]["lr"] == 0.5 * trainer.lrs[0]
+    assert trainer.adams[0].lr == 0.5 * trainer.lrs[0]
     assert Trainer(saes, lr=1e-3).lrs == [1e-3, 1e-3]
 
 

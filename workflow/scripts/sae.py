@@ -11,14 +11,15 @@ def main(job: stage.Stage) -> None:
     if job.runs_in(job.config.processes):
         return
     from sparsight.activations.store import ActivationStore
-    from sparsight.images.labels import need_labels, needs
-    from sparsight.images.manifest import Manifest
     from sparsight.sae.fit import fit
 
     device = job.device
     store = ActivationStore.open(job.inputs["store"])
     labels = None
     if job.config.prototype_weight:
+        from sparsight.images.labels import need_labels, needs
+        from sparsight.images.manifest import Manifest  # memory that SAEs without labels do not need
+
         manifest = Manifest(job.inputs["images"])
         need_labels(manifest, needs(f"saes.{job.name}", job.config))
         labels = manifest.split("train").labels

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from sparsight.common.devices import sent
 from sparsight.common.errors import SparsightError
+from sparsight.sae.adam import BETAS, EPS, Adam
 from sparsight.sae.base import SAE, Loss
 from sparsight.sae.class_means import ClassMeans
 
@@ -22,7 +23,7 @@ class Trainer:
 
     Args:
         saes: the SAEs, on their device; their decoder rows have unit norm and keep it.
-        lr: learning rate of Adam (betas 0.9 and 0.999, eps 6.25e-10, as Gao et al.); None takes
+        lr: learning rate of Adam; None takes
             2e-4 / sqrt(d_sae / 2^14) for each SAE (arXiv 2406.04093, section 3, in its common form).
         dead_after: number of activations without firing after which a latent counts as dead (AuxK revives it).
         sites: the site of each SAE, for steps on several sites; None takes ``about["site"]``.
@@ -40,7 +41,7 @@ class Trainer:
         if len(self.sites) != len(self.saes):
             raise SparsightError(f"Trainer: {len(self.sites)} sites for {len(self.saes)} SAEs; name one for each")
         self.lrs = [2e-4 / math.sqrt(sae.d_sae / 2**14) if lr is None else lr for sae in self.saes]
-        self.optimizers = [_adam(sae, rate) for sae, rate in zip(self.saes, self.lrs, strict=True)]
+        self.adams = [Adam(dict(sae.named_parameters()), rate) for sae, rate in zip(self.saes, self.lrs, strict=True)]
         self.since_fired = [torch.zeros(sae.d_sae, dtype=torch.int64, device=sae.W_dec.device) for sae in self.saes]
         """Per SAE, the number of activations since each latent last fired, (F,)."""
         self.prototypes = [ClassMeans(sae.d_sae, sae.W_dec.device) for sae in self.saes]
@@ -52,8 +53,8 @@ class Trainer:
 
     def schedule(self, factor: float) -> None:
         """Set every learning rate to ``factor`` times its peak."""
-        for optimizer, lr in zip(self.optimizers, self.lrs, strict=True):
-            optimizer.param_groups[0]["lr"] = lr * factor
+        for adam, lr in zip(self.adams, self.lrs, strict=True):
+            adam.lr = lr * factor
 
     def step(
         self, x: Tensor | np.ndarray | Mapping[str, Tensor | np.ndarray], labels: Tensor | np.ndarray | None = None
@@ -77,9 +78,9 @@ class Trainer:
         Raises:
             SparsightError: a loss or gradient that was not finite; the message names the first such step.
         """
-        for i, (sae, optimizer, health) in enumerate(zip(self.saes, self.optimizers, self._health, strict=True)):
+        for i, (sae, adam, health) in enumerate(zip(self.saes, self.adams, self._health, strict=True)):
             if sae.W_dec.is_cuda:
-                taken = optimizer.state[optimizer.param_groups[0]["params"][0]]["step"]  # Adam counts no other steps
+                taken = adam.state["W_dec"]["step"]  # Adam counts no other steps
                 value, length, steps = torch.cat([health.loss_and_norm, taken.unsqueeze(0)]).tolist()
                 self._refuse(i, value, length, f" in step {steps + 1:.0f}")
                 self._at_most[i] = int(self.since_fired[i].max())  # AuxK rests while nothing can be dead
@@ -154,9 +155,8 @@ class Trainer:
         if sae.gpu_step:
             from sparsight.kernels import update
 
-            decoder, betas = self._state(i)["W_dec"], self.optimizers[i].param_groups[0]["betas"]
-            gradient, rows = gradients["W_dec"], sae.W_dec.detach()
-            gradients["W_dec"] = update.prepare(gradient, rows, decoder["step"], betas, self._bias[i])
+            gradient, step = gradients["W_dec"], self.adams[i].state["W_dec"]["step"]
+            gradients["W_dec"] = update.prepare(gradient, sae.W_dec.detach(), step, BETAS, self._bias[i])
         return torch.nn.utils.get_total_norm(gradients.values())
 
     def _judge(self, i: int, total: Tensor, norm: Tensor) -> Tensor:
@@ -167,39 +167,25 @@ class Trainer:
         from sparsight.kernels import update  # Triton comes with the PyTorch of GPUs only
 
         health = self._health[i]
-        self.optimizers[i].found_inf = health.failed  # type: ignore[attr-defined]
         return update.judge(total.detach(), norm, health.loss_and_norm, health.failed)
 
     @torch.no_grad()
     def _update(self, i: int, clip: Tensor) -> None:
         """Adam, which divides the gradients by ``clip``, and unit rows."""
-        sae, optimizer = self.saes[i], self.optimizers[i]
-        (group,) = optimizer.param_groups
-        for view, p in zip(group["params"], sae.parameters(), strict=True):
-            view.grad = None if p.grad is None else _rows(p.grad)
-        # Fused Adam divides by this while it reads the gradients, so clipping needs no extra pass.
-        optimizer.grad_scale = clip  # type: ignore[attr-defined]
+        sae, adam = self.saes[i], self.adams[i]
+        gradients = {name: p.grad for name, p in sae.named_parameters() if p.grad is not None}
         if not sae.gpu_step:
-            optimizer.step()
+            adam.step(gradients, clip)
             sae.constrain()
             return
         from sparsight.kernels import update
 
-        gradient = sae.W_dec.grad
-        assert gradient is not None
-        group["params"][0].grad = None  # W_dec's: Adam leaves it to the kernel
-        optimizer.step()
+        gradient, failed = gradients.pop("W_dec"), self._health[i].failed
+        adam.step(gradients, clip, failed)
         update.update(
-            gradient, sae.W_dec.detach(), self._state(i)["W_dec"], self._bias[i], clip, self._health[i].failed,
-            group["lr"], group["betas"], group["eps"],
-        )  # fmt: skip
+            gradient, sae.W_dec.detach(), adam.state["W_dec"], self._bias[i], clip, failed, adam.lr, BETAS, EPS
+        )
         sae.bound()
-
-    def _state(self, i: int) -> dict[str, dict[str, Tensor]]:
-        """Adam's step and moments for each parameter."""
-        optimizer, names = self.optimizers[i], (name for name, _ in self.saes[i].named_parameters())
-        views = optimizer.param_groups[0]["params"]
-        return {name: optimizer.state[view] for name, view in zip(names, views, strict=True)}
 
     @torch.no_grad()
     def _count(self, i: int, loss: Loss) -> None:
@@ -234,13 +220,10 @@ class Trainer:
 
     def _tensors(self) -> dict[str, Tensor]:
         tensors: dict[str, Tensor] = {}
-        for i, (sae, optimizer) in enumerate(zip(self.saes, self.optimizers, strict=True)):
+        for i, (sae, adam) in enumerate(zip(self.saes, self.adams, strict=True)):
             tensors |= {f"{i}.{name}": buffer for name, buffer in sae.named_buffers()}
             tensors[f"{i}.since_fired"] = self.since_fired[i]
-            views = optimizer.param_groups[0]["params"]
-            for (name, state), view in zip(self._state(i).items(), views, strict=True):
-                tensors[f"{i}.{name}"] = view.detach()
-                tensors |= {f"{i}.{name}.{slot}": value for slot, value in state.items()}
+            tensors |= {f"{i}.{name}": tensor for name, tensor in adam.tensors().items()}
         return tensors
 
 
@@ -252,18 +235,3 @@ class _Health:
         """Of the last step, or of the first one where they are not finite."""
         self.failed = torch.zeros((), device=device)
         """1 from the first step on that is not finite. Adam then leaves weights and moments as they are."""
-
-
-def _rows(p: Tensor) -> Tensor:
-    """A view of the memory with contiguous rows. Fused Adam would copy a transposed weight, at ten times its cost."""
-    return p.T if p.ndim == 2 and p.T.is_contiguous() else p
-
-
-def _adam(one: SAE, lr: float) -> torch.optim.Adam:
-    """Fused Adam on the SAE's memory. Its moments exist from the start, so that a saved state can be copied in."""
-    views = [_rows(p.detach()).requires_grad_() for p in one.parameters()]
-    optimizer = torch.optim.Adam(views, lr=lr, betas=(0.9, 0.999), eps=6.25e-10, fused=True)
-    for p in views:
-        moments = {slot: torch.zeros_like(p, requires_grad=False) for slot in ("exp_avg", "exp_avg_sq")}
-        optimizer.state[p] = {"step": torch.zeros((), device=p.device), **moments}
-    return optimizer

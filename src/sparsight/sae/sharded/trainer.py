@@ -40,7 +40,6 @@ class ShardedTrainer(Trainer):
         super()._update(i, clip)
         # Memory is what a split is for: the next gradients take the place of these instead of standing beside them.
         self.saes[i].zero_grad()
-        self.optimizers[i].zero_grad()
 
 
 def _norm(module: torch.nn.Module) -> Tensor:
