@@ -327,6 +327,21 @@ def test_notes_stay_in_the_browser_and_are_exported(made: Any, run: tuple[Path, 
 
 
 @needs_chromium
+def test_the_pictures_of_an_opened_latent_are_drawn_without_scrolling(made: Any) -> None:
+    made.set_viewport_size({"width": 600, "height": 200})
+    go(made, "#latent=what-s0/9")
+    blank = """async () => {
+      await new Promise((done) => setTimeout(done, 500));
+      const all = [...document.querySelectorAll("#latents-detail canvas[data-place]")];
+      const pixels = (one) => one.getContext("2d").getImageData(0, 0, one.width, one.height).data;
+      const shown = all.filter((one) => one.checkVisibility());
+      return [shown.length, shown.filter((one) => pixels(one).every((value) => !value)).length];
+    }"""
+    shown, empty = made.evaluate(blank)
+    assert shown >= 10 and empty == 0
+
+
+@needs_chromium
 def test_what_does_not_fit_is_said_where_it_is_missed(
     blank: Any, run: tuple[Path, dict[str, Any]], tmp_path: Path
 ) -> None:

@@ -22,6 +22,7 @@ function sheet(i) {
   return sheets.get(i);
 }
 
+// What is displayed is drawn, however far below, so that a page prints whole; what is folded waits.
 const seen = new IntersectionObserver(
   (entries) => {
     for (const entry of entries.filter((one) => one.isIntersecting)) {
@@ -29,7 +30,7 @@ const seen = new IntersectionObserver(
       drawn(entry.target);
     }
   },
-  { rootMargin: "200px" },
+  { rootMargin: "100000px" },
 );
 
 async function drawn(canvas) {
