@@ -33,11 +33,12 @@ class ClassMeans:
     @torch.no_grad()
     def learn(self, codes: Codes, labels_B: Tensor) -> None:
         """Move the mean of each class in the batch towards the class's mean in the batch."""
-        one_hot_CB = (labels_B == torch.arange(len(self.seen_C), device=labels_B.device).unsqueeze(1)).float()
-        count_C1 = one_hot_CB.sum(dim=1, keepdim=True)
-        mean_CF = one_hot_CB @ codes.dense().float() / count_C1.clamp(min=1)
-        moved_CF = torch.where(self.seen_C.unsqueeze(1), _MEMORY * self.means_CF + (1 - _MEMORY) * mean_CF, mean_CF)
-        self.means_CF = torch.where(count_C1 > 0, moved_CF, self.means_CF)
+        n_classes = len(self.seen_C)
+        of_class_CB = labels_B == torch.arange(n_classes, device=labels_B.device).unsqueeze(1)
+        count_C1 = of_class_CB.sum(dim=1, keepdim=True)
+        mean_CF = codes.sums(labels_B, n_classes).float() / count_C1.clamp(min=1)
+        weight_C1 = torch.where(self.seen_C.unsqueeze(1), 1 - _MEMORY, 1.0) * (count_C1 > 0)
+        self.means_CF.lerp_(mean_CF, weight_C1)
         self.seen_C = self.seen_C | (count_C1.squeeze(1) > 0)
 
     def grow(self, n_classes: int) -> None:

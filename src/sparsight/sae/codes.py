@@ -20,6 +20,10 @@ class Codes(ABC):
         """Codes (B, F), zero where a latent is not active."""
 
     @abstractmethod
+    def sums(self, groups: Tensor, n: int) -> Tensor:
+        """Sum of the codes of each of ``n`` groups, (n, F); ``groups`` (B,) has the number of each code's, from 0."""
+
+    @abstractmethod
     def l0(self) -> Tensor:
         """Latents above zero per activation, (B,)."""
 
@@ -60,11 +64,12 @@ class SparseCodes(Codes):
         return y.new_zeros(n, *y.shape[1:]).index_add(0, rows, y)
 
     def dense(self) -> Tensor:
-        # Accumulates, because padding may repeat the index of an active latent.
         n = len(self.values) if self.parts is None else self.parts[1]
-        rows = self.of_rows(torch.arange(n, device=self.values.device)).unsqueeze(1)
-        z_BF = self.values.new_zeros(n, self.d_sae)
-        return z_BF.index_put((rows, self.indices), self.values, accumulate=True)
+        return self.sums(torch.arange(n, device=self.values.device), n)
+
+    def sums(self, groups: Tensor, n: int) -> Tensor:
+        rows = self.of_rows(groups).unsqueeze(1)
+        return self.values.new_zeros(n, self.d_sae).index_put((rows, self.indices), self.values, accumulate=True)
 
     def l0(self) -> Tensor:
         return self.sum_rows((self.values > 0).sum(dim=1))
@@ -88,6 +93,9 @@ class DenseCodes(Codes):
 
     def dense(self) -> Tensor:
         return self.z_BF
+
+    def sums(self, groups: Tensor, n: int) -> Tensor:
+        return (groups == torch.arange(n, device=groups.device).unsqueeze(1)).to(self.z_BF.dtype) @ self.z_BF
 
     def l0(self) -> Tensor:
         return (self.z_BF > 0).sum(dim=1)
