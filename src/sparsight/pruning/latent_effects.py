@@ -1,6 +1,7 @@
 """Effects of SAE latents on a head policy: of every latent on every head, and of the latents of a class.
 
-Shapes: N images, D width (d_in), F latents (d_sae), H heads, C classes, m latents amplified.
+Shapes: N images, D width (d_in), F latents (d_sae), H heads, C classes, P classes among the images', m latents
+amplified.
 """
 
 import copy
@@ -58,17 +59,19 @@ class LatentEffects:
         A random latent is seldom active on a given image, so amplifying its code would change almost nothing. The edit
         is therefore the latents' mean activation on train, scaled to the length of :meth:`class_edit`.
         """
-        random_CM = self.found.random_latents[:, :m]
-        direction_CD = (self.found.mean_code[random_CM][:, :, None] * self.sae.W_dec[random_CM]).sum(dim=1)
-        unit_CD = of_size(direction_CD, torch.ones_like(direction_CD[:, 0]))
-        return (unit_CD @ self._weight_HD.T)[classes_N] * self.edit_size(z_NF, classes_N, m)[:, None]
+        classes_P, place_N = classes_N.unique(return_inverse=True)
+        random_PM = self.found.random_latents[classes_P, :m]
+        direction_PD = (self.found.mean_code[random_PM][:, :, None] * self.sae.W_dec[random_PM]).sum(dim=1)
+        unit_PD = of_size(direction_PD, torch.ones_like(direction_PD[:, 0]))
+        return (unit_PD @ self._weight_HD.T)[place_N] * self.edit_size(z_NF, classes_N, m)[:, None]
 
     def edit_size(self, z_NF: Tensor, classes_N: Tensor, m: int) -> Tensor:
         """Length (N,) of the edit of :meth:`class_change`, || sum z_i d_i ||, by the Gram matrix of the d_i."""
-        rows_CMD = self.sae.W_dec[self.found.latents[:, :m]]
-        gram_CMM = rows_CMD @ rows_CMD.transpose(1, 2)
+        classes_P, place_N = classes_N.unique(return_inverse=True)
+        rows_PMD = self.sae.W_dec[self.found.latents[classes_P, :m]]
+        gram_PMM = rows_PMD @ rows_PMD.transpose(1, 2)
         z_NM = z_NF.gather(1, self.found.latents[classes_N, :m])
-        square_N = (z_NM[:, None] @ gram_CMM[classes_N] @ z_NM[:, :, None]).flatten()
+        square_N = (z_NM[:, None] @ gram_PMM[place_N] @ z_NM[:, :, None]).flatten()
         return square_N.clamp(min=0).sqrt()
 
     def mean_change(self, m: int) -> Tensor:

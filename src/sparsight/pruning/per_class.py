@@ -12,7 +12,7 @@ Shapes: N images, H heads, C classes.
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -75,20 +75,36 @@ class ClassTables:
     """Per strategy and kind of label, over all images, with the selected classes steered; means over SAEs."""
 
 
+class _Routed(NamedTuple):
+    """A class's configuration on the images that some kind of label assigns to the class.
+
+    To keep all images for every class would take memory for their product.
+    """
+
+    images: np.ndarray
+    hits: np.ndarray
+    usage: np.ndarray
+
+    @classmethod
+    def of(cls, outcome: Outcome, routes: dict[str, np.ndarray], c: int) -> "_Routed":
+        images = np.flatnonzero(np.any([route == c for route in routes.values()], axis=0))
+        return cls(images, outcome.hits[images], outcome.usage[images])
+
+
 def evaluate(
     strategies: Strategies, chosen: dict[str, dict[int, Configuration]], test: LastBlockInputs, none: Outcome,
     routes: dict[str, np.ndarray], classes: list[str], section: config.Pruning, seed: int,
 ) -> ClassTables:  # fmt: skip
     """Run every configuration on every test image."""
     tables = ClassTables([], [], [])
-    steered: dict[tuple[str, str], dict[int, Outcome]] = {}
+    steered: dict[tuple[str, str], dict[int, _Routed]] = {}
     for c, name in followed(enumerate(classes), len(classes), "classes"):
         rows = {row: by_class[c] for by_class in chosen.values() if c in by_class for row in by_class[c].point.rows}
         all_as_class = {"oracle": np.full(len(test), c)}
         images = np.flatnonzero(test.labels == c)
         for row, outcome in run(strategies, list(rows), test, all_as_class):
             key = {**row._asdict(), "class": c, "class_name": name, "selected": rows[row].selected}
-            steered.setdefault((row.strategy, row.sae), {})[c] = outcome
+            steered.setdefault((row.strategy, row.sae), {})[c] = _Routed.of(outcome, routes, c)
             if len(images):  # an official split need not have every class
                 tables.subsets.append({**key, **_subset(outcome, none, images, test.n_heads, section.margin)})
                 tables.false_positives.append({**key, **_on_all(outcome, none, test.labels, c)})
@@ -135,13 +151,14 @@ def _on_all(outcome: Outcome, none: Outcome, labels: np.ndarray, c: int) -> dict
 
 
 def _merge(
-    none: Outcome, outcomes: dict[int, Outcome], route: np.ndarray, selected: list[int]
+    none: Outcome, steered: dict[int, _Routed], route: np.ndarray, selected: list[int]
 ) -> tuple[np.ndarray, np.ndarray]:
     """Hits and usage (N,) if the images routed to a selected class get its configuration."""
     hits, usage = none.hits.copy(), none.usage.copy()
     for c in selected:
-        images = route == c
-        hits[images], usage[images] = outcomes[c].hits[images], outcomes[c].usage[images]
+        own = route[steered[c].images] == c
+        images = steered[c].images[own]
+        hits[images], usage[images] = steered[c].hits[own], steered[c].usage[own]
     return hits, usage
 
 
