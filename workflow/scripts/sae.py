@@ -23,10 +23,10 @@ def main(job: stage.Stage) -> None:
         need_labels(manifest, needs(f"saes.{job.name}", job.config))
         labels = manifest.split("train").labels
     backbone = None
-    for path in job.inputs["backbone"]:
+    if job.config.loss != "local" and job.inputs["backbone"]:
         from sparsight.backbones.loading import open_folder
 
-        backbone = open_folder(path.parent)[0].to(device)
+        backbone = open_folder(job.inputs["backbone"][0].parent)[0].to(device)
     fit(job.config, store, labels, job.name, job.seed, job.work, device, job.record(), job.member, backbone)
 
 

@@ -100,7 +100,8 @@ class EndToEndTrainer(Trainer):
             labels: (B,) class numbers; if given, the PASS term is added.
         """
         device = self.rest.positions.device
-        self._images = torch.as_tensor(self._rows(0, x), device=device).view(len(x), -1, self.saes[0].d_in)
+        images = torch.as_tensor(self._rows(0, x), device=device)
+        self._images = images.view(len(images), -1, self.saes[0].d_in)
         with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=self.precision == "bf16"):
             self._clean = self.rest.run(self._images)  # once for all SAEs
         if labels is not None:

@@ -148,7 +148,9 @@ def _rest(
     Raises:
         SparsightError: a site or model that does not have what the loss needs.
     """
-    assert backbone is not None and section.site is not None
+    assert section.site is not None
+    if backbone is None:
+        raise SparsightError(f"loss: {section.loss} runs the rest of the model; give its folder (--from-backbone)")
     section.check_rest(store.tokens_of(section.site), backbone.n_blocks, bool(backbone.n_classes))
     groups = store.token_groups(section.site)
     if tokens == "all":
