@@ -61,9 +61,9 @@ def _run(folder: Path, store: Path, n: int, arguments: argparse.Namespace) -> li
     """The peaks (MiB) of the training processes."""
     command = [
         sys.executable, str(_ROOT / "workflow" / "scripts" / "sae.py"), f"--from-images={store}",
-        f"--from-store={store}", f"--out={folder / 'out'}", f"--work={folder / 'work'}", "--name=wide",
-        f"--processes={n}", "--backbone=vit", f"--site={_SITE}", f"--d-sae={arguments.d_sae}", "--k=32", "--seeds", "0",
-        "--epochs=1", f"--batch-size={arguments.batch}", f"--threads={arguments.threads}",
+        f"--from-store={store}", "--from-backbone", f"--out={folder / 'out'}", f"--work={folder / 'work'}",
+        "--name=wide", f"--processes={n}", "--backbone=vit", f"--site={_SITE}", f"--d-sae={arguments.d_sae}", "--k=32",
+        "--seeds", "0", "--epochs=1", f"--batch-size={arguments.batch}", f"--threads={arguments.threads}",
     ]  # fmt: skip
     stage = subprocess.Popen(command)
     peaks: dict[int, float] = {}

@@ -45,7 +45,7 @@ def test_stages_say_in_one_line_that_the_disk_is_full(small: Path, tmp_path: Pat
     assert "No space left on device" in images.stderr.splitlines()[-1]
     store = write_store(tmp_path / "store", 512, {"blocks.0.input": (64,)}).with_suffix(".json")
     section = {"backbone": "vit", "site": "blocks.0.input", "d_sae": "1024", "k": "4", "epochs": "1", "threads": "1"}
-    sae = stage("sae.py", full, name="x", from_images=__file__, from_store=store, **section)
+    sae = stage("sae.py", full, name="x", from_images=__file__, from_store=store, from_backbone=__file__, **section)
     assert sae.returncode == 1 and "Traceback" not in sae.stderr
     assert "No space left on device" in sae.stderr.splitlines()[-1]
 

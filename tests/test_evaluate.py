@@ -262,6 +262,8 @@ def test_saes_evaluated_together_get_the_files_that_each_gets_alone(split: Split
         numbers.append(json.loads((alone / "metrics.json").read_text()))
     assert numbers[0]["kl_spliced"] != numbers[1]["kl_spliced"] > 0
     assert numbers[0]["kl_mean_instead"] == numbers[1]["kl_mean_instead"] > 0
+    for found in numbers:
+        assert found["kl_recovered"] == 1 - found["kl_spliced"] / found["kl_mean_instead"]
 
 
 def test_a_chain_of_perfect_saes_changes_nothing_whatever_the_way_back(split: Split, tmp_path: Path) -> None:

@@ -133,6 +133,7 @@ def test_damaged_store_stops_training_with_one_line(
     inputs = {
         "from_images": run_folder / "results/tiny/images/manifest.parquet",
         "from_store": tmp_path / "store/train.json",
+        "from_backbone": run_folder / "results/tiny/backbones/vit/model.safetensors",
     }
     error = one_line(stage("sae.py", tmp_path, **inputs, backbone="vit", site="blocks.2.input", k="4"))
     assert re.search(message, error)
@@ -140,7 +141,7 @@ def test_damaged_store_stops_training_with_one_line(
 
 
 def test_missing_input_of_a_stage_is_one_line(tmp_path: Path) -> None:
-    inputs = {"from_images": __file__, "from_store": "nowhere.json"}
+    inputs = {"from_images": __file__, "from_store": "nowhere.json", "from_backbone": __file__}
     error = one_line(stage("sae.py", tmp_path, **inputs, backbone="vit", site="embedding"))
     assert error == "error: there is no nowhere.json; run the stage that makes it first"
 

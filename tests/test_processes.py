@@ -351,7 +351,15 @@ def stage_of(store: Path, folder: Path, n: int) -> "subprocess.Popen[bytes]":
     places = {"from-images": manifest, "from-store": manifest, "out": folder / "out", "work": folder / "work"}
     words = {**places, **{name.replace("_", "-"): value for name, value in options.items() if value is not None}}
     script = Path(__file__).parent.parent / "workflow" / "scripts" / "sae.py"
-    command = [sys.executable, str(script), "--name=one", "--seeds", "0", *(f"--{k}={v}" for k, v in words.items())]
+    command = [
+        sys.executable,
+        str(script),
+        "--name=one",
+        "--from-backbone",
+        "--seeds",
+        "0",
+        *(f"--{k}={v}" for k, v in words.items()),
+    ]
     with (folder / "errors.txt").open("w") as errors:
         return subprocess.Popen(command, stderr=errors)
 

@@ -69,7 +69,13 @@ class Stage:
         self.marks.touch()
         words = [f"--{name.replace('_', '-')}={value}" for name, value in SECTION.items()]
         images = f"--from-images={store}"  # any file: without a PASS term no label is read
-        places = [images, f"--from-store={store}", f"--out={folder / 'out'}", f"--work={folder / 'work'}"]
+        places = [
+            images,
+            f"--from-store={store}",
+            "--from-backbone",
+            f"--out={folder / 'out'}",
+            f"--work={folder / 'work'}",
+        ]
         self.command = [STAGE, *places, "--name=grid", "--seeds", "0", "1", *words]
 
     def __enter__(self) -> "Stage":

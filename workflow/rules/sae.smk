@@ -19,6 +19,11 @@ def code_of_training(wildcards):
     return code_of_sae("sae.py", *split)(wildcards)
 
 
+def backbone_of_training(wildcards):
+    """The model, if the loss runs it."""
+    return [] if sae_section(wildcards).loss == "local" else backbone_of_sae(wildcards)
+
+
 # Sections with the same seeds and sites share their rules. Snakemake checks every rule for every file, so with rules for
 # each section a sweep of hundreds would take a third longer to plan.
 for NUMBER, (ENDINGS, SECTIONS) in enumerate(RUN.shapes.items(), 1):
@@ -33,6 +38,7 @@ for NUMBER, (ENDINGS, SECTIONS) in enumerate(RUN.shapes.items(), 1):
         input:
             images=f"{R}/images/manifest.parquet",
             store=train_store,
+            backbone=backbone_of_training,
             mark=mark("sae-{section}", code_of_training, sae_section),
         output:
             weights=expand(SAE_WEIGHTS, sae=SAES),
@@ -57,7 +63,7 @@ for NUMBER, (ENDINGS, SECTIONS) in enumerate(RUN.shapes.items(), 1):
             flags=flags(code_of_training, sae_section),
         shell:
             "python {SCRIPTS}/sae.py --from-images {input.images} --from-store {input.store}"
-            " --name {wildcards.section}"
+            " --from-backbone {input.backbone} --name {wildcards.section}"
             " --out {params.out} --work {params.work} --record {output.record}"
             " {params.flags} > {log} 2>&1"
 

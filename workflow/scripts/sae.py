@@ -23,7 +23,12 @@ def main(job: stage.Stage) -> None:
         manifest = Manifest(job.inputs["images"])
         need_labels(manifest, needs(f"saes.{job.name}", job.config))
         labels = manifest.split("train").labels
-    fit(job.config, store, labels, job.name, job.seed, job.work, device, job.record(), job.member)
+    backbone = None
+    if job.config.loss != "local" and job.inputs["backbone"]:
+        from sparsight.backbones.loading import open_folder
+
+        backbone = open_folder(job.inputs["backbone"][0].parent)[0].to(device)
+    fit(job.config, store, labels, job.name, job.seed, job.work, device, job.record(), job.member, backbone)
 
 
 if __name__ == "__main__":
@@ -33,4 +38,5 @@ if __name__ == "__main__":
         Sae,
         images="manifest.parquet of the images stage; only the PASS term reads it, for labels",
         store="train.json, the manifest of the train split's store",
+        backbone=["model.safetensors of the backbone stage; only a loss other than local runs it"],
     )

@@ -36,6 +36,11 @@ class Sae(Section):
     ridge: NotNegative = 1e-3
     """Only for a ``full`` or ``diagonal`` map: ridge penalty in its fit, relative to the mean eigenvalue of
     the earlier site's covariance."""
+    loss: Literal["local", "e2e", "e2e-downstream"] = "local"
+    """What training minimises besides the variant's own terms: the ``local`` reconstruction error; end to end (``e2e``)
+    the KL divergence of the model's output with the reconstruction in place of the activation; or this and the error of
+    the activations in later blocks (``e2e-downstream``). The last two take an SAE of one ``site``, blocks.<i>.input or
+    .output, that stores tokens ``all``, and a backbone with a classifier or prompts (docs/sae.md)."""
     kind: str = "topk"
     """Name of the variant: a file in src/sparsight/sae/variants."""
     d_sae: Count = 768
@@ -47,7 +52,8 @@ class Sae(Section):
     epochs: Count = 50
     """Passes over the stored train split."""
     batch_size: Count = 256
-    """Activations per step."""
+    """Activations per step. With a ``loss`` other than ``local`` they are of whole images, so this is rounded down to a
+    multiple of the tokens that the SAE reads of an image."""
     memory_mb: Count = 1024
     """Memory for activations during training, in MB. A store that fits is shuffled as a whole in every epoch. A larger
     store is shuffled in pools of half this size."""
@@ -110,6 +116,8 @@ class Sae(Section):
             raise SparsightError("seeds: name at least one seed, each once")
         if self.split:
             self._check_split()
+        if self.loss != "local":
+            self._check_end_to_end()
 
     def _check_split(self) -> None:
         n = len(self.seeds) * len(self.places)
@@ -125,6 +133,47 @@ class Sae(Section):
             raise SparsightError(f"{few}which takes a d_sae that is a multiple of {SHARDS}; round it, {or_deal}")
         if self.kind == "switch" and (self.experts or 1) % SHARDS:
             raise SparsightError(f"{few}which takes a multiple of {SHARDS} experts; set experts to one, {or_deal}")
+
+    def _check_end_to_end(self) -> None:
+        if self.sites:
+            raise SparsightError(f"loss: {self.loss} is of an SAE of one site, not of a chain (sites); use local")
+        if sites.parse(str(self.site))[1] not in ("input", "output"):
+            raise SparsightError(
+                f"loss: {self.loss} replaces the residual stream, blocks.<i>.input or .output, not {self.site}; choose "
+                "such a site, or use local"
+            )
+        if self.tokens == "mean":
+            raise SparsightError(f"loss: {self.loss} replaces tokens, and the mean is none; read cls, patches or all")
+        if self.split:
+            raise SparsightError(
+                f"loss: {self.loss} cannot split an SAE over processes; set processes to at most {len(self.seeds)}"
+            )
+
+    def check_rest(self, stored: str, depth: int | None, classifies: bool) -> None:
+        """Check that the rest of the model can be run, as a loss other than ``local`` needs.
+
+        Args:
+            stored: the tokens that the site stores.
+            depth: number of the model's blocks; None if it is not known yet.
+            classifies: whether the model has a classifier or prompts.
+
+        Raises:
+            SparsightError: a site or model that does not have what the loss needs.
+        """
+        if self.loss == "local":
+            return
+        if stored != "all":
+            raise SparsightError(
+                f"loss: {self.loss} runs the rest of the model on all tokens, but {self.site} stores {stored}; store "
+                f"{{site: {self.site}, tokens: all}} (activations.sites), or use local"
+            )
+        if not classifies:
+            raise SparsightError(
+                f"loss: {self.loss} compares outputs, and {self.backbone} has neither classifier nor prompts; train or "
+                "probe one, or use local"
+            )
+        if self.loss == "e2e-downstream" and depth is not None and self.site == f"blocks.{depth - 1}.output":
+            raise SparsightError(f"loss: no block comes after {self.site}; use e2e, which compares the output alone")
 
 
 def _check_chain(chain: tuple[str, ...]) -> None:

@@ -232,6 +232,7 @@ def _check_links(run: Run) -> None:
                     f"saes.{name}: activations.sites has no {site!r}; add it there, or set saes.{name} to null"
                 )
         run.tokens_of(name)
+        _check_rest(run, name)
     for name, policy in run.policies.items():
         known(policy.backbone, run.backbones, f"policies.{name}.backbone")
     for name, steering in run.steering.items():
@@ -293,6 +294,17 @@ def _check_links(run: Run) -> None:
             raise SparsightError(
                 f"policies.{name}.backbone: {policy.backbone!r} is not {steered!r}, whose SAE pruning.steering uses"
             )
+
+
+def _check_rest(run: Run, name: str) -> None:
+    """Check that a section's loss gets what it needs of the site and of the backbone."""
+    section = run.saes[name]
+    backbone = run.backbones[section.backbone]
+    stored = run.activations.tokens_by_site[section.places[0]]
+    try:
+        section.check_rest(stored, backbone.depth, backbone.training != "none")
+    except SparsightError as error:
+        raise SparsightError(f"saes.{name}.{error}") from None
 
 
 def _check_steered(run: Run, where: str, steering: Steering, name: str) -> None:

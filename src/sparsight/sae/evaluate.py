@@ -50,7 +50,8 @@ def evaluate(
     """Write ``metrics.json``, ``latents.parquet``, ``baselines.parquet`` and ``probing.parquet`` (docs/evaluation.md).
 
     They hold the results of :func:`measure`. ``metrics.json`` also holds those of :func:`spliced` in two modes:
-    ``spliced`` and, as the floor, ``mean_instead``, in which the train mean replaces every activation.
+    ``spliced`` and, as the floor, ``mean_instead``, in which the train mean replaces every activation. ``kl_recovered``
+    is the share of the floor's KL that the reconstruction recovers.
 
     Args:
         saes: SAEs of one site and one shape, by the name of the folder that receives their files.
@@ -70,6 +71,8 @@ def evaluate(
     in_model = spliced(backbone, test, [site], positions, {**modes, "mean_instead": lambda _: means})
     for name, result in zip(saes, results, strict=True):
         metrics = {**result.metrics, **in_model.metrics({name: "spliced", "mean_instead": "mean_instead"})}
+        if metrics.get("kl_mean_instead"):
+            metrics["kl_recovered"] = 1 - metrics["kl_spliced"] / metrics["kl_mean_instead"]
         (work.out / name).mkdir(exist_ok=True)
         write_json(work.out / name / "metrics.json", {**metrics, "record": record})
         _write_tables(result, work.out / name)

@@ -4,10 +4,11 @@ Shapes: B batch, D width (d_in), F latents (d_sae).
 """
 
 import dataclasses
+import itertools
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -23,21 +24,25 @@ from sparsight.common.work import Work
 from sparsight.config.checks import only_if
 from sparsight.sae import resae
 from sparsight.sae.base import SAE, create
+from sparsight.sae.end_to_end import EndToEndLoss, EndToEndTrainer, RestOfModel, WholeImages
 from sparsight.sae.moments import by_group, fit_moments
 from sparsight.sae.resae import ReSAE
 from sparsight.sae.sharded.trainer import ShardedTrainer
 from sparsight.sae.sharded.trainer import create as create_part
 from sparsight.sae.trainer import Trainer
 from sparsight.training import loop, schedules
-from sparsight.training.batches import Batch, StoreBatches
+from sparsight.training.batches import Batch, Source, StoreBatches
 from sparsight.training.ranks import Ranks
+
+if TYPE_CHECKING:
+    from sparsight.backbones.backbone import Backbone
 
 _Statistics = dict[str, tuple[np.ndarray, float]]
 
 
 def fit(
     section: config.Sae, store: ActivationStore, labels: np.ndarray | None, name: str, seed: int, work: Work,
-    device: torch.device, record: dict[str, Any], member: Member | None = None,
+    device: torch.device, record: dict[str, Any], member: Member | None = None, backbone: "Backbone | None" = None,
 ) -> None:  # fmt: skip
     """Train the SAEs of a section together: one per seed, in a chain one per seed and site.
 
@@ -54,10 +59,12 @@ def fit(
     Args:
         labels: int (N,), the class of every stored image, for the PASS term; None without it.
         member: this process, if several train the section; each calls this function.
+        backbone: the model on ``device``, for a loss other than ``local``.
 
     Raises:
         SparsightError: a setting that this kind of SAE does not have, a site or tokens that the store does not hold, no
-            activations, activations that are constant or not finite, or training that diverges.
+            activations, activations that are constant or not finite, a site or model that does not have what the loss
+            needs, or training that diverges.
     """
     tokens = chosen(section.tokens, {site: store.tokens_of(site) for site in section.places})
     rows = {site: store.rows(site, tokens) for site in section.places}
@@ -88,11 +95,20 @@ def fit(
         sae.set_center(mean / scale)
         grid[folder] = site, sae
     order = derive_seed(seed, "sae", name)
-    batches = StoreBatches(rows, section.batch_size, order, section.memory_mb * 2**20, device=device)
     scales = {site: scale for site, (_, scale) in statistics.items()}
-    inputs = _Inputs(store.token_groups(section.places[0], tokens), chain, scales, labels)
+    sources: Mapping[str, Source] = rows
+    inputs: _Inputs | _Images = _Inputs(store.token_groups(section.places[0], tokens), chain, scales, labels)
+    rest, batch_size = None, section.batch_size
+    if section.loss != "local":
+        (site,) = section.places
+        rest = _rest(section, store, tokens, scales[site], backbone)
+        sources, inputs = {site: WholeImages(store.rows(site))}, _Images(labels)
+        batch_size = _images_of_batch(section.batch_size, rows[site].tokens_per_image)
+    batches = StoreBatches(sources, batch_size, order, section.memory_mb * 2**20, device=device)
+    if rest is not None:
+        batches.unit = "images"
     log_path = state / "training.jsonl"  # joint log of all SAEs, beside the checkpoint that it belongs to
-    loop.train(_Training(section, grid, inputs), batches, section.epochs, order, state, log_path, ranks)
+    loop.train(_Training(section, grid, inputs, rest), batches, section.epochs, order, state, log_path, ranks)
     if ranks is None or ranks.first:
         _split_log(log_path, work.out, grid)
     metadata = {
@@ -122,6 +138,36 @@ def _create(section: config.Sae, d_in: int, seed: int, ranks: Ranks | None) -> S
         sae = create_part(section.kind, ranks, *sizes, **section.options())
     only_if(sae.has_auxk, "a kind with the AuxK loss", section, "aux_k", "aux_coefficient")
     return sae
+
+
+def _rest(
+    section: config.Sae, store: ActivationStore, tokens: str, scale: float, backbone: "Backbone | None"
+) -> RestOfModel:
+    """The model behind the site, for a loss other than ``local``.
+
+    Raises:
+        SparsightError: a site or model that does not have what the loss needs.
+    """
+    assert section.site is not None
+    if backbone is None:
+        raise SparsightError(f"loss: {section.loss} runs the rest of the model; give its folder (--from-backbone)")
+    section.check_rest(store.tokens_of(section.site), backbone.n_blocks, bool(backbone.n_classes))
+    groups = store.token_groups(section.site)
+    if tokens == "all":
+        positions = sorted(itertools.chain.from_iterable(groups.values()))
+    else:
+        positions = groups[tokens][: store.rows(section.site, tokens).tokens_per_image]  # one class token of several
+    return RestOfModel(backbone, section.site, positions, scale, section.loss == "e2e-downstream")
+
+
+def _images_of_batch(batch_size: int, n_tokens: int) -> int:
+    """Whole images in a batch of activations."""
+    if batch_size < n_tokens:
+        raise SparsightError(
+            f"batch_size: {batch_size} activations are less than the {n_tokens} of one image, which an end-to-end loss "
+            f"needs; set at least {n_tokens}"
+        )
+    return batch_size // n_tokens
 
 
 def _chain(section: config.Sae, store: ActivationStore, tokens: str, device: torch.device) -> tuple[ReSAE, _Statistics]:
@@ -188,15 +234,31 @@ class _Inputs:
         return out
 
 
+class _Images:
+    """Turns a batch of whole images into what :class:`EndToEndTrainer` takes."""
+
+    def __init__(self, labels: np.ndarray | None) -> None:
+        self.labels = labels
+
+    def __call__(self, batch: Batch) -> tuple[dict[str, Tensor], np.ndarray | None]:
+        """Activations (B, T D) by site, and classes (B,), or None without labels."""
+        labels = None if self.labels is None else self.labels[batch.rows]
+        return {site: value.float() for site, value in batch.x.items()}, labels
+
+
 class _Training:
     """See :class:`sparsight.training.loop.Trainable`."""
 
-    def __init__(self, section: config.Sae, grid: Mapping[str, tuple[str, SAE]], inputs: _Inputs) -> None:
+    def __init__(
+        self, section: config.Sae, grid: Mapping[str, tuple[str, SAE]], inputs: "_Inputs | _Images",
+        rest: RestOfModel | None,
+    ) -> None:  # fmt: skip
         self.names, self.inputs = list(grid), inputs
         sites, saes = [site for site, _ in grid.values()], [sae for _, sae in grid.values()]
         precision: Literal["fp32", "bf16"] = "bf16" if section.bf16 else "fp32"
+        options = saes, section.lr, section.dead_after, sites, precision, section.prototype_weight
         trainer = ShardedTrainer if section.split else Trainer
-        self.trainer = trainer(saes, section.lr, section.dead_after, sites, precision, section.prototype_weight)
+        self.trainer = trainer(*options) if rest is None else EndToEndTrainer(rest, *options)
 
     def step(self, batch: Batch, number: int, total: int, generator: torch.Generator) -> dict[str, Tensor]:
         self.trainer.schedule(schedules.linear_decay(number, total))
@@ -209,6 +271,10 @@ class _Training:
                 f"{name}.l0": loss.codes.l0().float().mean(),
                 f"{name}.dead": sae.dead.float().sum(),
             }
+            if isinstance(loss, EndToEndLoss):
+                scalars[f"{name}.kl"] = loss.kl
+                if loss.downstream is not None:
+                    scalars[f"{name}.downstream"] = loss.downstream
         return scalars
 
     def check(self) -> None:

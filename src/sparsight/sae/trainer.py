@@ -129,7 +129,7 @@ class Trainer:
         sae = self.saes[i]
         device = sae.W_dec.device
         with torch.autocast(device.type, torch.bfloat16, enabled=self.precision == "bf16"):
-            loss = sae.loss(x)
+            loss = self._loss(sae, x)
         if labels is None:
             return loss, loss.total, None
         y = torch.as_tensor(labels).long()
@@ -139,6 +139,10 @@ class Trainer:
         y = sent(y, device)
         term = self.prototypes[i].term(loss.codes, y)
         return loss, loss.total + self.prototype_weight * sae.loss_scale * term, y
+
+    def _loss(self, sae: SAE, x: Tensor | np.ndarray) -> Loss:
+        """The loss of one SAE, without the PASS term."""
+        return sae.loss(x)
 
     def _gradients(self, i: int, total: Tensor) -> None:
         """Gradients of all parameters, without the part of W_dec's along its rows; a GPU removes it as it reads it."""
