@@ -128,6 +128,7 @@ IGNORED: list[tuple[type, dict[str, Any], str, Any]] = [
     *((Sae, CHAIN | {"affine": affine}, "ridge", 0.1) for affine in ("identity", "zero")),
     (Sae, {"aux_k": 0}, "aux_coefficient", 0.1),
     (Sae, {}, "experts", 2),
+    (Sae, {}, "routing", "hash"),
     (Sae, {"kind": "switch"}, "prefixes", [0.5, 1]),
     *((Steering, {"kind": kind}, name, value) for kind in ("vs2", "vs2++")
       for name, value in (("latents", 3), ("ranking", "mean"), ("edit", "clamp"))),
@@ -146,6 +147,7 @@ READ: list[tuple[type, dict[str, Any], str, Any]] = [
     (Backbone, CLIP, "batch_size", 8),
     (Sae, CHAIN | {"affine": "diagonal"}, "ridge", 0.1),
     (Sae, {"kind": "switch"}, "experts", 2),
+    (Sae, {"kind": "switch"}, "routing", "random"),
     (Sae, {"kind": "matryoshka"}, "prefixes", [0.5, 1]),
     (Steering, {}, "ranking", "mean"),
     (Steering, {"kind": "vs2++"}, "neighbours", 3),

@@ -68,6 +68,9 @@ class Sae(Section):
     experts: Count | None = None
     """Only for kind ``switch``: number of experts. With the d_sae of a TopK SAE it is width-matched, with ``experts``
     times that d_sae compute-matched."""
+    routing: Literal["learned", "random", "hash"] = "learned"
+    """Only for kind ``switch``: what chooses the expert of an activation. Controls of the ``learned`` router: a
+    ``hash`` of the activation, or in training a ``random`` expert at every step (docs/sae.md)."""
     prefixes: tuple[PositiveShare, ...] | None = None
     """Only for kind ``matryoshka``: shares of d_sae that must each reconstruct alone, rising to 1."""
 
@@ -89,7 +92,7 @@ class Sae(Section):
 
     def options(self) -> dict[str, Any]:
         """Arguments of ``sae.create`` other than kind, sizes and seed."""
-        names = ("aux_k", "aux_coefficient", "experts", "prefixes")
+        names = ("aux_k", "aux_coefficient", "experts", "prefixes", *(["routing"] if self.kind == "switch" else []))
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
     def __post_init__(self) -> None:
@@ -100,7 +103,7 @@ class Sae(Section):
         only_if(self.site is None, "a chain (sites)", self, "affine", "ridge")
         only_if(self.affine in ("full", "diagonal"), "a fit of affine maps (full, diagonal)", self, "ridge")
         only_if(self.aux_k > 0, "the AuxK loss (aux_k above 0)", self, "aux_coefficient")
-        only_if(self.kind == "switch", "kind switch", self, "experts")
+        only_if(self.kind == "switch", "kind switch", self, "experts", "routing")
         only_if(self.kind == "matryoshka", "kind matryoshka", self, "prefixes")
         if self.k > self.d_sae:
             raise SparsightError(

@@ -336,7 +336,8 @@ def load(folder: str | Path) -> SAE:
     if config.get("format_version") != FORMAT_VERSION:
         raise SparsightError(f"{folder}: format_version {config.get('format_version')}, expected {FORMAT_VERSION}")
     cls = variant_class(config["kind"])
-    sae = cls(config["d_in"], config["d_sae"], config["k"], **{name: config[name] for name in cls.options})
+    options = {name: config[name] for name in cls.options if name in config}  # those of a file older than an option
+    sae = cls(config["d_in"], config["d_sae"], config["k"], **options)
     sae.load_state_dict(load_file(folder / "sae.safetensors"))
     sae.about = config
     return sae
