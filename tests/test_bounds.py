@@ -129,6 +129,8 @@ IGNORED: list[tuple[type, dict[str, Any], str, Any]] = [
     (Sae, {"aux_k": 0}, "aux_coefficient", 0.1),
     (Sae, {}, "experts", 2),
     (Sae, {}, "routing", "hash"),
+    (Sae, {}, "candidates", 32),
+    (Sae, {}, "delta", 0.5),
     (Sae, {"kind": "switch"}, "prefixes", [0.5, 1]),
     *((Steering, {"kind": kind}, name, value) for kind in ("vs2", "vs2++")
       for name, value in (("latents", 3), ("ranking", "mean"), ("edit", "clamp"))),
@@ -148,6 +150,8 @@ READ: list[tuple[type, dict[str, Any], str, Any]] = [
     (Sae, CHAIN | {"affine": "diagonal"}, "ridge", 0.1),
     (Sae, {"kind": "switch"}, "experts", 2),
     (Sae, {"kind": "switch"}, "routing", "random"),
+    (Sae, {"kind": "archetypal"}, "candidates", 32),
+    (Sae, {"kind": "archetypal"}, "delta", 0.5),
     (Sae, {"kind": "matryoshka"}, "prefixes", [0.5, 1]),
     (Steering, {}, "ranking", "mean"),
     (Steering, {"kind": "vs2++"}, "neighbours", 3),

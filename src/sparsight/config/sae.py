@@ -2,12 +2,12 @@
 
 import itertools
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from sparsight.common import sites
 from sparsight.common.errors import SparsightError
 from sparsight.common.tokens import Tokens
-from sparsight.config.bounds import Count, CountOrZero, NotNegative, Positive, PositiveShare
+from sparsight.config.bounds import Bounds, Count, CountOrZero, NotNegative, Positive, PositiveShare
 from sparsight.config.checks import Section, only_if
 
 SHARDS = 8
@@ -71,6 +71,11 @@ class Sae(Section):
     routing: Literal["learned", "random", "hash"] = "learned"
     """Only for kind ``switch``: what chooses the expert of an activation. Controls of the ``learned`` router: a
     ``hash`` of the activation, or in training a ``random`` expert at every step (docs/sae.md)."""
+    candidates: Annotated[int, Bounds(1, 512)] = 256
+    """Only for kind ``archetypal``: number of centroids of training activations that decoder rows are mixtures of."""
+    delta: NotNegative = 1.0
+    """Only for kind ``archetypal``: largest distance of a decoder row from the convex hull of the candidates, before
+    the SAE's one scale, in standard deviations of a dimension. 0 keeps all rows in the hull."""
     prefixes: tuple[PositiveShare, ...] | None = None
     """Only for kind ``matryoshka``: shares of d_sae that must each reconstruct alone, rising to 1."""
 
@@ -92,7 +97,8 @@ class Sae(Section):
 
     def options(self) -> dict[str, Any]:
         """Arguments of ``sae.create`` other than kind, sizes and seed."""
-        names = ("aux_k", "aux_coefficient", "experts", "prefixes", *(["routing"] if self.kind == "switch" else []))
+        own = {"switch": ["routing"], "archetypal": ["candidates", "delta"]}.get(self.kind, [])
+        names = ("aux_k", "aux_coefficient", "experts", "prefixes", *own)
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
     def __post_init__(self) -> None:
@@ -104,6 +110,7 @@ class Sae(Section):
         only_if(self.affine in ("full", "diagonal"), "a fit of affine maps (full, diagonal)", self, "ridge")
         only_if(self.aux_k > 0, "the AuxK loss (aux_k above 0)", self, "aux_coefficient")
         only_if(self.kind == "switch", "kind switch", self, "experts", "routing")
+        only_if(self.kind == "archetypal", "kind archetypal", self, "candidates", "delta")
         only_if(self.kind == "matryoshka", "kind matryoshka", self, "prefixes")
         if self.k > self.d_sae:
             raise SparsightError(

@@ -17,22 +17,27 @@ from sparsight import config
 from sparsight.activations.store import ActivationStore
 from sparsight.common.errors import SparsightError
 from sparsight.common.member import Member
+from sparsight.common.progress import log
 from sparsight.common.seeds import derive_seed
 from sparsight.common.tokens import chosen
 from sparsight.common.work import Work
 from sparsight.config.checks import only_if
 from sparsight.sae import resae
 from sparsight.sae.base import SAE, create
+from sparsight.sae.inputs import SaeInputs
+from sparsight.sae.metrics.baselines import cluster_centres
 from sparsight.sae.moments import by_group, fit_moments
 from sparsight.sae.resae import ReSAE
 from sparsight.sae.sharded.trainer import ShardedTrainer
 from sparsight.sae.sharded.trainer import create as create_part
 from sparsight.sae.trainer import Trainer
+from sparsight.sae.variants.archetypal import Archetypal
 from sparsight.training import loop, schedules
 from sparsight.training.batches import Batch, StoreBatches
 from sparsight.training.ranks import Ranks
 
 _Statistics = dict[str, tuple[np.ndarray, float]]
+_CANDIDATE_ROWS = 65536  # that the candidates of archetypal SAEs are the centroids of
 
 
 def fit(
@@ -86,6 +91,9 @@ def fit(
         sae.about["name"] = folder  # for error messages
         sae.start(sae.d_in)  # E||x - mean||^2 of the scaled activations
         sae.set_center(mean / scale)
+        if isinstance(sae, Archetypal):
+            seen = SaeInputs(store, site, device, chain, tokens)
+            sae.set_points(_candidates(sae, seen, mean, scale, derive_seed(seed, "sae", folder, "candidates")))
         grid[folder] = site, sae
     order = derive_seed(seed, "sae", name)
     batches = StoreBatches(rows, section.batch_size, order, section.memory_mb * 2**20, device=device)
@@ -122,6 +130,20 @@ def _create(section: config.Sae, d_in: int, seed: int, ranks: Ranks | None) -> S
         sae = create_part(section.kind, ranks, *sizes, **section.options())
     only_if(sae.has_auxk, "a kind with the AuxK loss", section, "aux_k", "aux_coefficient")
     return sae
+
+
+def _candidates(sae: Archetypal, inputs: SaeInputs, mean: np.ndarray, scale: float, seed: int) -> Tensor:
+    """Centroids of the first activations, which are of random images, (N, D), as the SAE is trained on them.
+
+    Raises:
+        SparsightError: fewer activations than candidates.
+    """
+    n_images = len(inputs.rows) // inputs.tokens
+    x = inputs.images(slice(0, min(n_images, max(1, _CANDIDATE_ROWS // inputs.tokens))))
+    if len(x) < sae.candidates:
+        raise SparsightError(f"candidates: {sae.candidates} are more than the {len(x)} activations; lower it")
+    log(f"{sae.about['name']}: {sae.candidates} centroids of {len(x):,} activations as candidates")
+    return (cluster_centres(x, sae.candidates, seed) - torch.as_tensor(mean, device=x.device)) / scale
 
 
 def _chain(section: config.Sae, store: ActivationStore, tokens: str, device: torch.device) -> tuple[ReSAE, _Statistics]:
