@@ -65,6 +65,9 @@ class Sae(Section):
     prototype_weight: NotNegative = 0.0
     """PASS: weight of the squared distance between codes and the mean code of their class (arXiv 2506.01247: 0.8).
     Values above 0 use the labels of the train split."""
+    mutual: NotNegative = 0.0
+    """Weight of the penalty that makes the decoders of the section's seeds alike while they train together (MFR, arXiv
+    2411.01220). Values above 0 take two or more seeds in one process."""
     experts: Count | None = None
     """Only for kind ``switch``: number of experts. With the d_sae of a TopK SAE it is width-matched, with ``experts``
     times that d_sae compute-matched."""
@@ -118,6 +121,10 @@ class Sae(Section):
             )
         if not self.seeds or len(set(self.seeds)) != len(self.seeds):
             raise SparsightError("seeds: name at least one seed, each once")
+        if self.mutual and len(self.seeds) < 2:
+            raise SparsightError("mutual: makes the seeds of a section alike, and this one has one; name two or more")
+        if self.mutual and self.processes > 1:
+            raise SparsightError("mutual: compares the seeds after every step, in one process; set processes to 1")
         if self.split:
             self._check_split()
 
