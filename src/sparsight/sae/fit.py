@@ -50,8 +50,8 @@ def fit(
     ``<name>-s<seed>/<site>`` in a chain. A chain also has its maps (``<name>-s<seed>/affine.safetensors``).
 
     The SAEs of a site differ only in their initial weights and train on the same batches. Each ends with the same
-    bytes as if trained alone. For training, inputs are scaled so that their dimensions have unit variance on average.
-    The scale is folded into the saved weights.
+    bytes as if trained alone, unless ``mutual`` makes them alike. For training, inputs are scaled so that their
+    dimensions have unit variance on average. The scale is folded into the saved weights.
 
     Several processes deal the SAEs out among themselves, if there are enough of them. Otherwise each SAE is split over
     all processes (:mod:`sparsight.sae.sharded`).
@@ -218,7 +218,8 @@ class _Training:
         sites, saes = [site for site, _ in grid.values()], [sae for _, sae in grid.values()]
         precision: Literal["fp32", "bf16"] = "bf16" if section.bf16 else "fp32"
         trainer = ShardedTrainer if section.split else Trainer
-        self.trainer = trainer(saes, section.lr, section.dead_after, sites, precision, section.prototype_weight)
+        weights = section.prototype_weight, section.mutual
+        self.trainer = trainer(saes, section.lr, section.dead_after, sites, precision, *weights)
 
     def step(self, batch: Batch, number: int, total: int, generator: torch.Generator) -> dict[str, Tensor]:
         self.trainer.schedule(schedules.linear_decay(number, total))
@@ -231,7 +232,8 @@ class _Training:
                 f"{name}.l0": loss.codes.l0().float().mean(),
                 f"{name}.dead": sae.dead.float().sum(),
             }
-        return scalars
+        pulled = self.trainer.unlikeness
+        return scalars | {f"{self.names[i]}.mutual": value for i, value in pulled.items()}
 
     def check(self) -> None:
         self.trainer.check()
