@@ -1,7 +1,7 @@
 """Routes of activations to experts that nobody learns: a hash of the signs of random projections.
 
-The pattern of P signs of x planes is mixed to an integer and taken modulo E. So experts get equal shares, and x and
-10 x have the same one. Equal rows share an expert, and so do most rows that hardly differ.
+The pattern of P signs of x planes is mixed to an integer and taken modulo E. So experts get about equal shares, and x
+and 10 x have the same one. Equal rows share an expert, and so do most rows that hardly differ.
 
 Shapes: B batch, D width (d_in), P projections, E experts.
 """
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 PROJECTIONS = 16
-"""P: so many patterns that shares are equal, and a product as cheap as a router's."""
+"""P: so many patterns that shares are about equal, and a product as cheap as a router's."""
 _WORD = 2**32 - 1
 
 
