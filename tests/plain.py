@@ -25,6 +25,7 @@ class Setting:
     loss_scale: float
     dead: Tensor
     sparsity: float = 0.1
+    points: Tensor | None = None
 
 
 def pre(p: Parameters, x: Tensor) -> Tensor:
@@ -87,9 +88,17 @@ def switch(setting: Setting, p: Parameters, x: Tensor, chosen: Tensor) -> tuple[
 # variant's own. A new variant adds its own here.
 FORMULAS: dict[str, Callable[[Setting, Parameters, Tensor, Tensor], tuple[Tensor, Tensor]]] = {
     "topk": selected, "batchtopk": selected, "matryoshka": matryoshka, "relu": relu, "gated": gated,
-    "jumprelu": jumprelu, "switch": switch,
+    "jumprelu": jumprelu, "switch": switch, "archetypal": selected,
 }  # fmt: skip
-WITH_AUXK = ("topk", "batchtopk", "matryoshka", "switch")
+WITH_AUXK = ("topk", "batchtopk", "matryoshka", "switch", "archetypal")
+
+
+def decoder(setting: Setting, p: Parameters) -> Tensor:
+    """Decoder rows (F, D)."""
+    if setting.kind != "archetypal":
+        return p["W_dec"]
+    assert setting.points is not None
+    return p["log_scale"].exp() * (p["weights"] @ setting.points.to(p["weights"].dtype) + p["deviation"])
 
 
 def everything(setting: Setting, p: Parameters, x: Tensor) -> Tensor:
@@ -108,7 +117,7 @@ def choose(setting: Setting, p: Parameters, x: Tensor) -> Tensor:
     if setting.kind not in WITH_AUXK:
         return torch.ones(len(x), setting.d_sae)
     z = everything(setting, p, x)
-    if setting.kind in ("topk", "switch"):
+    if setting.kind in ("topk", "switch", "archetypal"):
         return top(z, setting.k)
     return top(z.view(1, -1), len(x) * setting.k).view_as(z)
 
@@ -116,14 +125,15 @@ def choose(setting: Setting, p: Parameters, x: Tensor) -> Tensor:
 def loss(setting: Setting, p: Parameters, x: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Codes, reconstruction and total loss."""
     z, penalty = FORMULAS[setting.kind](setting, p, x, chosen)
-    x_hat = z @ p["W_dec"] + p["b_dec"]
+    W_dec = decoder(setting, p)
+    x_hat = z @ W_dec + p["b_dec"]
     total = squared(setting, x - x_hat) + penalty
     residual = (x - x_hat).detach()
     variance = (residual - residual.mean(dim=0)).square().sum()
     if setting.kind in WITH_AUXK and setting.dead.any() and variance > 1e-9:
         dead = everything(setting, p, x) * setting.dead
         dead = dead * top(dead.detach(), min(setting.aux_k, setting.d_sae))
-        total = total + (dead @ p["W_dec"] - residual).square().sum() / variance / 32
+        total = total + (dead @ W_dec - residual).square().sum() / variance / 32
     return z, x_hat, total
 
 

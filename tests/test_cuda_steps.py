@@ -61,6 +61,15 @@ def test_labels_of_the_host_make_no_step_wait(kind: str, cuda: Activity) -> None
     assert not cuda.waits
 
 
+@pytest.mark.parametrize("routing", ["random", "hash"])
+def test_a_switch_sae_without_a_router_makes_no_step_wait(routing: str, cuda: Activity) -> None:
+    trainer = Trainer([sae.create("switch", D, 256, K, routing=routing).to(DEVICE)], dead_after=2 * B)
+    for number in range(3):
+        cuda.clear()
+        trainer.step(batch(number))
+    assert not cuda.waits
+
+
 @pytest.mark.parametrize("kind", WITH_AUXK)
 def test_steps_with_dead_latents_do_not_wait_and_continue_from_their_state(kind: str, cuda: Activity) -> None:
     trainer = second_step(kind, 256, cuda, dead_after=2 * B)

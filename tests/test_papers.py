@@ -38,6 +38,8 @@ def test_every_number_is_of_a_section_that_its_experiment_has(papers: ModuleType
             sections = {"backbone": "backbones", "steering": "steering", "pruning": "policies"}
             for key in entry.keys:
                 stage, name, *rest = key.split(".")
+                if stage.endswith("-stability"):
+                    stage, name = "sae", stage.removesuffix("-stability")
                 assert config[sections.get(stage, "saes")][name.removesuffix("-s*")] is not None, entry
                 assert stage != "steering" or len(rest) == 3 or rest[0] in {"gate-0", *config["other_images"]}, entry
 

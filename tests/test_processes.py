@@ -33,6 +33,8 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "batchtopk": ("batchtopk", {}),
     "matryoshka": ("matryoshka", {}),
     "switch": ("switch", {"experts": 16}),
+    "switch, random": ("switch", {"experts": 16, "routing": "random"}),
+    "switch, hash": ("switch", {"experts": 16, "routing": "hash"}),
 }
 SECTION: dict[str, Any] = {
     "backbone": "vit", "site": SITE, "d_sae": 64, "k": 4, "epochs": 1, "batch_size": 32, "seeds": (0,), "lr": 1e-3,

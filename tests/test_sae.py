@@ -33,7 +33,7 @@ def same(a: SAE, b: SAE) -> bool:
 
 
 def test_the_variants_are_listed() -> None:
-    assert sae.names() == ["batchtopk", "gated", "jumprelu", "matryoshka", "relu", "switch", "topk"]
+    assert sae.names() == ["archetypal", "batchtopk", "gated", "jumprelu", "matryoshka", "relu", "switch", "topk"]
 
 
 def test_topk_equals_the_published_formula_in_numpy() -> None:
@@ -282,7 +282,7 @@ def _diverge() -> None:
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: sae.create("tpok", 4, 8, 2), "there is no SAE 'tpok'; known: batchtopk, gated, jumprelu, .*, topk$"),
+        (lambda: sae.create("tpok", 4, 8, 2), "there is no SAE 'tpok'; known: archetypal, batchtopk, .*, topk$"),
         (lambda: sae.load("no/such/sae"), "no SAE here"),
         (lambda: sae.create("switch", D, 40, 5, experts=3), "experts: 3 must divide d_sae = 40"),
         (lambda: sae.create("switch", D, 40, 5, experts=10), "leave each at least k = 5"),

@@ -2,12 +2,12 @@
 
 import itertools
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from sparsight.common import sites
 from sparsight.common.errors import SparsightError
 from sparsight.common.tokens import Tokens
-from sparsight.config.bounds import Count, CountOrZero, NotNegative, Positive, PositiveShare
+from sparsight.config.bounds import Bounds, Count, CountOrZero, NotNegative, Positive, PositiveShare
 from sparsight.config.checks import Section, only_if
 
 SHARDS = 8
@@ -71,9 +71,20 @@ class Sae(Section):
     prototype_weight: NotNegative = 0.0
     """PASS: weight of the squared distance between codes and the mean code of their class (arXiv 2506.01247: 0.8).
     Values above 0 use the labels of the train split."""
+    mutual: NotNegative = 0.0
+    """Weight of the penalty that makes the decoders of the section's seeds alike while they train together (MFR, arXiv
+    2411.01220). Values above 0 take two or more seeds in one process."""
     experts: Count | None = None
     """Only for kind ``switch``: number of experts. With the d_sae of a TopK SAE it is width-matched, with ``experts``
     times that d_sae compute-matched."""
+    routing: Literal["learned", "random", "hash"] = "learned"
+    """Only for kind ``switch``: what chooses the expert of an activation. Controls of the ``learned`` router: a
+    ``hash`` of the activation, or in training a ``random`` expert at every step (docs/sae.md)."""
+    candidates: Annotated[int, Bounds(1, 512)] = 256
+    """Only for kind ``archetypal``: number of centroids of training activations that decoder rows are mixtures of."""
+    delta: NotNegative = 1.0
+    """Only for kind ``archetypal``: largest distance of a decoder row from the convex hull of the candidates, before
+    the SAE's one scale, in standard deviations of a dimension. 0 keeps all rows in the hull."""
     prefixes: tuple[PositiveShare, ...] | None = None
     """Only for kind ``matryoshka``: shares of d_sae that must each reconstruct alone, rising to 1."""
 
@@ -95,7 +106,8 @@ class Sae(Section):
 
     def options(self) -> dict[str, Any]:
         """Arguments of ``sae.create`` other than kind, sizes and seed."""
-        names = ("aux_k", "aux_coefficient", "experts", "prefixes")
+        own = {"switch": ["routing"], "archetypal": ["candidates", "delta"]}.get(self.kind, [])
+        names = ("aux_k", "aux_coefficient", "experts", "prefixes", *own)
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
     def __post_init__(self) -> None:
@@ -106,7 +118,8 @@ class Sae(Section):
         only_if(self.site is None, "a chain (sites)", self, "affine", "ridge")
         only_if(self.affine in ("full", "diagonal"), "a fit of affine maps (full, diagonal)", self, "ridge")
         only_if(self.aux_k > 0, "the AuxK loss (aux_k above 0)", self, "aux_coefficient")
-        only_if(self.kind == "switch", "kind switch", self, "experts")
+        only_if(self.kind == "switch", "kind switch", self, "experts", "routing")
+        only_if(self.kind == "archetypal", "kind archetypal", self, "candidates", "delta")
         only_if(self.kind == "matryoshka", "kind matryoshka", self, "prefixes")
         if self.k > self.d_sae:
             raise SparsightError(
@@ -114,6 +127,12 @@ class Sae(Section):
             )
         if not self.seeds or len(set(self.seeds)) != len(self.seeds):
             raise SparsightError("seeds: name at least one seed, each once")
+        if self.mutual and len(self.seeds) < 2:
+            raise SparsightError("mutual: makes the seeds of a section alike, and this one has one; name two or more")
+        if self.mutual and self.processes > 1:
+            raise SparsightError("mutual: compares the seeds after every step, in one process; set processes to 1")
+        if self.mutual and self.kind == "archetypal":
+            raise SparsightError("mutual: is for kinds that train decoder rows directly, not archetypal; leave it out")
         if self.split:
             self._check_split()
         if self.loss != "local":

@@ -183,7 +183,7 @@ class SAE(Module, ABC):
         """
         if not (self.has_auxk and self.aux_k) or self.none_dead:
             return None
-        dead = None if self.gpu_step else self.dead.nonzero().squeeze(1)  # on a GPU this would wait for it
+        dead = self._dead_latents()
         if dead is not None and not len(dead):
             return None
         residual = x - x_hat
@@ -193,6 +193,10 @@ class SAE(Module, ABC):
         if dead is None:
             counts &= self.dead.any()
         return error / torch.where(counts, variance, 1.0) * counts
+
+    def _dead_latents(self) -> Tensor | None:
+        """The numbers of the dead latents; on a GPU, which would make the host wait for them, None."""
+        return None if self.gpu_step else self.dead.nonzero().squeeze(1)
 
     def _from_dead(self, x: Tensor, dead: Tensor | None) -> Tensor:
         """Decoded ReLU of the ``aux_k`` largest pre-activations of dead latents, (B, D), without bias.
@@ -336,7 +340,8 @@ def load(folder: str | Path) -> SAE:
     if config.get("format_version") != FORMAT_VERSION:
         raise SparsightError(f"{folder}: format_version {config.get('format_version')}, expected {FORMAT_VERSION}")
     cls = variant_class(config["kind"])
-    sae = cls(config["d_in"], config["d_sae"], config["k"], **{name: config[name] for name in cls.options})
+    options = {name: config[name] for name in cls.options if name in config}  # those of a file older than an option
+    sae = cls(config["d_in"], config["d_sae"], config["k"], **options)
     sae.load_state_dict(load_file(folder / "sae.safetensors"))
     sae.about = config
     return sae

@@ -18,6 +18,7 @@ from sparsight import config
 from sparsight.activations.store import ActivationStore
 from sparsight.common.errors import SparsightError
 from sparsight.common.member import Member
+from sparsight.common.progress import log
 from sparsight.common.seeds import derive_seed
 from sparsight.common.tokens import chosen
 from sparsight.common.work import Work
@@ -25,11 +26,14 @@ from sparsight.config.checks import only_if
 from sparsight.sae import resae
 from sparsight.sae.base import SAE, create
 from sparsight.sae.end_to_end import EndToEndLoss, EndToEndTrainer, RestOfModel, WholeImages
+from sparsight.sae.inputs import SaeInputs
+from sparsight.sae.metrics.baselines import cluster_centres
 from sparsight.sae.moments import by_group, fit_moments
 from sparsight.sae.resae import ReSAE
 from sparsight.sae.sharded.trainer import ShardedTrainer
 from sparsight.sae.sharded.trainer import create as create_part
 from sparsight.sae.trainer import Trainer
+from sparsight.sae.variants.archetypal import Archetypal
 from sparsight.training import loop, schedules
 from sparsight.training.batches import Batch, Source, StoreBatches
 from sparsight.training.ranks import Ranks
@@ -38,6 +42,7 @@ if TYPE_CHECKING:
     from sparsight.backbones.backbone import Backbone
 
 _Statistics = dict[str, tuple[np.ndarray, float]]
+_CANDIDATE_ROWS = 65536  # that the candidates of archetypal SAEs are the centroids of
 
 
 def fit(
@@ -50,8 +55,8 @@ def fit(
     ``<name>-s<seed>/<site>`` in a chain. A chain also has its maps (``<name>-s<seed>/affine.safetensors``).
 
     The SAEs of a site differ only in their initial weights and train on the same batches. Each ends with the same
-    bytes as if trained alone. For training, inputs are scaled so that their dimensions have unit variance on average.
-    The scale is folded into the saved weights.
+    bytes as if trained alone, unless ``mutual`` makes them alike. For training, inputs are scaled so that their
+    dimensions have unit variance on average. The scale is folded into the saved weights.
 
     Several processes deal the SAEs out among themselves, if there are enough of them. Otherwise each SAE is split over
     all processes (:mod:`sparsight.sae.sharded`).
@@ -93,6 +98,9 @@ def fit(
         sae.about["name"] = folder  # for error messages
         sae.start(sae.d_in)  # E||x - mean||^2 of the scaled activations
         sae.set_center(mean / scale)
+        if isinstance(sae, Archetypal):
+            seen = SaeInputs(store, site, device, chain, tokens)
+            sae.set_points(_candidates(sae, seen, mean, scale, derive_seed(seed, "sae", folder, "candidates")))
         grid[folder] = site, sae
     order = derive_seed(seed, "sae", name)
     scales = {site: scale for site, (_, scale) in statistics.items()}
@@ -168,6 +176,20 @@ def _images_of_batch(batch_size: int, n_tokens: int) -> int:
             f"needs; set at least {n_tokens}"
         )
     return batch_size // n_tokens
+
+
+def _candidates(sae: Archetypal, inputs: SaeInputs, mean: np.ndarray, scale: float, seed: int) -> Tensor:
+    """Centroids of the first activations, which are of random images, (N, D), as the SAE is trained on them.
+
+    Raises:
+        SparsightError: fewer activations than candidates.
+    """
+    n_images = len(inputs.rows) // inputs.tokens
+    x = inputs.images(slice(0, min(n_images, max(1, _CANDIDATE_ROWS // inputs.tokens))))
+    if len(x) < sae.candidates:
+        raise SparsightError(f"candidates: {sae.candidates} are more than the {len(x)} activations; lower it")
+    log(f"{sae.about['name']}: {sae.candidates} centroids of {len(x):,} activations as candidates")
+    return (cluster_centres(x, sae.candidates, seed) - torch.as_tensor(mean, device=x.device)) / scale
 
 
 def _chain(section: config.Sae, store: ActivationStore, tokens: str, device: torch.device) -> tuple[ReSAE, _Statistics]:
@@ -256,7 +278,7 @@ class _Training:
         self.names, self.inputs = list(grid), inputs
         sites, saes = [site for site, _ in grid.values()], [sae for _, sae in grid.values()]
         precision: Literal["fp32", "bf16"] = "bf16" if section.bf16 else "fp32"
-        options = saes, section.lr, section.dead_after, sites, precision, section.prototype_weight
+        options = saes, section.lr, section.dead_after, sites, precision, section.prototype_weight, section.mutual
         trainer = ShardedTrainer if section.split else Trainer
         self.trainer = trainer(*options) if rest is None else EndToEndTrainer(rest, *options)
 
@@ -275,7 +297,8 @@ class _Training:
                 scalars[f"{name}.kl"] = loss.kl
                 if loss.downstream is not None:
                     scalars[f"{name}.downstream"] = loss.downstream
-        return scalars
+        pulled = self.trainer.unlikeness
+        return scalars | {f"{self.names[i]}.mutual": value for i, value in pulled.items()}
 
     def check(self) -> None:
         self.trainer.check()

@@ -16,10 +16,11 @@ from sparsight.common.errors import SparsightError
 from sparsight.sae.adam import BETAS, EPS, Adam
 from sparsight.sae.base import SAE, Loss
 from sparsight.sae.class_means import ClassMeans
+from sparsight.sae.mutual import penalty
 
 
 class Trainer:
-    """Optimises one or many SAEs on the same rows. Each ends with the same bytes as if trained alone.
+    """Optimises one or many SAEs on the same rows. Unless ``mutual``, each ends with the bytes as if trained alone.
 
     Args:
         saes: the SAEs, on their device; their decoder rows have unit norm and keep it.
@@ -29,14 +30,20 @@ class Trainer:
         sites: the site of each SAE, for steps on several sites; None takes ``about["site"]``.
         precision: ``bf16`` computes the products of the forward pass in bfloat16; weights stay fp32.
         prototype_weight: weight of the PASS term, used if labels are given (arXiv 2506.01247: 0.8).
+        mutual: weight of the penalty that makes the decoders of a site alike (:mod:`sparsight.sae.mutual`).
     """
 
     def __init__(
         self, saes: Sequence[SAE], lr: float | None = None, dead_after: int = 10_000_000,
         sites: Sequence[str] | None = None, precision: Literal["fp32", "bf16"] = "fp32", prototype_weight: float = 0.8,
+        mutual: float = 0.0,
     ) -> None:  # fmt: skip
         self.saes, self.dead_after, self.precision = list(saes), dead_after, precision
-        self.prototype_weight = prototype_weight
+        self.prototype_weight, self.mutual = prototype_weight, mutual
+        self.unlikeness: dict[int, Tensor] = {}
+        """With ``mutual``, the penalty of each SAE's site before the last step."""
+        self._pull: dict[int, Tensor] = {}
+        """Its gradients to the decoders."""
         self.sites = [sae.about.get("site") for sae in self.saes] if sites is None else list(sites)
         if len(self.sites) != len(self.saes):
             raise SparsightError(f"Trainer: {len(self.sites)} sites for {len(self.saes)} SAEs; name one for each")
@@ -70,7 +77,17 @@ class Trainer:
                 finite. The weights of the SAE at fault stay as they were before the step. On a GPU, :meth:`check` says
                 what is not finite, and from there on the weights stay.
         """
+        if self.mutual:
+            self._compare()
         return [self._step(i, self._rows(i, x), labels) for i in range(len(self.saes))]
+
+    def _compare(self) -> None:
+        """The penalty's gradients to all decoders, before any of them moves."""
+        for site in dict.fromkeys(self.sites):
+            members = [i for i, own in enumerate(self.sites) if own == site]
+            value, gradients = penalty([self.saes[i].W_dec for i in members])
+            self.unlikeness |= dict.fromkeys(members, value)
+            self._pull |= dict(zip(members, gradients, strict=True))
 
     def check(self) -> None:
         """Read from the GPU whether all steps so far were finite; this waits for the device.
@@ -149,6 +166,9 @@ class Trainer:
         sae = self.saes[i]
         sae.zero_grad()
         total.backward()
+        if self.mutual:
+            assert sae.W_dec.grad is not None
+            sae.W_dec.grad.add_(self._pull[i], alpha=self.mutual)
         if not sae.gpu_step:
             sae.remove_parallel_gradient()
 

@@ -167,7 +167,8 @@ def _plain(*axes: Axis) -> None:
 
 def _kind(about: Sae) -> str:
     experts = f", {about.experts} experts" if about.experts else ""
-    return f"{about.kind}, {about.d_sae:,} latents{experts}"
+    routing = f", {about.routing} routing" if about.routing != "learned" else ""
+    return f"{about.kind}, {about.d_sae:,} latents{experts}{routing}"
 
 
 def _colour(i: int) -> str:

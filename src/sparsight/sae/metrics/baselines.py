@@ -13,7 +13,7 @@ from torch import Tensor
 from sparsight.sae.base import SAE, create
 from sparsight.sae.metrics.sparse_codes import Matrix, from_codes, from_entries, times
 
-_MAX_CLUSTERS = 512  # of k-means; more would take minutes and have too few rows each
+MAX_CLUSTERS = 512  # of k-means; more would take minutes and have too few rows each
 _ROWS_PER_CLUSTER = 8
 
 
@@ -100,17 +100,8 @@ def kmeans(x_ND: Tensor, clusters: int, seed: int) -> Method:
         clusters: number of clusters, reduced to at most 512 and at most one per 8 rows.
         seed: seed of the first centres and of the batches.
     """
-    from sklearn.cluster import MiniBatchKMeans  # slow to import, and only needed here
-
-    clusters = max(1, min(clusters, _MAX_CLUSTERS, len(x_ND) // _ROWS_PER_CLUSTER))
-    # No early stopping: it depends on a sum whose order over threads is not fixed. No k-means++: it needs thousands of
-    # tiny products, at each of which all threads wait for each other, and ends within 2 % of the error.
-    model = MiniBatchKMeans(
-        clusters, init="random", batch_size=2048, max_iter=10, n_init=1, tol=0.0, max_no_improvement=None,
-        random_state=seed % 2**32, compute_labels=False,
-    )  # fmt: skip
-    model.fit(x_ND.cpu().numpy())
-    centres = torch.from_numpy(model.cluster_centers_).float().to(x_ND.device)
+    clusters = max(1, min(clusters, MAX_CLUSTERS, len(x_ND) // _ROWS_PER_CLUSTER))
+    centres = cluster_centres(x_ND, clusters, seed)
     half = centres.square().sum(dim=1) / 2
 
     def encode(x: Tensor) -> Matrix:
@@ -119,3 +110,23 @@ def kmeans(x_ND: Tensor, clusters: int, seed: int) -> Method:
 
     d_in = centres.shape[1]
     return Method("kmeans", encode, centres.cpu().numpy(), np.zeros(d_in, np.float32), clusters * d_in, 0)
+
+
+def cluster_centres(x_ND: Tensor, clusters: int, seed: int) -> Tensor:
+    """Centres of scikit-learn's MiniBatchKMeans, (clusters, D), float32, on the device of the rows.
+
+    Args:
+        x_ND: at least as many rows as clusters.
+        clusters: number of clusters.
+        seed: seed of the first centres and of the batches.
+    """
+    from sklearn.cluster import MiniBatchKMeans  # slow to import, and only needed here
+
+    # No early stopping: it depends on a sum whose order over threads is not fixed. No k-means++: it needs thousands of
+    # tiny products, at each of which all threads wait for each other, and ends within 2 % of the error.
+    model = MiniBatchKMeans(
+        clusters, init="random", batch_size=2048, max_iter=10, n_init=1, tol=0.0, max_no_improvement=None,
+        random_state=seed % 2**32, compute_labels=False,
+    )  # fmt: skip
+    model.fit(x_ND.cpu().numpy())
+    return torch.from_numpy(model.cluster_centers_).float().to(x_ND.device)

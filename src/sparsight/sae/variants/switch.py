@@ -4,13 +4,13 @@ p = softmax((x - b_router) W_router),  e = argmax p,  z = p_e * TopK(ReLU((x - b
 x_hat = z W_dec + b_dec,  loss = ||x - x_hat||^2 + balance * E * sum over e of (share of rows) * (mean p_e)
 
 Expert e owns the latents from e F / E to (e + 1) F / E. Only the chosen expert is computed. The factor p_e trains the
-router.
+router. Two controls have no router (:mod:`sparsight.sae.fixed_routing`); their p_e is 1, and no load is balanced.
 
 Shapes: B batch, D width (d_in), F latents (d_sae), K active latents (k), E experts.
 """
 
 import math
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from sparsight import kernels
 from sparsight.common.errors import SparsightError
 from sparsight.sae.base import SAE, variant
-from sparsight.sae.codes import SparseCodes
+from sparsight.sae.codes import Codes, SparseCodes
+from sparsight.sae.fixed_routing import PROJECTIONS, FixedRouter
 
 
 @variant
@@ -34,19 +35,22 @@ class Switch(SAE):
         experts: E; None takes the largest divisor of d_sae up to 16 that leaves each expert 4 k latents, or 1.
         balance: weight of the load-balance loss, against a reconstruction error relative to the data's variance.
             0.025 is the paper's alpha = 3 without its data's variance and its factor d_in.
+        routing: ``learned``; ``hash``, a fixed expert for each activation; or ``random``, in training another expert at
+            every step (THOR, arXiv 2110.04260), at inference a fixed one.
         options: see :class:`SAE`.
 
     Raises:
         SparsightError: a number of experts that does not divide d_sae, or leaves fewer than k latents each.
     """
 
-    options = (*SAE.options, "experts", "balance")
+    options = (*SAE.options, "experts", "balance", "routing")
     has_b_enc = False
     scaled = ("b_dec", "b_router")
 
     def __init__(
         self, d_in: int, d_sae: int, k: int, seed: int = 0,
-        experts: int | None = None, balance: float = 0.025, **options: Any,
+        experts: int | None = None, balance: float = 0.025,
+        routing: Literal["learned", "random", "hash"] = "learned", **options: Any,
     ) -> None:  # fmt: skip
         super().__init__(d_in, d_sae, k, seed, **options)
         if experts is None:
@@ -55,26 +59,38 @@ class Switch(SAE):
             raise SparsightError(
                 f"experts: {experts} must divide d_sae = {d_sae} and leave each at least k = {k} latents"
             )
-        self.experts, self.balance = experts, balance
+        self.experts, self.balance, self.routing, self.learned = experts, balance, routing, routing == "learned"
+        if not self.learned:
+            self.router = FixedRouter(d_in, experts, seed, redraw=routing == "random")
+            self.register_buffer("b_router", torch.zeros(d_in))
+            return
         router = torch.rand(d_in, experts, generator=torch.Generator().manual_seed(seed))
         self.W_router = nn.Parameter((2 * router - 1) / math.sqrt(d_in))
         self.b_router = nn.Parameter(torch.zeros(d_in))
 
     @property
     def macs_encode(self) -> int:
-        return self.d_in * (self.experts + self.d_sae // self.experts)
+        return self.d_in * ((self.experts if self.learned else PROJECTIONS) + self.d_sae // self.experts)
 
     def encode(self, x: Tensor | np.ndarray) -> SparseCodes:
         x = self.validate(x)
         return self._codes(x, self._route(x))
 
-    def training_codes(self, x: Tensor) -> tuple[SparseCodes, Tensor]:
-        p_BE = self._route(x)
+    def training_codes(self, x: Tensor) -> tuple[SparseCodes, Tensor | None]:
+        p_BE = self._route(x, training=True)
+        if not self.learned:
+            return self._codes(x, p_BE), None
         experts_E = torch.arange(self.experts, device=x.device)  # bincount would wait for a GPU
         share_E = (p_BE.argmax(dim=1, keepdim=True) == experts_E).mean(dim=0, dtype=p_BE.dtype)
         return self._codes(x, p_BE), self.balance * self.experts * (share_E * p_BE.mean(dim=0)).sum()
 
-    def _route(self, x: Tensor) -> Tensor:
+    def learn(self, codes: Codes) -> None:
+        if not self.learned:
+            self.router.steps.add_(1)
+
+    def _route(self, x: Tensor, training: bool = False) -> Tensor:
+        if not self.learned:
+            return self.router(x - self.b_router, training)
         return ((x - self.b_router) @ self.W_router).float().softmax(dim=1)
 
     def _codes(self, x: Tensor, p_BE: Tensor) -> SparseCodes:
@@ -87,10 +103,10 @@ class Switch(SAE):
         return values * p_B.unsqueeze(1), indices
 
     def _from_dead(self, x: Tensor, dead: Tensor | None) -> Tensor:
-        """The same from dead latents of the routed expert only; no other expert is computed."""
+        """The same from dead latents of the routed expert only."""
         only_dead = x.new_zeros(self.d_sae).masked_fill_(~self.dead, -torch.inf)
         k = min(self.aux_k, self.d_sae // self.experts)
-        return self._combine(*self._routed(x, self._route(x), only_dead, k))
+        return self._combine(*self._routed(x, self._route(x, training=True), only_dead, k))
 
     @torch.no_grad()
     def set_center(self, center_D: Tensor | np.ndarray) -> None:
@@ -100,4 +116,5 @@ class Switch(SAE):
     @torch.no_grad()
     def fold_scale(self, scale: float) -> None:
         super().fold_scale(scale)
-        self.W_router.div_(scale)
+        if self.learned:
+            self.W_router.div_(scale)
