@@ -86,7 +86,7 @@ def test_counts_are_those_of_a_loop_over_images(seed: int, fires: float) -> None
 
 
 def test_a_special_latent_that_fires_in_place_of_the_general_one_absorbs_it() -> None:
-    """Value 0 has latent 0, but of its images each fifth has latent 1 instead, which points along value and a detail."""
+    """Each fifth image of value 0 has latent 1 in place of latent 0; it points along the value and a detail."""
     n = 100
     values = np.arange(n) % 2
     special = (values == 0) & (np.arange(n) % 10 == 0)
