@@ -12,7 +12,7 @@ from torch import Tensor
 from sparsight import sae
 from sparsight.common.errors import SparsightError
 from sparsight.disentangling.attributes import draw_pairs, usable
-from sparsight.disentangling.das import train_subspace
+from sparsight.disentangling.das import Subspace, train_subspaces
 from sparsight.disentangling.interchange import Coordinates, Features, Latents, neurons, principal
 from sparsight.disentangling.model import Readout
 from sparsight.disentangling.scores import Key, Outcome, best_rules, outcomes, table
@@ -108,7 +108,10 @@ def scored(test: Linear, fitted: Fitted, features: Features, chosen: np.ndarray,
 def test_the_skyline_finds_the_directions(train: Linear, fitted: Fitted, attribute: int) -> None:
     k = SIZES[attribute] - 1  # the differences between the values span so many dimensions
     pairs = draw_pairs(train.values, 60 * 64, 0)
-    basis = train_subspace(train, pairs, train.values, fitted.readouts, attribute, k, 64, 5e-2, 0)
+    wanted = [Subspace(attribute, k), Subspace(1 - attribute, 1)]
+    basis, _ = train_subspaces(train, pairs, train.values, fitted.readouts, wanted, 64, 5e-2, 0)
+    (alone,) = train_subspaces(train, pairs, train.values, fitted.readouts, wanted[:1], 64, 5e-2, 0)
+    assert torch.equal(alone, basis), "a subspace does not depend on the others"
     torch.testing.assert_close(basis.T @ basis, torch.eye(k), atol=1e-5, rtol=0)
     found = scored(Linear(1), fitted, Coordinates("das", basis), np.arange(k), attribute)
     assert found.cause.mean() > 0.99 and found.isolate.mean() > 0.99

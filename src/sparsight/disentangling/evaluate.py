@@ -26,7 +26,7 @@ from sparsight.common.seeds import derive_seed
 from sparsight.common.work import Work
 from sparsight.disentangling import statistics
 from sparsight.disentangling.attributes import Attribute, draw_pairs, usable
-from sparsight.disentangling.das import train_subspace
+from sparsight.disentangling.das import Subspace, train_subspaces
 from sparsight.disentangling.interchange import Coordinates, Features, Latents
 from sparsight.disentangling.model import AtSite
 from sparsight.disentangling.scores import Key, best_rules, outcomes, table
@@ -155,25 +155,29 @@ def _chosen(
 def _skyline(
     section: config.Disentangle, model: AtSite, values_An: np.ndarray, fitted: Fitted, width: int, seed: int, work: Work
 ) -> dict[Key, tuple[Features, np.ndarray]]:
-    """The interchanges of trained subspaces."""
+    """The interchanges of trained subspaces, which the working folder keeps until the stage is finished."""
+    subspaces = [Subspace(attribute, count) for attribute in range(2) for count in section.features if count <= width]
+    kept = work.state / "subspaces.safetensors"
+    if not kept.exists():
+        log(f"training of {len(subspaces)} subspaces")
+        needed = section.das_steps * section.das_batch_size
+        pairs = draw_pairs(values_An, needed, derive_seed(seed, "disentangle", "pairs", "train"))
+        bases = train_subspaces(
+            model, pairs, values_An, fitted.readouts, subspaces, section.das_batch_size, section.das_lr,
+            derive_seed(seed, "disentangle", "das"),
+        )  # fmt: skip
+        columns = {_file_name(one): basis.cpu().contiguous() for one, basis in zip(subspaces, bases, strict=True)}
+        write_atomic(kept, partial(save_file, columns))
+    columns = load_file(kept)
     edits: dict[Key, tuple[Features, np.ndarray]] = {}
-    needed = section.das_steps * section.das_batch_size
-    pairs = draw_pairs(values_An, needed, derive_seed(seed, "disentangle", "pairs", "train"))
-    for attribute in range(2):
-        for count in section.features:
-            if count > width:
-                continue
-            kept = work.state / f"das-{attribute}-{count}.safetensors"
-            if not kept.exists():
-                log(f"subspace of {count} dimensions for {section.attributes[attribute]}")
-                basis = train_subspace(
-                    model, pairs, values_An, fitted.readouts, attribute, count, section.das_batch_size, section.das_lr,
-                    derive_seed(seed, "disentangle", "das", attribute, count),
-                )  # fmt: skip
-                write_atomic(kept, partial(save_file, {"basis": basis.cpu().contiguous()}))
-            basis = load_file(kept)["basis"].to(fitted.bases[0].basis_DF)
-            edits[Key("das", "", attribute, count, "")] = Coordinates("das", basis), np.arange(count)
+    for one in subspaces:
+        basis = columns[_file_name(one)].to(fitted.bases[0].basis_DF)
+        edits[Key("das", "", one.attribute, one.dimensions, "")] = Coordinates("das", basis), np.arange(one.dimensions)
     return edits
+
+
+def _file_name(one: Subspace) -> str:
+    return f"{one.attribute}-{one.dimensions}"
 
 
 def _absorption(attributes: list[Attribute], counts: Mapping[Key, list[Absorption]]) -> list[dict[str, Any]]:
