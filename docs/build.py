@@ -21,6 +21,7 @@ SECTIONS = {
     "saes.<name>": config.Sae,
     "policies.<name>": config.Policy,
     "steering.<name>": config.Steering,
+    "disentangle.<name>": config.Disentangle,
     "pruning": config.Pruning,
     "report": config.Report,
 }

@@ -242,6 +242,10 @@ def _mnist(root: Path, _: Any) -> tuple[None, Expected]:
     return None, {f"mnist-5000:{i}": (str(label), None) for i, label in enumerate(mnist_data()[1])}
 
 
+def _coloured(root: Path, _: Any) -> tuple[None, Expected]:
+    return None, {uri.replace("mnist-5000", "coloured-digits"): value for uri, value in _mnist(root, _)[1].items()}
+
+
 def _union(root: Path, _: Any) -> tuple[str, Expected]:
     members = _folder(root / "f", None), cub(root / "cub")
     uris = {f"{number}:{uri}": value for number, member in enumerate(members) for uri, value in member.items()}
@@ -250,6 +254,7 @@ def _union(root: Path, _: Any) -> tuple[str, Expected]:
 
 MAKERS: dict[str, Maker] = {
     "mnist-5000": _mnist,
+    "coloured-digits": _coloured,
     "union": _union,
     **{
         name: partial(_at, make)

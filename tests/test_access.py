@@ -152,6 +152,7 @@ def many_classes(run: Path, out: Path, times: int) -> Path:
         "stores": sorted(copy.glob("activations/*/test.json")),
         "steerings": sorted(copy.glob("steering/*-s?.parquet")),
         "transfers": sorted(copy.glob("steering/*/*.json")),
+        "disentanglings": [],
         "policies": sorted(copy.glob("pruning/*/metrics.json")),
         "latents": sorted(copy.glob("saes/**/latents.parquet")),
         "head_latents": sorted(copy.glob("pruning/*/head_latents.safetensors")),

@@ -15,7 +15,19 @@ from hypothesis import strategies as st
 from snakemake.utils import update_config
 
 from sparsight.common.errors import SparsightError
-from sparsight.config import Activations, Backbone, Compute, Images, Policy, Pruning, Report, Sae, Steering, schema
+from sparsight.config import (
+    Activations,
+    Backbone,
+    Compute,
+    Disentangle,
+    Images,
+    Policy,
+    Pruning,
+    Report,
+    Sae,
+    Steering,
+    schema,
+)
 from sparsight.config.images import members
 from sparsight.pipeline.run import load_run
 
@@ -23,7 +35,7 @@ PARAMS = yaml.safe_load((ROOT / "params.yaml").read_text())
 CLIP = {
     "model": "open_clip/ViT-B-32", "architecture": {"vision.layers": 4}, "epochs": 1, "training": "contrastive",
 }  # fmt: skip
-SECTIONS = [Compute, Images, Backbone, Activations, Sae, Policy, Steering, Pruning, Report]
+SECTIONS = [Compute, Images, Backbone, Activations, Sae, Policy, Steering, Disentangle, Pruning, Report]
 
 
 def changed(path: str, value: Any) -> dict[str, Any]:
@@ -204,7 +216,7 @@ def through_flags(section: Any) -> Any:
 def test_flags_of_the_default_run_give_its_sections_back() -> None:
     run = load_run(PARAMS)
     sections: list[Any] = [run.compute, run.images, run.activations, run.pruning, run.report]
-    for named in (run.backbones, run.saes, run.policies, run.steering):
+    for named in (run.backbones, run.saes, run.policies, run.steering, run.disentangle):
         sections += named.values()
     for section in sections:
         assert through_flags(section) == section

@@ -35,7 +35,9 @@ def test_every_number_is_of_a_section_that_its_experiment_has(papers: ModuleType
         for entry in (entry for table in tables for entry in table.entries):
             config = copy.deepcopy(yaml.safe_load((ROOT / "params.yaml").read_text()))
             update_config(config, yaml.safe_load((ROOT / "experiments" / f"{entry.experiment}.yaml").read_text()))
-            sections = {"backbone": "backbones", "steering": "steering", "pruning": "policies"}
+            sections = {
+                "backbone": "backbones", "steering": "steering", "pruning": "policies", "disentangling": "disentangle",
+            }  # fmt: skip
             for key in entry.keys:
                 stage, name, *rest = key.split(".")
                 if stage.endswith("-stability"):

@@ -11,6 +11,7 @@ import pytest
 from source_files import RGB, counts, is_picture, litter, manifest
 from source_layouts import MAKERS
 
+from sparsight.config.images import PACKAGED
 from sparsight.images.sources import SOURCES, SPLITS
 
 
@@ -40,7 +41,7 @@ def test_a_source_keeps_the_contract(name: str, tmp_path: Path, monkeypatch: pyt
     assert all(is_picture(again.decode(uri, data)) for uri, data in zip(uris, contents, strict=True))
 
 
-@pytest.mark.parametrize("name", [name for name in SOURCES if name != "mnist-5000"])
+@pytest.mark.parametrize("name", [name for name in SOURCES if name not in PACKAGED])
 def test_the_manifest_lists_every_image_of_a_source(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, expected = MAKERS[name](tmp_path / "data", monkeypatch)
     assert path is not None

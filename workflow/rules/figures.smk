@@ -11,6 +11,7 @@ CATEGORIES = {
     "depth": "SAEs",
     "chains": "SAEs",
     "steering": "Steering",
+    "disentangling": "Disentangling",
     "backbone": "Backbones",
 }
 FIGURES = [
@@ -19,6 +20,7 @@ FIGURES = [
     *(("chain", name) for name, section in RUN.saes.items() if section.sites),
     *((one.kind, one.name) for one in comparisons(RUN.saes)),
     *(("steering", name) for name in RUN.steering),
+    *(("disentangling", name) for name in RUN.disentangle),
     *(("backbone", name) for name, b in RUN.backbones.items() if b.epochs and b.training != "none"),
 ]
 

@@ -7,6 +7,7 @@ RESULTS = {
     "stabilities": expand(rules.stability.output.stability, section=RUN.repeated),
     "steerings": expand(f"{R}/steering/{{name}}.parquet", name=RUN.steering_names),
     "transfers": expand(f"{R}/steering/{{name}}/{{other}}.json", name=RUN.transfers, other=RUN.other_images),
+    "disentanglings": expand(rules.disentangle.output.table, disentangled=RUN.disentangle),
     "policies": expand(rules.pruning.output.metrics, policy=RUN.policies),
 }
 
@@ -33,6 +34,7 @@ rule summary:
         "python {SCRIPTS}/summary.py --from-images {input.images} --from-backbones {input.backbones}"
         " --from-saes {input.saes} --from-chains {input.chains} --from-stabilities {input.stabilities}"
         " --from-steerings {input.steerings} --from-transfers {input.transfers} --from-policies {input.policies}"
+        " --from-disentanglings {input.disentanglings}"
         " --out {params.out} --work {params.work} --record {output.record}"
         " {params.flags} > {log} 2>&1"
 
@@ -86,6 +88,7 @@ rule report:
         "python {SCRIPTS}/report.py --from-backbones {input.backbones} --from-saes {input.saes}"
         " --from-chains {input.chains} --from-stabilities {input.stabilities}"
         " --from-steerings {input.steerings} --from-transfers {input.transfers} --from-policies {input.policies}"
+        " --from-disentanglings {input.disentanglings}"
         " --from-test_images {input.test_images}"
         " --from-images {input.images} --from-configuration {input.configuration} --from-stores {input.stores}"
         " --from-latents {input.latents} --from-head_latents {input.head_latents}"

@@ -70,3 +70,6 @@ rule steering_elsewhere:
         " --name {wildcards.other}"
         " --out {params.out} --work {params.work} --record {output.record}"
         " {params.flags} > {log} 2>&1"
+
+
+include: "disentangle.smk"

@@ -21,5 +21,6 @@ if __name__ == "__main__":
         stabilities=["<section>-stability.json of every section of several seeds"],
         steerings=["<name>.parquet of every steering result"],
         transfers=["<data set>.json of every steering result on other images"],
+        disentanglings=["<name>.parquet of every result on attributes, beside its other files"],
         policies=["metrics.json of every policy"],
     )

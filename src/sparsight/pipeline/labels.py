@@ -16,6 +16,13 @@ def check_labels(run: Run, manifest: Manifest) -> None:
         ("pruning", run.pruning),
     ]
     need_labels(manifest, [need for place, section in sections for need in needs(place, section)])
+    columns = manifest.split("train").table.label_columns
+    for name, disentangle in run.disentangle.items():
+        if missing := [attribute for attribute in disentangle.attributes if attribute not in columns]:
+            raise SparsightError(
+                f"disentangle.{name}.attributes: the images have no label column {missing[0]!r}; use "
+                f"{', '.join(columns)}"
+            )
     val = {"val": manifest.split("val")}
     if run.other_images and not (val["val"].labels >= 0).any():
         raise SparsightError(

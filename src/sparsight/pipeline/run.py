@@ -12,7 +12,7 @@ from typing import Any
 from sparsight import sae
 from sparsight.common import sites, tokens
 from sparsight.common.errors import SparsightError
-from sparsight.config import Activations, Backbone, Compute, Images, Policy, Pruning, Report, Sae, Steering
+from sparsight.config import Activations, Backbone, Compute, Disentangle, Images, Policy, Pruning, Report, Sae, Steering
 from sparsight.config.bounds import CountOrZero, bounds_of, check
 from sparsight.config.schema import check_keys, parse
 from sparsight.config.steering import steerable
@@ -32,6 +32,7 @@ class Run:
     saes: dict[str, Sae]
     policies: dict[str, Policy]
     steering: dict[str, Steering]
+    disentangle: dict[str, Disentangle]
     pruning: Pruning | None
     report: Report
 
@@ -133,7 +134,8 @@ class Run:
 def load_run(config: Mapping[str, Any]) -> Run:
     """Validate a merged configuration (params.yaml with its overlays).
 
-    ``null`` in an overlay removes a named section (in other_images, backbones, saes, policies or steering) and every
+    ``null`` in an overlay removes a named section (in other_images, backbones, saes, policies, steering or
+    disentangle) and every
     section that depends on it. Without policies, ``pruning`` may be null too.
 
     Raises:
@@ -164,6 +166,7 @@ def load_run(config: Mapping[str, Any]) -> Run:
         "saes": Sae,
         "policies": Policy,
         "steering": Steering,
+        "disentangle": Disentangle,
     }
     for name, cls in single.items():
         values[name] = None if (name, config[name]) == ("pruning", None) else parse(cls, config[name], name)
@@ -182,6 +185,7 @@ _READS = {
     "saes": {"backbone": "backbones"},
     "policies": {"backbone": "backbones"},
     "steering": {"sae": "saes", "layers": "saes", "neighbour_backbone": "backbones"},
+    "disentangle": {"sae": "saes"},
 }
 """By kind of section, the keys that name another section, and the kind of that section."""
 
@@ -211,7 +215,7 @@ def _check_links(run: Run) -> None:
         if value not in names:
             raise SparsightError(f"{where}: there is no {value!r}; known: {', '.join(names) or 'none'}")
 
-    names = [run.run, *run.other_images, *run.backbones, *run.saes, *run.policies, *run.steering]
+    names = [run.run, *run.other_images, *run.backbones, *run.saes, *run.policies, *run.steering, *run.disentangle]
     for name in names:
         if not name or not all(c.isalnum() or c in "-_." for c in name) or name.startswith("."):
             raise SparsightError(
@@ -246,6 +250,9 @@ def _check_links(run: Run) -> None:
             known(steering.neighbour_backbone, run.backbones, f"steering.{name}.neighbour_backbone")
         if steering.kind == "vs2++" and "embedding" not in run.activations.tokens_by_site:
             raise SparsightError(f"steering.{name}: kind vs2++ compares embeddings; add embedding to activations.sites")
+    for name, disentangle in run.disentangle.items():
+        known(disentangle.sae, run.saes, f"disentangle.{name}.sae")
+        disentangle.check(f"disentangle.{name}", run.saes[disentangle.sae], run.activations.tokens_by_site)
     if run.other_images and not run.transfers:
         raise SparsightError(
             "other_images: only steering of kind vs2 on an open_clip model is tried on them; add one, or leave them out"

@@ -23,7 +23,7 @@ def write_metrics(inputs: dict[str, Any], path: Path) -> None:
 
     Args:
         inputs: ``images`` (the manifest), ``backbones`` (config.json), ``saes``, ``chains`` and ``policies``
-            (metrics.json), ``stabilities`` and ``transfers`` (JSON), ``steerings`` (Parquet).
+            (metrics.json), ``stabilities`` and ``transfers`` (JSON), ``steerings`` and ``disentanglings`` (Parquet).
     """
     about = Manifest(inputs["images"]).about
     flat: dict[str, float] = {f"images.{key}": len(about[key]) for key in ("duplicates", "label_conflicts")}
@@ -57,6 +57,8 @@ def write_metrics(inputs: dict[str, Any], path: Path) -> None:
         for row in tables.read(file.with_suffix(".parquet")):
             flat[f"{name}.{row['method']}.{row['labels']}.accuracy"] = row["accuracy"]
         flat |= _gate(name, file)
+    for file in inputs["disentanglings"]:
+        flat |= _disentangled(file)
     for file in inputs["policies"]:
         policy = file.parent.name
         flat[f"pruning.{policy}.unpruned.accuracy"] = json.loads(file.read_text())["unpruned"]["accuracy"]
@@ -83,6 +85,23 @@ def _steered(name: str, row: dict[str, Any]) -> dict[str, float]:
     """Accuracy on test; if it is unknown, the effects."""
     keys = ("accuracy",) if row["accuracy"] is not None else ("changed", "kl", "cosine")
     return {f"{name}.{key}": row[key] for key in keys if row[key] is not None}
+
+
+def _disentangled(file: Path) -> dict[str, float]:
+    """Cause, isolate and score of every interchange, and absorption; what belongs to a seed has it in its name."""
+    flat: dict[str, float] = {}
+    for row in tables.read(file):
+        name = f"disentangling.{_with_seed(file.stem, row['sae'])}.{row['attribute']}.{row['method']}.{row['features']}"
+        flat |= {f"{name}.{key}": row[key] for key in ("cause", "isolate", "score")}
+    for row in tables.read(file.with_name(f"{file.stem}-absorption.parquet")):
+        if row["value"] is None:
+            name = f"disentangling.{_with_seed(file.stem, row['sae'])}.{row['attribute']}.{row['method']}"
+            flat[f"{name}.absorption"] = row["rate"]
+    return flat
+
+
+def _with_seed(name: str, sae: str | None) -> str:
+    return name if sae is None else f"{name}-s{sae.rpartition('-s')[2]}"
 
 
 def _gate(name: str, summary: Path) -> dict[str, float]:

@@ -53,6 +53,7 @@ def stages(manifest: Manifest, inputs: dict[str, Any]) -> list[Stage]:
             "steering",
             [Part(name, metadata["kind"], metadata["sae"]) for name, metadata in steered.items()],
         ),
+        Stage("Disentangling", "disentangling", [_interchanges(path) for path in inputs["disentanglings"]]),
         Stage("Head policies", "pruning", [_policy(path) for path in inputs["policies"]]),
         Stage("Report", "", [Part("this page", "and metrics.json, the numbers alone", "all of these")]),
     ]
@@ -86,6 +87,11 @@ def _sae(name: str, section: dict[str, Any]) -> Part:
     if section["sites"]:
         parts.append(f"chain, maps {section['affine']}")
     return Part(name, ", ".join(parts), f"{section['backbone']}: {', '.join(places)}")
+
+
+def _interchanges(path: Path) -> Part:
+    metadata = _read(path.with_suffix(".json"))
+    return Part(path.stem, f"interchanges {' and '.join(metadata['attributes'])}", metadata["sae"])
 
 
 def _policy(path: Path) -> Part:

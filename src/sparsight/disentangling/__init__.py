@@ -1,0 +1,1 @@
+"""Interchanges of one attribute between images: whether latents disentangle two attributes."""

@@ -1,0 +1,79 @@
+"""Distributed alignment search (Geiger et al. 2024, arXiv 2303.02536): the trained subspace, which is the skyline.
+
+Shapes: P pairs, B pairs of a batch, D width (d_in), K dimensions, E width of the embedding.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sparsight.common.progress import followed
+from sparsight.common.seeds import derive_seed
+from sparsight.common.slices import row_slices
+from sparsight.disentangling.model import Model, Readout
+
+_SHARPNESS = 10.0
+"""Scores of a readout lie near 0 and 1; so many times a score is the logit of its value."""
+
+
+class Subspace(NamedTuple):
+    """A subspace to be trained."""
+
+    attribute: int
+    """0 or 1, the attribute whose interchange it is for."""
+    dimensions: int
+    """K."""
+
+
+def train_subspaces(
+    model: Model, pairs_P2: np.ndarray, values_An: np.ndarray, readouts: Sequence[Readout],
+    subspaces: Sequence[Subspace], batch_size: int, lr: float, seed: int,
+) -> list[Tensor]:  # fmt: skip
+    """For each subspace orthonormal columns (D, K), whose interchange changes one attribute and keeps the other.
+
+    Adam lowers the cross-entropy of the readouts of the edited embedding: of the attribute to the donor's value, of the
+    other one to the base's. Each step makes the columns orthonormal by a QR decomposition. The model is frozen. All
+    subspaces are trained on the same pairs, each as if alone.
+
+    Args:
+        model: the model, with the images of train.
+        pairs_P2: base and donor of every step's pairs, in order.
+        values_An: number of each train image's value, for both attributes.
+        readouts: of both attributes.
+        subspaces: what to train.
+        batch_size: pairs per step.
+        lr: learning rate.
+        seed: seed of the first columns.
+    """
+    first = model.rows(model.stream(pairs_P2[:1, 0]))
+    weights = [_start(first, one, derive_seed(seed, *one)) for one in subspaces]
+    optimizer = torch.optim.Adam(weights, lr)
+    batches = list(row_slices(len(pairs_P2), batch_size))
+    for batch in followed(batches, len(batches), "steps"):
+        bases, donors = pairs_P2[batch].T
+        stream = model.stream(bases)
+        base_RD, donor_RD = model.rows(stream), model.rows(model.stream(donors))
+        optimizer.zero_grad()
+        for one, weight_DK in zip(subspaces, weights, strict=True):
+            basis_DK = torch.linalg.qr(weight_DK).Q
+            edited_RD = base_RD + (donor_RD - base_RD) @ basis_DK @ basis_DK.T
+            embedding_BE = model.embedding(stream, edited_RD)
+            loss = embedding_BE.new_zeros(())
+            for place, readout in enumerate(readouts):
+                wanted = torch.from_numpy(values_An[place, donors if place == one.attribute else bases])
+                logits = _SHARPNESS * readout.scores(embedding_BE)
+                loss = loss + F.cross_entropy(logits, wanted.to(logits.device))
+            loss.backward()
+        optimizer.step()
+    return [torch.linalg.qr(weight_DK.detach()).Q for weight_DK in weights]
+
+
+def _start(like_RD: Tensor, one: Subspace, seed: int) -> Tensor:
+    """Random columns (D, K)."""
+    width = like_RD.shape[1]
+    columns = torch.randn(width, one.dimensions, generator=torch.Generator().manual_seed(seed)) / width**0.5
+    return columns.to(like_RD.device).requires_grad_(True)

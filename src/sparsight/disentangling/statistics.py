@@ -1,0 +1,146 @@
+"""What is fitted on train: readouts, features of every method, and how they separate the attributes' values.
+
+All of it comes from sums over the rows of the store, which is read in windows of whole images.
+
+Shapes: I images, D width (d_in), E width of the embedding.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sparsight.activations.store import ActivationStore
+from sparsight.common.progress import followed
+from sparsight.common.slices import row_slices
+from sparsight.common.tokens import EMBEDDING
+from sparsight.disentangling.interchange import Coordinates, neurons, principal
+from sparsight.disentangling.model import Readout
+from sparsight.disentangling.selection import Separation
+from sparsight.sae.inputs import SaeInputs
+from sparsight.sae.metrics.absorption import Absorption
+from sparsight.sae.metrics.baselines import Method
+from sparsight.sae.metrics.firing import ByClass
+from sparsight.sae.metrics.probing import DenseMoments, SparseProbe
+from sparsight.sae.metrics.sparse_codes import pooled
+
+_ENTRIES = 2**25
+"""Largest number of entries of dense codes at a time."""
+
+
+class Rows:
+    """A split's rows at the site, with its embeddings.
+
+    Args:
+        store: the split's activations.
+        site: the site.
+        tokens: the tokens that the SAE reads.
+        device: device of the rows.
+        width: the largest number of features, which decides how many images are read at a time.
+    """
+
+    def __init__(self, store: ActivationStore, site: str, tokens: str, device: torch.device, width: int) -> None:
+        self._inputs = SaeInputs(store, site, device, tokens=tokens)
+        self._embedding = store.rows(EMBEDDING)
+        self.tokens, self.n_images = self._inputs.tokens, len(self._embedding)
+        self._at_once = max(1, min(8192, _ENTRIES // width) // self.tokens)
+
+    def head(self, rows: int) -> Tensor:
+        """About the first ``rows`` rows, of whole images, (B, D)."""
+        return self._inputs.images(slice(0, min(self.n_images, max(1, rows // self.tokens))))
+
+    def windows(self) -> Iterator[tuple[slice, Tensor, np.ndarray]]:
+        """All images in order: their numbers, their rows (I T, D), and the mean of each image's, float64 (I, D)."""
+        windows = list(row_slices(self.n_images, self._at_once))
+        for window in followed(windows, len(windows), "windows"):
+            x = self._inputs.images(window)
+            yield window, x, x.unflatten(0, (-1, self.tokens)).double().mean(dim=1).cpu().numpy()
+
+    def embeddings(self, window: slice) -> np.ndarray:
+        """Embeddings of some images, float64 (I, E)."""
+        return self._embedding.images(window.start, window.stop).astype(np.float64)
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """What train gives; lists have an entry per attribute."""
+
+    readouts: list[Readout]
+    probes: list[SparseProbe]
+    """Of the mean activation at the site."""
+    codes: dict[str, list[ByClass]]
+    """By dictionary, sums of its codes."""
+    bases: list[Coordinates]
+    """Neurons and principal components of the images' mean rows."""
+    separations: dict[str, list[Separation]]
+    """By method."""
+
+
+def fit(rows: Rows, values_An: np.ndarray, sizes: Sequence[int], dictionaries: Mapping[str, Method]) -> Fitted:
+    """Read train once.
+
+    Args:
+        rows: the rows of train.
+        values_An: number of each image's value, for both attributes; -1 for none.
+        sizes: number of values of each attribute.
+        dictionaries: the dictionaries by name.
+    """
+    places: list[DenseMoments] = []
+    outputs: list[DenseMoments] = []
+    codes = {name: [ByClass(len(one.rows), size) for size in sizes] for name, one in dictionaries.items()}
+    for window, x, means_ID in rows.windows():
+        embedding_IE = rows.embeddings(window)
+        if not places:
+            places += [DenseMoments(means_ID.shape[1], size) for size in sizes]
+            outputs += [DenseMoments(embedding_IE.shape[1], size) for size in sizes]
+        for values_n, place, output in zip(values_An, places, outputs, strict=True):
+            place.update(means_ID, values_n[window])
+            output.update(embedding_IE, values_n[window])
+        for name, dictionary in dictionaries.items():
+            z_IF = pooled(dictionary.encode(x), rows.tokens)
+            for values_n, sums in zip(values_An, codes[name], strict=True):
+                sums.update(z_IF, values_n[window])
+    n = places[0].images.sum()
+    mean_D = places[0].total.sum(axis=0) / n
+    device = rows.head(1).device
+    bases = [neurons(len(mean_D), device), principal(places[0].products / n - np.outer(mean_D, mean_D), device)]
+    separations = {name: [Separation.of_codes(one) for one in sums] for name, sums in codes.items()}
+    for basis in bases:
+        columns = basis.basis_DF.double().cpu().numpy()
+        separations[basis.name] = [Separation.of_basis(moments, columns) for moments in places]
+    readouts = [_readout(moments, device) for moments in outputs]
+    return Fitted(readouts, [moments.probe("linear") for moments in places], codes, bases, separations)
+
+
+def _readout(moments: DenseMoments, device: torch.device) -> Readout:
+    probe = moments.probe("linear")
+    weight, bias = (torch.from_numpy(np.ascontiguousarray(part)).float().to(device) for part in (probe.W, probe.b))
+    return Readout(weight, bias)
+
+
+def read_right(rows: Rows, values_An: np.ndarray, readouts: Sequence[Readout]) -> list[np.ndarray]:
+    """Whether each attribute is read rightly from the stored embedding of each image, bool (n,) per attribute."""
+    right = [np.zeros(rows.n_images, bool) for _ in readouts]
+    for window in row_slices(rows.n_images, 8192):
+        embedding_IE = torch.from_numpy(rows.embeddings(window)).float()
+        for values_n, readout, found in zip(values_An, readouts, right, strict=True):
+            found[window] = readout(embedding_IE.to(readout.bias_C.device)) == values_n[window]
+    return right
+
+
+def absorption(
+    rows: Rows, values_An: np.ndarray, dictionaries: Mapping[str, Method], fitted: Fitted
+) -> dict[str, list[Absorption]]:
+    """Absorption on the images of ``rows``, by dictionary and attribute."""
+    counts = {
+        name: [Absorption(one, sums, probe) for sums, probe in zip(fitted.codes[name], fitted.probes, strict=True)]
+        for name, one in dictionaries.items()
+    }
+    for window, x, means_ID in rows.windows():
+        for name, dictionary in dictionaries.items():
+            z_IF = pooled(dictionary.encode(x), rows.tokens)
+            for values_n, one in zip(values_An, counts[name], strict=True):
+                one.update(z_IF, means_ID, values_n[window])
+    return counts

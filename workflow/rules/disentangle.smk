@@ -1,0 +1,68 @@
+def disentangle_section(wildcards):
+    return RUN.disentangle[wildcards.disentangled]
+
+
+def disentangled_sae(wildcards):
+    """The section of the SAEs whose latents are interchanged."""
+    return RUN.saes[disentangle_section(wildcards).sae]
+
+
+def code_of_disentangling(wildcards):
+    """The random dictionary is a TopK SAE, loaded by name."""
+    return code("disentangle.py", *dict.fromkeys([variant(disentangled_sae(wildcards)), RANDOM_SAE]))
+
+
+def disentangled_saes(wildcards):
+    return expand(SAE_WEIGHTS, sae=RUN.grids[disentangle_section(wildcards).sae])
+
+
+def backbone_of_disentangled(wildcards):
+    return f"{R}/backbones/{disentangled_sae(wildcards).backbone}/model.safetensors"
+
+
+def stores_of_disentangled(wildcards):
+    return stores_of(disentangled_sae(wildcards).backbone, ["train", "val", "test"])
+
+
+def read_by_disentangling(wildcards):
+    """Every file that the stage reads; the SAEs and their seeds follow from the section that it names."""
+    return [
+        f"{R}/images/manifest.parquet",
+        backbone_of_disentangled(wildcards),
+        *stores_of_disentangled(wildcards),
+        *disentangled_saes(wildcards),
+    ]
+
+
+# One job interchanges the attributes by the SAEs of a section, because the other methods are the same for all of them.
+rule disentangle:
+    input:
+        images=f"{R}/images/manifest.parquet",
+        backbone=backbone_of_disentangled,
+        stores=stores_of_disentangled,
+        saes=disentangled_saes,
+        configs=lambda wildcards: expand(SAE_CONFIG, sae=RUN.grids[disentangle_section(wildcards).sae]),
+        mark=mark("disentangle-{disentangled}", code_of_disentangling, disentangle_section, read_by_disentangling),
+    output:
+        table=f"{R}/disentangling/{{disentangled}}.parquet",
+        absorption=f"{R}/disentangling/{{disentangled}}-absorption.parquet",
+        summary=f"{R}/disentangling/{{disentangled}}.json",
+        record=f"{R}/records/disentangle-{{disentangled}}.json",
+    log:
+        f"{R}/logs/disentangle-{{disentangled}}.log",
+    benchmark:
+        f"{R}/benchmarks/disentangle-{{disentangled}}.jsonl"
+    wildcard_constraints:
+        disentangled=one_of(RUN.disentangle),
+    threads: THREADS
+    resources:
+        **needs(),
+    params:
+        out=subpath(output[0], parent=True),
+        work=f"{R}/.work/disentangle-{{disentangled}}",
+        flags=flags(code_of_disentangling, disentangle_section),
+    shell:
+        "python {SCRIPTS}/disentangle.py --from-images {input.images} --from-backbone {input.backbone}"
+        " --from-stores {input.stores} --from-saes {input.saes} --name {wildcards.disentangled}"
+        " --out {params.out} --work {params.work} --record {output.record}"
+        " {params.flags} > {log} 2>&1"
