@@ -93,9 +93,9 @@ def test_losses_and_gradients_are_those_of_the_formula(kind: str, downstream: bo
         ends = []
         for step in (1e-6, -1e-6):
             with torch.no_grad():
-                parameter += step * direction
+                parameter.add_(direction, alpha=step)
                 ends.append(loss_by_hand(before, backbone, x_BTD, POSITIONS[tokens], downstream))
-                parameter -= step * direction
+                parameter.sub_(direction, alpha=step)
         slope = (ends[0] - ends[1]) / 2e-6
         assert abs(slope) > 1e-7, "a gradient that is zero would show nothing"
         torch.testing.assert_close((gradient * direction).sum(), slope, rtol=1e-4, atol=1e-8)
