@@ -111,7 +111,12 @@ def make_data(here: Path, config: dict[str, Any]) -> Path:
         ("compute/device", "tpu", "compute.device: 'tpu' is not one of cpu, cuda"),
         ("images/source", "folder", "images.path: source 'folder' needs path"),
         ("saes/topk/k", 1000, "saes.topk.k: 1000 active latents are more than d_sae = 384"),
-        ("saes/topk/kind", "tpok", "saes.topk.kind: there is no SAE 'tpok'; known: batchtopk"),
+        ("saes/topk/kind", "tpok", "saes.topk.kind: there is no SAE 'tpok'; known: archetypal, batchtopk"),
+        (
+            "saes/topk",
+            {"kind": "archetypal", "backbone": "vit", "site": "blocks.5.input", "mutual": 0.5},
+            "saes.topk.mutual: is for kinds that train decoder rows directly, not archetypal; leave it out",
+        ),
         (
             "saes/topk/site",
             "blocks.2.input",

@@ -157,7 +157,6 @@ def test_an_interrupted_training_ends_with_the_same_bytes(
         ({"seeds": (0,)}, "makes the seeds of a section alike, and this one has one; name two or more"),
         ({"processes": 2}, "in one process; set processes to 1"),
         ({"processes": 8, "d_sae": 64}, "in one process; set processes to 1"),
-        ({"kind": "archetypal"}, "not archetypal; leave it out"),
         ({"mutual": -0.1}, "must be 0 or more, got -0.1"),
     ],
 )

@@ -131,8 +131,6 @@ class Sae(Section):
             raise SparsightError("mutual: makes the seeds of a section alike, and this one has one; name two or more")
         if self.mutual and self.processes > 1:
             raise SparsightError("mutual: compares the seeds after every step, in one process; set processes to 1")
-        if self.mutual and self.kind == "archetypal":
-            raise SparsightError("mutual: is for kinds that train decoder rows directly, not archetypal; leave it out")
         if self.split:
             self._check_split()
         if self.loss != "local":

@@ -229,6 +229,10 @@ def _check_links(run: Run) -> None:
     for name, section in run.saes.items():
         if section.kind not in variants:
             raise SparsightError(f"saes.{name}.kind: there is no SAE {section.kind!r}; known: {', '.join(variants)}")
+        if section.mutual and section.kind == "archetypal":
+            raise SparsightError(
+                f"saes.{name}.mutual: is for kinds that train decoder rows directly, not archetypal; leave it out"
+            )
         known(section.backbone, run.backbones, f"saes.{name}.backbone")
         for site in section.places:
             if site not in run.activations.tokens_by_site:
