@@ -17,7 +17,7 @@ from sparsight.disentangling.interchange import Coordinates, Features, Latents, 
 from sparsight.disentangling.model import Readout
 from sparsight.disentangling.scores import Key, Outcome, best_rules, outcomes, table
 from sparsight.disentangling.selection import RULES, Rule, Separation, ranked
-from sparsight.disentangling.statistics import Fitted, fit
+from sparsight.disentangling.statistics import Fitted, Name, fit
 from sparsight.sae.metrics.baselines import Method, of_sae, random_dictionary
 from sparsight.sae.metrics.firing import ByClass
 from sparsight.sae.metrics.probing import DenseMoments
@@ -88,13 +88,16 @@ def train() -> Linear:
 
 
 @pytest.fixture(scope="module")
-def dictionaries(train: Linear) -> dict[str, Method]:
+def dictionaries(train: Linear) -> dict[Name, Method]:
     drawn = [random_dictionary(sae.create("topk", D, 48, 2), train.x, seed) for seed in range(3)]
-    return {"planted": planted(train.directions), **{f"random-{i}": one for i, one in enumerate(drawn)}}
+    return {
+        Name("sae", ""): planted(train.directions),
+        **{Name("random", str(i)): one for i, one in enumerate(drawn)},
+    }
 
 
 @pytest.fixture(scope="module")
-def fitted(train: Linear, dictionaries: dict[str, Method]) -> Fitted:
+def fitted(train: Linear, dictionaries: dict[Name, Method]) -> Fitted:
     return fit(train, train.values, SIZES, dictionaries)  # type: ignore[arg-type]
 
 
@@ -113,44 +116,44 @@ def test_the_skyline_finds_the_directions(train: Linear, fitted: Fitted, attribu
     (alone,) = train_subspaces(train, pairs, train.values, fitted.readouts, wanted[:1], 64, 5e-2, 0)
     assert torch.equal(alone, basis), "a subspace does not depend on the others"
     torch.testing.assert_close(basis.T @ basis, torch.eye(k), atol=1e-5, rtol=0)
-    found = scored(Linear(1), fitted, Coordinates("das", basis), np.arange(k), attribute)
+    found = scored(Linear(1), fitted, Coordinates(basis), np.arange(k), attribute)
     assert found.cause.mean() > 0.99 and found.isolate.mean() > 0.99
 
 
 @pytest.mark.parametrize("attribute", [0, 1])
 @pytest.mark.parametrize("rule", RULES)
 def test_a_planted_dictionary_disentangles_and_a_random_one_does_not(
-    fitted: Fitted, dictionaries: dict[str, Method], attribute: int, rule: Rule
+    fitted: Fitted, dictionaries: dict[Name, Method], attribute: int, rule: Rule
 ) -> None:
     test, count = Linear(1), SIZES[attribute]
     scores = {}
     for name, method in dictionaries.items():
         own, other = (fitted.separations[name][place] for place in (attribute, 1 - attribute))
         chosen = ranked(own, other, rule)[:count]
-        scores[name] = float(scored(test, fitted, Latents(name, method), chosen, attribute).score.mean())
-        if name == "planted":
+        scores[name] = float(scored(test, fitted, Latents(method), chosen, attribute).score.mean())
+        if name.method == "sae":
             first = SIZES[0] * attribute
             assert sorted(chosen.tolist()) == list(range(first, first + count))
-    assert scores.pop("planted") >= 0.95
+    assert scores.pop(Name("sae", "")) >= 0.95
     assert 0.4 < np.mean(list(scores.values())) < 0.65, "near 0.5, the score of an edit that changes nothing"
 
 
 def test_taking_everything_causes_all_and_isolates_nothing_and_taking_nothing_the_reverse(fitted: Fitted) -> None:
-    whole = Coordinates("everything", torch.eye(D))
+    whole = Coordinates(torch.eye(D))
     for chosen, cause in ((np.arange(D), 1.0), (np.arange(0), 0.0)):
         found = scored(Linear(1), fitted, whole, chosen, 0)
         assert (found.cause.mean(), found.isolate.mean()) == (cause, 1 - cause)
 
 
-def test_outcomes_are_those_of_a_loop_over_pairs(fitted: Fitted, dictionaries: dict[str, Method]) -> None:
+def test_outcomes_are_those_of_a_loop_over_pairs(fitted: Fitted, dictionaries: dict[Name, Method]) -> None:
     test, generator = Linear(2, 80), np.random.default_rng(0)
     pairs = draw_pairs(test.values, 25, 5)
     edits: dict[Key, tuple[Features, np.ndarray]] = {}
     for name, method in dictionaries.items():
         for attribute in (0, 1):
-            edits[Key(name, "", attribute, 5, "")] = Latents(name, method), generator.permutation(48)[:5]
-    for basis in fitted.bases:
-        edits[Key(basis.name, "", 1, 7, "")] = basis, generator.permutation(D)[:7]
+            edits[Key(*name, attribute, 5, "")] = Latents(method), generator.permutation(48)[:5]
+    for name, basis in fitted.bases.items():
+        edits[Key(*name, 1, 7, "")] = basis, generator.permutation(D)[:7]
     for key, outcome in outcomes(test, pairs, test.values, fitted.readouts, edits).items():
         features, chosen = edits[key]
         for i, (base, donor) in enumerate(pairs):

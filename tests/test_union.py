@@ -114,7 +114,7 @@ def test_prompts_of_a_union_are_the_plain_ones() -> None:
         ("folder:here + ", "with spaces around the +"),
         ("folder:here + :here", "with spaces around the +"),
         ("folder:here, folder:here", "with spaces around the +"),
-        ("foldre:here + folder:here", "images.path: the member foldre.source: 'foldre' is not one of mnist-5000, fold"),
+        ("foldre:here + folder:here", "images.path: the member foldre.source: 'foldre' is not one of mnist-5000, colo"),
         ("folder:here + cub200:gone", "images.path: the member cub200.path: there is no folder 'gone'; give the"),
         ("folder:here + parquet:gone", "images.path: the member parquet.path: there is no 'gone'; give a .parquet"),
         ("folder:here + cub200", "images.path: the member cub200.path: source 'cub200' needs path"),

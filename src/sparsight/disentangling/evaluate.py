@@ -31,7 +31,7 @@ from sparsight.disentangling.interchange import Coordinates, Features, Latents
 from sparsight.disentangling.model import AtSite
 from sparsight.disentangling.scores import Key, best_rules, outcomes, table
 from sparsight.disentangling.selection import RULES, ranked
-from sparsight.disentangling.statistics import Fitted, Rows
+from sparsight.disentangling.statistics import Fitted, Name, Rows
 from sparsight.images.split import Split
 from sparsight.sae.base import SAE
 from sparsight.sae.metrics.absorption import Absorption
@@ -80,16 +80,13 @@ def evaluate(
         for part in ("train", "val", "test")
     }
     rows = {part: Rows(one.store, site, tokens, device, first.d_sae) for part, one in splits.items()}
-    dictionaries = {Key("sae", sae, -1, 0, ""): of_sae(one) for sae, one in saes.items()}
+    dictionaries = {Name("sae", sae): of_sae(one) for sae, one in saes.items()}
     for sae, one in saes.items():
         drawn = derive_seed(seed, "disentangle", "random", sae)
-        dictionaries[Key("random", sae, -1, 0, "")] = random_dictionary(one, rows["train"].head(_SAMPLE), drawn)
-    fitted = statistics.fit(
-        rows["train"], splits["train"].values, [len(one.values) for one in attributes],
-        {_label(key): one for key, one in dictionaries.items()},
-    )  # fmt: skip
-    methods: dict[Key, Features] = {key: Latents(_label(key), one) for key, one in dictionaries.items()}
-    methods |= {Key(basis.name, "", -1, 0, ""): basis for basis in fitted.bases}
+        dictionaries[Name("random", sae)] = random_dictionary(one, rows["train"].head(_SAMPLE), drawn)
+    sizes = [len(one.values) for one in attributes]
+    fitted = statistics.fit(rows["train"], splits["train"].values, sizes, dictionaries)
+    methods: dict[Name, Features] = {**{key: Latents(one) for key, one in dictionaries.items()}, **fitted.bases}
     where = place(first, backbone)
     models = {part: AtSite(backbone, where, one.split, one.store) for part, one in splits.items()}
     pairs, accuracy = {}, {}
@@ -101,7 +98,7 @@ def evaluate(
         log(f"{part}: {len(pairs[part])} pairs")
     edits = _chosen(methods, fitted, section)
     edits |= _skyline(section, models["train"], splits["train"].values, fitted, first.d_in, seed, work)
-    whole = Coordinates("everything", torch.eye(first.d_in, device=device))
+    whole = Coordinates(torch.eye(first.d_in, device=device))
     edits |= {Key("everything", "", i, first.d_in, ""): (whole, np.arange(first.d_in)) for i in range(2)}
     on_val = outcomes(models["val"], pairs["val"], splits["val"].values, fitted.readouts, edits)
     best = best_rules(on_val)
@@ -111,12 +108,9 @@ def evaluate(
     )  # fmt: skip
     names = [one.name for one in attributes]
     found, leads = table(names, on_test, on_val, derive_seed(seed, "disentangle", "bootstrap"))
-    counts = statistics.absorption(
-        rows["test"], splits["test"].values, {_label(key): one for key, one in dictionaries.items()}, fitted
-    )
-    absorbed = _absorption(attributes, {key: counts[_label(key)] for key in dictionaries})
+    counts = statistics.absorption(rows["test"], splits["test"].values, dictionaries, fitted)
     tables.write(work.out / f"{name}.parquet", found, _TYPES)
-    tables.write(work.out / f"{name}-absorption.parquet", absorbed, {"value": pa.string()})
+    tables.write(work.out / f"{name}-absorption.parquet", _absorption(attributes, counts), {"value": pa.string()})
     readout = [
         {"attribute": one.name, "values": len(one.values), **wilson(right[splits["test"].values[i] >= 0])}
         for i, (one, right) in enumerate(zip(attributes, accuracy["test"], strict=True))
@@ -130,25 +124,20 @@ def evaluate(
         log("{attribute}, {features} features: SAE minus {control} {delta:+.3f}".format(**line))
 
 
-def _label(key: Key) -> str:
-    return f"{key.method} {key.sae}"
-
-
 def _chosen(
-    methods: Mapping[Key, Features], fitted: Fitted, section: config.Disentangle
+    methods: Mapping[Name, Features], fitted: Fitted, section: config.Disentangle
 ) -> dict[Key, tuple[Features, np.ndarray]]:
     """The interchanges of chosen features: every method, attribute, rule, and number of features that it has."""
     edits: dict[Key, tuple[Features, np.ndarray]] = {}
     for key, method in methods.items():
-        separations = fitted.separations[method.name]
+        separations = fitted.separations[key]
         for attribute in range(2):
             own, other = separations[attribute], separations[1 - attribute]
             for rule in RULES:
                 order = ranked(own, other, rule)
                 for count in section.features:
                     if count <= method.n_features:
-                        of = key._replace(attribute=attribute, features=count, rule=rule)
-                        edits[of] = method, order[:count]
+                        edits[Key(*key, attribute, count, rule)] = method, order[:count]
     return edits
 
 
@@ -168,11 +157,11 @@ def _skyline(
         )  # fmt: skip
         columns = {_file_name(one): basis.cpu().contiguous() for one, basis in zip(subspaces, bases, strict=True)}
         write_atomic(kept, partial(save_file, columns))
-    columns = load_file(kept)
+    columns, device = load_file(kept), fitted.readouts[0].bias_C.device
     edits: dict[Key, tuple[Features, np.ndarray]] = {}
     for one in subspaces:
-        basis = columns[_file_name(one)].to(fitted.bases[0].basis_DF)
-        edits[Key("das", "", one.attribute, one.dimensions, "")] = Coordinates("das", basis), np.arange(one.dimensions)
+        basis = columns[_file_name(one)].to(device)
+        edits[Key("das", "", one.attribute, one.dimensions, "")] = Coordinates(basis), np.arange(one.dimensions)
     return edits
 
 
@@ -180,7 +169,7 @@ def _file_name(one: Subspace) -> str:
     return f"{one.attribute}-{one.dimensions}"
 
 
-def _absorption(attributes: list[Attribute], counts: Mapping[Key, list[Absorption]]) -> list[dict[str, Any]]:
+def _absorption(attributes: list[Attribute], counts: Mapping[Name, list[Absorption]]) -> list[dict[str, Any]]:
     """Rows per dictionary and attribute: of all values (value null), and of each."""
     rows: list[dict[str, Any]] = []
     for key, by_attribute in counts.items():

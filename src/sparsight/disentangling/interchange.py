@@ -17,10 +17,6 @@ class Features(Protocol):
     """Features of which some can be taken from a donor."""
 
     @property
-    def name(self) -> str:
-        """What the features are called."""
-
-    @property
     def n_features(self) -> int:
         """F."""
 
@@ -35,7 +31,6 @@ class Features(Protocol):
 class Latents:
     """Latents of a dictionary: the rows move by the change of the reconstruction, so the base keeps its own error."""
 
-    name: str
     method: Method
 
     @property
@@ -56,7 +51,6 @@ class Latents:
 class Coordinates:
     """Coordinates along orthonormal columns."""
 
-    name: str
     basis_DF: Tensor
 
     @property
@@ -75,10 +69,10 @@ class Coordinates:
 
 def neurons(width: int, device: torch.device) -> Coordinates:
     """The dimensions of the activation themselves."""
-    return Coordinates("neurons", torch.eye(width, device=device))
+    return Coordinates(torch.eye(width, device=device))
 
 
 def principal(covariance_DD: np.ndarray, device: torch.device) -> Coordinates:
     """Principal components, largest variance first."""
     _, vectors = torch.linalg.eigh(torch.from_numpy(covariance_DD))
-    return Coordinates("pca", vectors.flip(1).float().to(device))
+    return Coordinates(vectors.flip(1).float().to(device))

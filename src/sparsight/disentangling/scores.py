@@ -23,9 +23,8 @@ class Key(NamedTuple):
     """An interchange."""
 
     method: str
-    """``sae``, ``random``, ``neurons``, ``pca`` or ``das``; ``everything`` takes all edited rows from the donor."""
     sae: str
-    """The SAE whose latents, or whose shape of a random dictionary, they are; empty for other methods."""
+    """With the method, a :class:`sparsight.disentangling.statistics.Name`."""
     attribute: int
     features: int
     rule: str

@@ -7,6 +7,7 @@ Shapes: I images, D width (d_in), E width of the embedding.
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -63,6 +64,15 @@ class Rows:
         return self._embedding.images(window.start, window.stop).astype(np.float64)
 
 
+class Name(NamedTuple):
+    """A method."""
+
+    method: str
+    """``sae``, ``random``, ``neurons``, ``pca`` or ``das``; ``everything`` takes all edited rows from the donor."""
+    sae: str
+    """The SAE whose latents, or whose shape of a random dictionary, they are; empty for other methods."""
+
+
 @dataclass(frozen=True)
 class Fitted:
     """What train gives; lists have an entry per attribute."""
@@ -70,15 +80,15 @@ class Fitted:
     readouts: list[Readout]
     probes: list[SparseProbe]
     """Of the mean activation at the site."""
-    codes: dict[str, list[ByClass]]
+    codes: dict[Name, list[ByClass]]
     """By dictionary, sums of its codes."""
-    bases: list[Coordinates]
+    bases: dict[Name, Coordinates]
     """Neurons and principal components of the images' mean rows."""
-    separations: dict[str, list[Separation]]
+    separations: dict[Name, list[Separation]]
     """By method."""
 
 
-def fit(rows: Rows, values_An: np.ndarray, sizes: Sequence[int], dictionaries: Mapping[str, Method]) -> Fitted:
+def fit(rows: Rows, values_An: np.ndarray, sizes: Sequence[int], dictionaries: Mapping[Name, Method]) -> Fitted:
     """Read train once.
 
     Args:
@@ -105,11 +115,14 @@ def fit(rows: Rows, values_An: np.ndarray, sizes: Sequence[int], dictionaries: M
     n = places[0].images.sum()
     mean_D = places[0].total.sum(axis=0) / n
     device = rows.head(1).device
-    bases = [neurons(len(mean_D), device), principal(places[0].products / n - np.outer(mean_D, mean_D), device)]
+    bases = {
+        Name("neurons", ""): neurons(len(mean_D), device),
+        Name("pca", ""): principal(places[0].products / n - np.outer(mean_D, mean_D), device),
+    }
     separations = {name: [Separation.of_codes(one) for one in sums] for name, sums in codes.items()}
-    for basis in bases:
+    for name, basis in bases.items():
         columns = basis.basis_DF.double().cpu().numpy()
-        separations[basis.name] = [Separation.of_basis(moments, columns) for moments in places]
+        separations[name] = [Separation.of_basis(moments, columns) for moments in places]
     readouts = [_readout(moments, device) for moments in outputs]
     return Fitted(readouts, [moments.probe("linear") for moments in places], codes, bases, separations)
 
@@ -131,8 +144,8 @@ def read_right(rows: Rows, values_An: np.ndarray, readouts: Sequence[Readout]) -
 
 
 def absorption(
-    rows: Rows, values_An: np.ndarray, dictionaries: Mapping[str, Method], fitted: Fitted
-) -> dict[str, list[Absorption]]:
+    rows: Rows, values_An: np.ndarray, dictionaries: Mapping[Name, Method], fitted: Fitted
+) -> dict[Name, list[Absorption]]:
     """Absorption on the images of ``rows``, by dictionary and attribute."""
     counts = {
         name: [Absorption(one, sums, probe) for sums, probe in zip(fitted.codes[name], fitted.probes, strict=True)]
