@@ -202,7 +202,7 @@ def test_end_to_end_the_model_changes_less_than_with_a_local_sae(tmp_path: Path)
     modes, fvu = {}, {}
     x = torch.from_numpy(stores["test"].rows(SITE)[:])
     for loss in ("local", "e2e", "e2e-downstream"):
-        options: dict[str, Any] = {"loss": loss, "d_sae": 24, "k": 2, "epochs": 15, "batch_size": 7 * T}
+        options: dict[str, Any] = {"loss": loss, "d_sae": 24, "k": 2, "epochs": 10, "batch_size": 7 * T}
         with torch.enable_grad():
             folder = trained(stores["train"], tmp_path / loss, backbone, **options)
         one = sae.load(folder / "one-s0")
