@@ -26,6 +26,7 @@ from sparsight.sae.inputs import SaeInputs
 from sparsight.sae.metrics.stability import write_stability
 from sparsight.sae.moments import by_group, fit_moments
 from sparsight.sae.resae import ReSAE
+from sparsight.sae.variants.archetypal import Archetypal
 from sparsight.steering.evaluate import cost, steer
 from sparsight.steering.intervention import place
 
@@ -79,10 +80,14 @@ def stores(backbone: Backbone, manifest: Manifest, tmp_path_factory: pytest.Temp
 def saes(stores: Stores, kind: str, tmp_path: Path) -> dict[str, SAE]:
     """Two trained seeds by name, loaded from their folders in ``saes``."""
     x = torch.from_numpy(stores["train"].rows(SITES[1])[:]).float()
-    options: dict[str, Any] = {"experts": EXPERTS} if kind == "switch" else {}
+    options: dict[str, Any] = {"switch": {"experts": EXPERTS}, "archetypal": {"candidates": 32}}.get(kind, {})
     training = {"prototype_weight": 0.0}
     for seed in (0, 1):
-        one = train_sae(sae.create(kind, D, F, K, seed, **options), lambda step: x, 30)
+        new = sae.create(kind, D, F, K, seed, **options)
+        if isinstance(new, Archetypal):
+            new.set_center(x.mean(dim=0))
+            new.set_points(x[seed : seed + 32] - x.mean(dim=0))
+        one = train_sae(new, lambda step: x, 30)
         about = {"site": SITES[1], "tokens": "cls", "backbone": "vit", "training": training}
         one.save(tmp_path / "saes" / f"sae-s{seed}", **about)
     return {f"sae-s{seed}": sae.load(tmp_path / "saes" / f"sae-s{seed}") for seed in (0, 1)}
