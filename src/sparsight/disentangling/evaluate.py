@@ -133,11 +133,10 @@ def _chosen(
         separations = fitted.separations[key]
         for attribute in range(2):
             own, other = separations[attribute], separations[1 - attribute]
-            for rule in RULES:
-                order = ranked(own, other, rule)
-                for count in section.features:
-                    if count <= method.n_features:
-                        edits[Key(*key, attribute, count, rule)] = method, order[:count]
+            orders = {rule: ranked(own, other, rule) for rule in RULES}
+            for count in section.features:
+                if count <= method.n_features:
+                    edits |= {Key(*key, attribute, count, rule): (method, orders[rule][:count]) for rule in RULES}
     return edits
 
 

@@ -55,7 +55,7 @@ def disentangling(title: str, rows: Rows) -> str:
 
 def _by_features(rows: Rows) -> dict[int, Rows]:
     groups: dict[int, Rows] = {}
-    for row in rows:
+    for row in sorted(rows, key=lambda row: row["features"]):
         groups.setdefault(row["features"], []).append(row)
     return groups
 
