@@ -164,7 +164,7 @@ def test_colours_are_independent_of_the_digit() -> None:
 
 def overlay(**changes: Any) -> dict[str, Any]:
     settings: dict[str, Any] = copy.deepcopy(yaml.safe_load((ROOT / "params.yaml").read_text()))
-    update_config(settings, yaml.safe_load((ROOT / "experiments" / "coloured_digits.yaml").read_text()))
+    update_config(settings, yaml.safe_load((ROOT / "experiments" / "coloured-digits.yaml").read_text()))
     update_config(settings, copy.deepcopy(changes))
     return settings
 
