@@ -35,7 +35,7 @@ def comparisons(sections: Mapping[str, Sae]) -> list[Comparison]:
         for (backbone, site, tokens), members in _alike(single, lambda s: (s.backbone, s.site, s.tokens)).items()
         if len(members) > 1
     ]
-    alike = _alike(single, lambda s: (s.backbone, s.tokens, s.kind, s.d_sae, s.k, s.experts, s.routing))
+    alike = _alike(single, lambda s: (s.backbone, s.tokens, s.kind, s.d_sae, s.k, s.particulars))
     figures += [
         Comparison("depth", members[0], members)
         for members in alike.values()

@@ -166,9 +166,7 @@ def _plain(*axes: Axis) -> None:
 
 
 def _kind(about: Sae) -> str:
-    experts = f", {about.experts} experts" if about.experts else ""
-    routing = f", {about.routing} routing" if about.routing != "learned" else ""
-    return f"{about.kind}, {about.d_sae:,} latents{experts}{routing}"
+    return ", ".join([about.kind, f"{about.d_sae:,} latents", *about.particulars])
 
 
 def _colour(i: int) -> str:
