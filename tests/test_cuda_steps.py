@@ -208,21 +208,23 @@ def test_both_gradients_of_a_batch_share_one_sort(cuda: Activity) -> None:
         assert to_host(sums).tolist() == [2, 1, 1, 0, 0, 2, *[0] * (n_latents - 6)]
 
 
+@pytest.mark.parametrize("kind", ["topk", "archetypal"])  # with W_dec as a parameter, and without
 @pytest.mark.parametrize("spoiled", [torch.nan, torch.inf, 1e30])
 def test_the_first_step_that_is_not_finite_is_named_when_asked_and_the_weights_stay(
-    spoiled: float, cuda: Activity
+    spoiled: float, kind: str, cuda: Activity
 ) -> None:
-    trainer = second_step("topk", 256, cuda)
+    trainer = second_step(kind, 256, cuda)
     trainer.check()
     before = {name: to_host(value).clone() for name, value in trainer.saes[0].state_dict().items()}
     x = batch(2)
     x[5, 3] = spoiled
     for bad in (x, batch(3)):
         trainer.step(bad)
-    with pytest.raises(SparsightError, match=r"SAE 0 \(topk\): loss (nan|inf), gradient norm \S+ in step 3; lower lr"):
+    named = rf"SAE 0 \({kind}\): loss (nan|inf), gradient norm \S+ in step 3; lower lr"
+    with pytest.raises(SparsightError, match=named):
         trainer.check()
     for name, value in trainer.saes[0].state_dict().items():
-        torch.testing.assert_close(to_host(value), before[name], rtol=1e-6, atol=0)
+        torch.testing.assert_close(to_host(value), before[name], rtol=1e-6, atol=1e-6)
 
 
 def test_training_stops_with_the_log_line_and_names_the_step(

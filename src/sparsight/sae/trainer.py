@@ -97,7 +97,7 @@ class Trainer:
         """
         for i, (sae, adam, health) in enumerate(zip(self.saes, self.adams, self._health, strict=True)):
             if sae.W_dec.is_cuda:
-                taken = adam.state["W_dec"]["step"]  # Adam counts no other steps
+                taken = next(iter(adam.state.values()))["step"]  # Adam counts no other steps
                 value, length, steps = torch.cat([health.loss_and_norm, taken.unsqueeze(0)]).tolist()
                 self._refuse(i, value, length, f" in step {steps + 1:.0f}")
                 self._at_most[i] = int(self.since_fired[i].max())  # AuxK rests while nothing can be dead
@@ -198,13 +198,14 @@ class Trainer:
         """Adam, which divides the gradients by ``clip``, and unit rows."""
         sae, adam = self.saes[i], self.adams[i]
         gradients = {name: p.grad for name, p in sae.named_parameters() if p.grad is not None}
+        failed = self._health[i].failed
         if not sae.gpu_step:
-            adam.step(gradients, clip)
+            adam.step(gradients, clip, failed if clip.is_cuda else None)
             sae.constrain()
             return
         from sparsight.kernels import update
 
-        gradient, failed = gradients.pop("W_dec"), self._health[i].failed
+        gradient = gradients.pop("W_dec")
         adam.step(gradients, clip, failed)
         update.update(
             gradient, sae.W_dec.detach(), adam.state["W_dec"], self._bias[i], clip, failed, adam.lr, BETAS, EPS
