@@ -111,9 +111,10 @@ def scored(test: Linear, fitted: Fitted, features: Features, chosen: np.ndarray,
 def test_the_skyline_finds_the_directions(train: Linear, fitted: Fitted, attribute: int) -> None:
     k = SIZES[attribute] - 1  # the differences between the values span so many dimensions
     pairs = draw_pairs(train.values, 60 * 64, 0)
-    wanted = [Subspace(attribute, k), Subspace(1 - attribute, 1)]
-    basis, _ = train_subspaces(train, pairs, train.values, fitted.readouts, wanted, 64, 5e-2, 0)
-    (alone,) = train_subspaces(train, pairs, train.values, fitted.readouts, wanted[:1], 64, 5e-2, 0)
+    random = torch.linalg.qr(torch.randn(D, k + 1, generator=torch.Generator().manual_seed(0))).Q
+    wanted = [Subspace(attribute, random[:, :k]), Subspace(1 - attribute, random[:, k:])]
+    basis, _ = train_subspaces(train, pairs, train.values, fitted.readouts, wanted, 64, 5e-2)
+    (alone,) = train_subspaces(train, pairs, train.values, fitted.readouts, wanted[:1], 64, 5e-2)
     assert torch.equal(alone, basis), "a subspace does not depend on the others"
     torch.testing.assert_close(basis.T @ basis, torch.eye(k), atol=1e-5, rtol=0)
     found = scored(Linear(1), fitted, Coordinates(basis), np.arange(k), attribute)

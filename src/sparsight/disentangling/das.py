@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparsight.common.progress import followed
-from sparsight.common.seeds import derive_seed
 from sparsight.common.slices import row_slices
 from sparsight.disentangling.model import Model, Readout
 
@@ -25,13 +24,13 @@ class Subspace(NamedTuple):
 
     attribute: int
     """0 or 1, the attribute whose interchange it is for."""
-    dimensions: int
-    """K."""
+    start_DK: Tensor
+    """Orthonormal columns from which the training starts."""
 
 
 def train_subspaces(
     model: Model, pairs_P2: np.ndarray, values_An: np.ndarray, readouts: Sequence[Readout],
-    subspaces: Sequence[Subspace], batch_size: int, lr: float, seed: int,
+    subspaces: Sequence[Subspace], batch_size: int, lr: float,
 ) -> list[Tensor]:  # fmt: skip
     """For each subspace orthonormal columns (D, K), whose interchange changes one attribute and keeps the other.
 
@@ -47,10 +46,8 @@ def train_subspaces(
         subspaces: what to train.
         batch_size: pairs per step.
         lr: learning rate.
-        seed: seed of the first columns.
     """
-    first = model.rows(model.stream(pairs_P2[:1, 0]))
-    weights = [_start(first, one, derive_seed(seed, *one)) for one in subspaces]
+    weights = [one.start_DK.clone().requires_grad_(True) for one in subspaces]
     optimizer = torch.optim.Adam(weights, lr)
     batches = list(row_slices(len(pairs_P2), batch_size))
     for batch in followed(batches, len(batches), "steps"):
@@ -70,10 +67,3 @@ def train_subspaces(
             loss.backward()
         optimizer.step()
     return [torch.linalg.qr(weight_DK.detach()).Q for weight_DK in weights]
-
-
-def _start(like_RD: Tensor, one: Subspace, seed: int) -> Tensor:
-    """Random columns (D, K)."""
-    width = like_RD.shape[1]
-    columns = torch.randn(width, one.dimensions, generator=torch.Generator().manual_seed(seed)) / width**0.5
-    return columns.to(like_RD.device).requires_grad_(True)

@@ -97,7 +97,7 @@ def evaluate(
         pairs[part] = draw_pairs(values, count, derive_seed(seed, "disentangle", "pairs", part))
         log(f"{part}: {len(pairs[part])} pairs")
     edits = _chosen(methods, fitted, section)
-    edits |= _skyline(section, models["train"], splits["train"].values, fitted, first.d_in, seed, work)
+    edits |= _skyline(section, models["train"], splits["train"].values, fitted, seed, work)
     whole = Coordinates(torch.eye(first.d_in, device=device))
     edits |= {Key("everything", "", i, first.d_in, ""): (whole, np.arange(first.d_in)) for i in range(2)}
     on_val = outcomes(models["val"], pairs["val"], splits["val"].values, fitted.readouts, edits)
@@ -141,31 +141,41 @@ def _chosen(
 
 
 def _skyline(
-    section: config.Disentangle, model: AtSite, values_An: np.ndarray, fitted: Fitted, width: int, seed: int, work: Work
+    section: config.Disentangle, model: AtSite, values_An: np.ndarray, fitted: Fitted, seed: int, work: Work
 ) -> dict[Key, tuple[Features, np.ndarray]]:
-    """The interchanges of trained subspaces, which the working folder keeps until the stage is finished."""
-    subspaces = [Subspace(attribute, count) for attribute in range(2) for count in section.features if count <= width]
+    """The interchanges of trained subspaces, which the working folder keeps until the stage is finished.
+
+    They start as principal components, so that a short training does not end below these.
+    """
+    pca = Name("pca", "")
+    components, separations = fitted.bases[pca], fitted.separations[pca]
+    orders = [ranked(separations[attribute], separations[1 - attribute], "surplus") for attribute in range(2)]
+    subspaces = {
+        (attribute, count): Subspace(attribute, components.basis_DF[:, torch.from_numpy(order[:count].copy())])
+        for attribute, order in enumerate(orders)
+        for count in section.features
+        if count <= components.n_features
+    }
     kept = work.state / "subspaces.safetensors"
     if not kept.exists():
         log(f"training of {len(subspaces)} subspaces")
         needed = section.das_steps * section.das_batch_size
         pairs = draw_pairs(values_An, needed, derive_seed(seed, "disentangle", "pairs", "train"))
         bases = train_subspaces(
-            model, pairs, values_An, fitted.readouts, subspaces, section.das_batch_size, section.das_lr,
-            derive_seed(seed, "disentangle", "das"),
-        )  # fmt: skip
-        columns = {_file_name(one): basis.cpu().contiguous() for one, basis in zip(subspaces, bases, strict=True)}
+            model, pairs, values_An, fitted.readouts, list(subspaces.values()), section.das_batch_size, section.das_lr
+        )
+        columns = {_file_name(*of): basis.cpu().contiguous() for of, basis in zip(subspaces, bases, strict=True)}
         write_atomic(kept, partial(save_file, columns))
     columns, device = load_file(kept), fitted.readouts[0].bias_C.device
     edits: dict[Key, tuple[Features, np.ndarray]] = {}
-    for one in subspaces:
-        basis = columns[_file_name(one)].to(device)
-        edits[Key("das", "", one.attribute, one.dimensions, "")] = Coordinates(basis), np.arange(one.dimensions)
+    for attribute, count in subspaces:
+        basis = columns[_file_name(attribute, count)].to(device)
+        edits[Key("das", "", attribute, count, "")] = Coordinates(basis), np.arange(count)
     return edits
 
 
-def _file_name(one: Subspace) -> str:
-    return f"{one.attribute}-{one.dimensions}"
+def _file_name(attribute: int, count: int) -> str:
+    return f"{attribute}-{count}"
 
 
 def _absorption(attributes: list[Attribute], counts: Mapping[Name, list[Absorption]]) -> list[dict[str, Any]]:

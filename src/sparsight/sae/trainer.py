@@ -24,8 +24,8 @@ class Trainer:
 
     Args:
         saes: the SAEs, on their device; their decoder rows have unit norm and keep it.
-        lr: learning rate of Adam; None takes 2e-4 / sqrt(d_sae / 2^14) for each SAE (arXiv 2406.04093, section 3, in its
-            common form).
+        lr: learning rate of Adam; None takes 2e-4 / sqrt(d_sae / 2^14) for each SAE (arXiv 2406.04093, section 3, in
+            its common form).
         dead_after: number of activations without firing after which a latent counts as dead (AuxK revives it).
         sites: the site of each SAE, for steps on several sites; None takes ``about["site"]``.
         precision: ``bf16`` computes the products of the forward pass in bfloat16; weights stay fp32.
