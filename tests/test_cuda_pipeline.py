@@ -15,23 +15,23 @@ from runs import TINY_RUN, commands
 
 from sparsight.pipeline import stage
 
-VIT = {"img_size": 16, "patch_size": 4, "in_chans": 1, "embed_dim": 24, "depth": 3, "num_heads": 6}
+VIT = {"img_size": 16, "patch_size": 4, "in_chans": 3, "embed_dim": 24, "depth": 3, "num_heads": 6}
 CLIP = {"vision.image_size": 16, "vision.patch_size": 4}
 SAE = {"d_sae": 48, "k": 4, "seeds": [0], "epochs": 2, "batch_size": 16}
 CHAIN = ["blocks.1.input", "blocks.2.input"]
 PRUNED = TINY_RUN / "exports/vit/b1-h2-h5/model.safetensors"
 
 
-def configuration(images: Path) -> dict[str, Any]:
-    """The small run with fewer images, every section of the default run, a second data set, and bfloat16."""
+def configuration(others: Path) -> dict[str, Any]:
+    """The small run with fewer images, every section of the default run, interchanges, other images, and bfloat16."""
     small: dict[str, Any] = yaml.safe_load(TINY.read_text())
-    source, clip = {"source": "folder", "path": str(images)}, small["backbones"]["clip"]
+    clip = small["backbones"]["clip"]
     patches = {"site": "blocks.1.output", "tokens": "patches"}
     return {
         **small,
         "compute": {"device": "cuda", "threads": 1, "precision": "bf16"},
-        "images": source,
-        "other_images": {"others": source},
+        "images": {"source": "coloured-digits", "images_per_class": 20},
+        "other_images": {"others": {"source": "folder", "path": str(others)}},
         "backbones": {
             "vit": {**small["backbones"]["vit"], "architecture": VIT, "batch_size": 16},
             "clip": {**clip, "architecture": clip["architecture"] | CLIP, "batch_size": 16},
@@ -44,6 +44,9 @@ def configuration(images: Path) -> dict[str, Any]:
             "plain": {**SAE, "sites": CHAIN},
             "patches": {**SAE, "site": "blocks.1.output", "epochs": 1, "batch_size": 256},
             "final": {**SAE, "site": "blocks.2.output"},
+        },
+        "disentangle": {
+            "x": {"sae": "topk", "attributes": ["label_name", "colour"], "features": [1, 4], "das_steps": 2},
         },
     }
 
