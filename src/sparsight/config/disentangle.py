@@ -23,12 +23,12 @@ class Disentangle(Section):
     """Numbers of interchanged features; a method that has fewer features is left out."""
     pairs: Count = 1000
     """Number of pairs of images on val and on test. Each image is the base of one pair at most."""
-    das_steps: Count = 200
+    das_steps: Count = 400
     """Training steps of the subspaces of the skyline, distributed alignment search."""
     das_batch_size: Count = 64
     """Pairs of train images per step."""
-    das_lr: Positive = 2e-2
-    """Learning rate of Adam."""
+    das_lr: Positive = 1e-3
+    """Learning rate of Adam, until it decays over the last fifth of the steps."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -14,6 +14,7 @@ from torch import Tensor
 from sparsight.common.progress import followed
 from sparsight.common.slices import row_slices
 from sparsight.disentangling.model import Model, Readout
+from sparsight.training import schedules
 
 _SHARPNESS = 10.0
 """Scores of a readout lie near 0 and 1; so many times a score is the logit of its value."""
@@ -45,12 +46,13 @@ def train_subspaces(
         readouts: of both attributes.
         subspaces: what to train.
         batch_size: pairs per step.
-        lr: learning rate.
+        lr: the largest learning rate, which decays.
     """
     weights = [one.start_DK.clone().requires_grad_(True) for one in subspaces]
     optimizer = torch.optim.Adam(weights, lr)
     batches = list(row_slices(len(pairs_P2), batch_size))
-    for batch in followed(batches, len(batches), "steps"):
+    for number, batch in enumerate(followed(batches, len(batches), "steps"), 1):
+        optimizer.param_groups[0]["lr"] = lr * schedules.linear_decay(number, len(batches))
         bases, donors = pairs_P2[batch].T
         stream = model.stream(bases)
         base_RD, donor_RD = model.rows(stream), model.rows(model.stream(donors))
