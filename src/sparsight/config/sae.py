@@ -104,17 +104,6 @@ class Sae(Section):
         """The SAE's site, or the sites of the chain."""
         return self.sites if self.site is None else (self.site,)
 
-    @property
-    def particulars(self) -> tuple[str, ...]:
-        """What else than kind and sizes distinguishes the SAEs, in words."""
-        words = {
-            f"{self.experts} experts": self.experts is not None,
-            f"{self.routing} routing": self.routing != "learned",
-            f"{self.loss} loss": self.loss != "local",
-            f"mutual {self.mutual:g}": self.mutual > 0,
-        }
-        return tuple(word for word, applies in words.items() if applies)
-
     def options(self) -> dict[str, Any]:
         """Arguments of ``sae.create`` other than kind, sizes and seed."""
         own = {"switch": ["routing"], "archetypal": ["candidates", "delta"]}.get(self.kind, [])

@@ -35,7 +35,7 @@ def comparisons(sections: Mapping[str, Sae]) -> list[Comparison]:
         for (backbone, site, tokens), members in _alike(single, lambda s: (s.backbone, s.site, s.tokens)).items()
         if len(members) > 1
     ]
-    alike = _alike(single, lambda s: (s.backbone, s.tokens, s.kind, s.d_sae, s.k, s.particulars))
+    alike = _alike(single, lambda s: (s.backbone, s.tokens, s.kind, s.d_sae, s.k, particulars(s)))
     figures += [
         Comparison("depth", members[0], members)
         for members in alike.values()
@@ -43,6 +43,17 @@ def comparisons(sections: Mapping[str, Sae]) -> list[Comparison]:
     ]
     same_sites = _alike(chained, lambda s: (s.backbone, s.tokens, s.sites))
     return figures + [Comparison("chains", members[0], members) for members in same_sites.values() if len(members) > 1]
+
+
+def particulars(section: Sae) -> tuple[str, ...]:
+    """What else than kind and sizes distinguishes the SAEs of a section, in words."""
+    words = {
+        f"{section.experts} experts": section.experts is not None,
+        f"{section.routing} routing": section.routing != "learned",
+        f"{section.loss} loss": section.loss != "local",
+        f"mutual {section.mutual:g}": section.mutual > 0,
+    }
+    return tuple(word for word, applies in words.items() if applies)
 
 
 def _alike(sections: Mapping[str, Sae], key: Callable[[Sae], _Key]) -> dict[_Key, tuple[str, ...]]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from sparsight.common.intervals import mean_of_seeds
 from sparsight.config import Sae
-from sparsight.report.comparisons import comparisons
+from sparsight.report.comparisons import comparisons, particulars
 from sparsight.report.figures import saes as figures
 
 Metrics = dict[str, dict[str, float]]
@@ -57,6 +57,7 @@ def _sections(folders: Iterable[Path]) -> list[dict[str, Any]]:
         settings = {key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()}
         section = Sae(**settings)
         row = {"name": name, "about": section, "folders": seeds, "metrics": _over_seeds(seeds)}
+        row["particulars"] = particulars(section)
         if section.sites:
             row["sites"] = {site: _over_seeds([folder / site for folder in seeds]) for site in section.sites}
         rows.append(row)

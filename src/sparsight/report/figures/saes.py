@@ -11,6 +11,7 @@ from matplotlib.ticker import LogLocator
 
 from sparsight.common import sites
 from sparsight.config import Sae
+from sparsight.report.comparisons import particulars
 from sparsight.report.figures.svg import CYCLE, INK, QUIET, WIDTH, svg
 
 _MARKERS = "osD^vPX*"
@@ -166,7 +167,7 @@ def _plain(*axes: Axis) -> None:
 
 
 def _kind(about: Sae) -> str:
-    return ", ".join([about.kind, f"{about.d_sae:,} latents", *about.particulars])
+    return ", ".join([about.kind, f"{about.d_sae:,} latents", *particulars(about)])
 
 
 def _colour(i: int) -> str:
