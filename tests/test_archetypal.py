@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import write_store
+from interrupted import interrupted
 from scipy.optimize import nnls
 from torch import Tensor
 
@@ -17,7 +18,6 @@ from sparsight import config, sae
 from sparsight.activations.store import ActivationStore
 from sparsight.common.errors import SparsightError
 from sparsight.common.work import Work
-from sparsight.sae import Trainer
 from sparsight.sae.fit import fit
 from sparsight.sae.resae import load_chain
 from sparsight.sae.variants.archetypal import Archetypal
@@ -99,20 +99,9 @@ def test_an_archetypal_sae_of_a_grid_has_the_bytes_that_it_has_alone(store: Path
 def test_an_interrupted_training_ends_with_the_same_bytes(
     store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole, step, calls = train(store, tmp_path / "whole"), Trainer.step, [0]
-
-    def failing(self: Trainer, *rest: Any) -> Any:
-        calls[0] += 1
-        if calls[0] == 9:
-            raise KeyboardInterrupt
-        return step(self, *rest)
-
-    with monkeypatch.context() as patch:
-        patch.setattr("sparsight.training.loop.Checkpoint.due", True)
-        patch.setattr(Trainer, "step", failing)
-        with pytest.raises(KeyboardInterrupt):
-            train(store, tmp_path / "again")
-    calls[0] = 10
+    whole = train(store, tmp_path / "whole")
+    with interrupted(monkeypatch, step=9):
+        train(store, tmp_path / "again")
     again = train(store, tmp_path / "again")
     for name in ("arch-s0", "arch-s1"):
         for file in ("sae.safetensors", "training.jsonl", "config.json"):

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import write_store
+from interrupted import interrupted
 from torch import Tensor
 
 from sparsight import config, sae
@@ -133,19 +134,9 @@ def test_the_sites_of_a_chain_are_compared_apart(store: Path, tmp_path: Path) ->
 def test_an_interrupted_training_ends_with_the_same_bytes(
     store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole, step, calls = train(store, tmp_path / "whole", mutual=0.3), Trainer.step, [0]
-
-    def failing(self: Trainer, *rest: Any) -> Any:
-        calls[0] += 1
-        if calls[0] == 9:
-            raise KeyboardInterrupt
-        return step(self, *rest)
-
-    with monkeypatch.context() as patch:
-        patch.setattr("sparsight.training.loop.Checkpoint.due", True)
-        patch.setattr(Trainer, "step", failing)
-        with pytest.raises(KeyboardInterrupt):
-            train(store, tmp_path / "again", mutual=0.3)
+    whole = train(store, tmp_path / "whole", mutual=0.3)
+    with interrupted(monkeypatch, step=9):
+        train(store, tmp_path / "again", mutual=0.3)
     again = train(store, tmp_path / "again", mutual=0.3)
     for path in sorted(whole.rglob("*.*")):
         assert (again / path.relative_to(whole)).read_bytes() == path.read_bytes()
