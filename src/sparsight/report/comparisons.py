@@ -52,6 +52,7 @@ def particulars(section: Sae) -> tuple[str, ...]:
         f"{section.routing} routing": section.routing != "learned",
         f"{section.loss} loss": section.loss != "local",
         f"mutual {section.mutual:g}": section.mutual > 0,
+        f"{section.candidates} candidates, delta {section.delta:g}": section.kind == "archetypal",
     }
     return tuple(word for word, applies in words.items() if applies)
 
