@@ -16,9 +16,9 @@ from scipy import stats
 from sparsight import report
 from sparsight.common import tables
 from sparsight.common.intervals import paired, wilson
+from sparsight.common.verdicts import Comparison, Difference, Measure, judge, over_images, pooled
 from sparsight.report.cards import stable
 from sparsight.report.cards.first_screen import Card, first_screen
-from sparsight.report.cards.verdicts import Comparison, Difference, Measure, judge, over_images, pooled
 
 SITE = "blocks.2.input"
 N = 1000

@@ -16,12 +16,12 @@ from snakemake.utils import update_config
 
 from sparsight import config, sae
 from sparsight.backbones.backbone import Backbone
+from sparsight.bench.disentangling import evaluate as stage
+from sparsight.bench.disentangling.attributes import Attribute
+from sparsight.bench.disentangling.model import AtSite
 from sparsight.common import tables
 from sparsight.common.errors import SparsightError
 from sparsight.common.work import Work
-from sparsight.disentangling import evaluate as stage
-from sparsight.disentangling.attributes import Attribute
-from sparsight.disentangling.model import AtSite
 from sparsight.images.manifest import Manifest, write_manifest
 from sparsight.images.sources.coloured import COLOURS, ColouredDigits
 from sparsight.images.sources.packaged import Mnist5000

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from sparsight import sae
+from sparsight.bench.disentangling.attributes import draw_pairs, usable
+from sparsight.bench.disentangling.das import Subspace, train_subspaces
+from sparsight.bench.disentangling.interchange import Coordinates, Features, Latents, neurons, principal
+from sparsight.bench.disentangling.model import Readout
+from sparsight.bench.disentangling.scores import Key, Outcome, best_rules, outcomes, table
+from sparsight.bench.disentangling.selection import RULES, Rule, Separation, ranked
+from sparsight.bench.disentangling.statistics import Fitted, Name, fit
 from sparsight.common.errors import SparsightError
-from sparsight.disentangling.attributes import draw_pairs, usable
-from sparsight.disentangling.das import Subspace, train_subspaces
-from sparsight.disentangling.interchange import Coordinates, Features, Latents, neurons, principal
-from sparsight.disentangling.model import Readout
-from sparsight.disentangling.scores import Key, Outcome, best_rules, outcomes, table
-from sparsight.disentangling.selection import RULES, Rule, Separation, ranked
-from sparsight.disentangling.statistics import Fitted, Name, fit
 from sparsight.sae.metrics.baselines import Method, of_sae, random_dictionary
 from sparsight.sae.metrics.firing import ByClass
 from sparsight.sae.metrics.probing import DenseMoments

@@ -7,7 +7,7 @@ from sparsight.pipeline import stage
 def main(job: stage.Stage) -> None:
     from sparsight.activations.store import ActivationStore
     from sparsight.backbones.loading import open_folder
-    from sparsight.disentangling.evaluate import evaluate
+    from sparsight.bench.disentangling.evaluate import evaluate
     from sparsight.images.manifest import Manifest
     from sparsight.sae.base import load
 

@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from sparsight.common.verdicts import Comparison, Interval, Measure, pooled, unpaired
 from sparsight.report.cards.questions import MainSae, Question, counted, sections
-from sparsight.report.cards.verdicts import Comparison, Interval, Measure, pooled, unpaired
 
 FVU = Measure("unexplained variance", "points", 1, 100, lower_is_better=True)
 ONLINE = Measure("accuracy with all sites replaced", "points", 1, 100)

@@ -4,9 +4,9 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
+from sparsight.common.verdicts import Judged, judge
 from sparsight.report.cards import faithful, heads, interpretable, sparse, stable, steering
 from sparsight.report.cards.questions import Question, main_sae
-from sparsight.report.cards.verdicts import Judged, judge
 from sparsight.report.main_section import main_steering
 
 

@@ -9,9 +9,9 @@ import numpy as np
 
 from sparsight import config
 from sparsight.common import tables
+from sparsight.common.verdicts import Comparison, Measure, over_images, pooled
 from sparsight.pruning.strategies import KINDS
 from sparsight.report.cards.questions import ONE_SEED, Question, counted
-from sparsight.report.cards.verdicts import Comparison, Measure, over_images, pooled
 from sparsight.report.grid import end_of_grid
 from sparsight.report.summary import by_strategy
 

@@ -1,7 +1,7 @@
 """Interpretable? How alike the images of a latent are, and how well few latents tell the class."""
 
+from sparsight.common.verdicts import Comparison, Measure
 from sparsight.report.cards.questions import MainSae, Question, counted, of_probes, probes
-from sparsight.report.cards.verdicts import Comparison, Measure
 
 MONOSEMANTICITY = Measure("monosemanticity")
 PROBE = Measure("accuracy of five features a class", "points", 1, 100)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from sparsight.common import tables
-from sparsight.report.cards.verdicts import Comparison, Interval, Measure, pooled, unpaired
+from sparsight.common.verdicts import Comparison, Interval, Measure, pooled, unpaired
 from sparsight.report.main_section import main_section
 
 

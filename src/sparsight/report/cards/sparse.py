@@ -1,7 +1,7 @@
 """Sparse and alive? What the codes cost at equal error, and how many latents are silent or always on."""
 
+from sparsight.common.verdicts import Measure
 from sparsight.report.cards.questions import MainSae, Question, counted
-from sparsight.report.cards.verdicts import Measure
 
 BITS = Measure("bits per activation at equal error", "bits", 1, lower_is_better=True)
 

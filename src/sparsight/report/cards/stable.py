@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 from scipy import special
 
+from sparsight.common.verdicts import Comparison, Measure, symmetric
 from sparsight.report.cards.questions import MainSae, Question, counted
-from sparsight.report.cards.verdicts import Comparison, Measure, symmetric
 
 MATCHED = Measure("decoder rows with a partner in another seed", "points", 1, 100)
 

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from sparsight.common import tables
+from sparsight.common.verdicts import Comparison, Interval, Measure, pooled
 from sparsight.report.cards.questions import Question, counted, sections
-from sparsight.report.cards.verdicts import Comparison, Interval, Measure, pooled
 from sparsight.report.grid import end_of_grid
 
 ACCURACY = Measure("accuracy when steered", "points", 1, 100)

@@ -18,20 +18,20 @@ from safetensors.torch import load_file, save_file
 from sparsight import config
 from sparsight.activations.store import ActivationStore
 from sparsight.backbones.backbone import Backbone
+from sparsight.bench.disentangling import statistics
+from sparsight.bench.disentangling.attributes import Attribute, draw_pairs, usable
+from sparsight.bench.disentangling.das import Subspace, train_subspaces
+from sparsight.bench.disentangling.interchange import Coordinates, Features, Latents
+from sparsight.bench.disentangling.model import AtSite
+from sparsight.bench.disentangling.scores import Key, best_rules, outcomes, table
+from sparsight.bench.disentangling.selection import RULES, ranked
+from sparsight.bench.disentangling.statistics import Fitted, Name, Rows
 from sparsight.common import tables
 from sparsight.common.files import write_atomic, write_json
 from sparsight.common.intervals import wilson
 from sparsight.common.progress import log
 from sparsight.common.seeds import derive_seed
 from sparsight.common.work import Work
-from sparsight.disentangling import statistics
-from sparsight.disentangling.attributes import Attribute, draw_pairs, usable
-from sparsight.disentangling.das import Subspace, train_subspaces
-from sparsight.disentangling.interchange import Coordinates, Features, Latents
-from sparsight.disentangling.model import AtSite
-from sparsight.disentangling.scores import Key, best_rules, outcomes, table
-from sparsight.disentangling.selection import RULES, ranked
-from sparsight.disentangling.statistics import Fitted, Name, Rows
 from sparsight.images.split import Split
 from sparsight.sae.base import SAE
 from sparsight.sae.metrics.absorption import Absorption

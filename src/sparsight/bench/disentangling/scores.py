@@ -10,11 +10,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from sparsight.bench.disentangling.interchange import Features
+from sparsight.bench.disentangling.model import Model, Readout
 from sparsight.common.intervals import bootstrap
 from sparsight.common.progress import followed
 from sparsight.common.slices import row_slices
-from sparsight.disentangling.interchange import Features
-from sparsight.disentangling.model import Model, Readout
 
 _IMAGES, _ROWS = 125, 4096  # at most so many pairs, and of several tokens so many edited rows, at a time
 
@@ -24,7 +24,7 @@ class Key(NamedTuple):
 
     method: str
     sae: str
-    """With the method, a :class:`sparsight.disentangling.statistics.Name`."""
+    """With the method, a :class:`sparsight.bench.disentangling.statistics.Name`."""
     attribute: int
     features: int
     rule: str

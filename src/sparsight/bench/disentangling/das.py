@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sparsight.bench.disentangling.model import Model, Readout
 from sparsight.common.progress import followed
 from sparsight.common.slices import row_slices
-from sparsight.disentangling.model import Model, Readout
 from sparsight.training import schedules
 
 _SHARPNESS = 10.0

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from sparsight.activations.store import ActivationStore
+from sparsight.bench.disentangling.interchange import Coordinates, neurons, principal
+from sparsight.bench.disentangling.model import Readout
+from sparsight.bench.disentangling.selection import Separation
 from sparsight.common.progress import followed
 from sparsight.common.slices import row_slices
 from sparsight.common.tokens import EMBEDDING
-from sparsight.disentangling.interchange import Coordinates, neurons, principal
-from sparsight.disentangling.model import Readout
-from sparsight.disentangling.selection import Separation
 from sparsight.sae.inputs import SaeInputs
 from sparsight.sae.metrics.absorption import Absorption
 from sparsight.sae.metrics.baselines import Method
