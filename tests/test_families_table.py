@@ -40,10 +40,10 @@ def test_tokens_of_the_table_can_be_steered_and_no_others(case: Case) -> None:
     stream, _ = backbone.run_blocks(backbone.tokens(x), 0, 1)
     plain = backbone.classify(backbone.run_blocks(stream, 1, backbone.n_blocks)[0])
     noise = torch.randn(stream.shape, generator=torch.Generator().manual_seed(1)).flatten(0, 1)
-    for tokens in ("cls", "patches", "all", "mean"):
+    for tokens in ("cls", "registers", "patches", "all", "mean"):
         one = random_sae(backbone.d_in, tokens)
         if tokens not in named:
-            with pytest.raises(SparsightError, match="has no class token; steer its patches"):
+            with pytest.raises(SparsightError, match="has no (class token|register tokens); steer its patches"):
                 Intervention([one], backbone)
             continue
         where = Intervention([one], backbone)

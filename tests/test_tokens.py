@@ -33,7 +33,12 @@ from sparsight.steering.vs2 import Calibration
 
 SITES = ("blocks.0.input", "blocks.1.input")
 N, T, D = 768, 6, 200  # more patches than fit into 1 MB, and pools of them that depend on the size of chunks
-PICK = {"all": slice(None), "cls": slice(1), "patches": slice(2, None)}  # the second token is a register
+PICK = {
+    "all": slice(None),
+    "cls": slice(1),
+    "registers": slice(1, 2),
+    "patches": slice(2, None),
+}  # the second token is a register
 CPU = torch.device("cpu")
 PARAMS = yaml.safe_load((ROOT / "params.yaml").read_text())
 
@@ -79,7 +84,7 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shards, "_CHUNK_BYTES", 2**14)
 
 
-@pytest.mark.parametrize("tokens", ["cls", "patches"])
+@pytest.mark.parametrize("tokens", ["cls", "registers", "patches"])
 def test_rows_chunks_and_statistics_are_those_of_a_store_of_these_tokens(
     stores: dict[str, ActivationStore], tokens: str
 ) -> None:
@@ -116,6 +121,9 @@ def test_what_a_site_does_not_store_is_refused(stores: dict[str, ActivationStore
     headless["token_positions"]["class"] = []
     with pytest.raises(SparsightError, match=r"the model has no class token; read patches or mean of 'blocks.0"):
         ActivationStore(stores["all"].path, headless).statistics(SITES[0], "cls")
+    headless["token_positions"]["register"] = []
+    with pytest.raises(SparsightError, match=r"the model has no register token; read patches or mean of 'blocks.0"):
+        ActivationStore(stores["all"].path, headless).rows(SITES[0], "registers")
 
 
 def train(store: ActivationStore, folder: Path, **options: Any) -> Path:
@@ -131,7 +139,7 @@ def weights_and_log(folder: Path) -> dict[str, bytes]:
     return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.name in names}
 
 
-@pytest.mark.parametrize("tokens", ["cls", "patches"])
+@pytest.mark.parametrize("tokens", ["cls", "registers", "patches"])
 @pytest.mark.parametrize("places", [{"site": SITES[1]}, {"sites": SITES}], ids=["single", "chain"])
 def test_an_sae_is_the_same_whether_its_tokens_are_stored_alone_or_among_others(
     stores: dict[str, ActivationStore], tmp_path: Path, tokens: Any, places: dict[str, Any]
@@ -143,7 +151,7 @@ def test_an_sae_is_the_same_whether_its_tokens_are_stored_alone_or_among_others(
         assert json.loads(path.read_text())["tokens"] == tokens
 
 
-@pytest.mark.parametrize("tokens", ["cls", "patches"])
+@pytest.mark.parametrize("tokens", ["cls", "registers", "patches"])
 def test_metrics_and_calibration_are_the_same_from_either_store(
     stores: dict[str, ActivationStore], tmp_path: Path, tokens: Any
 ) -> None:
@@ -175,12 +183,19 @@ def test_one_extraction_stores_other_tokens_at_every_site(tmp_path: Path) -> Non
 
     mixed = extracted(
         "mixed",
-        [{"site": "blocks.0.output", "tokens": "all"}, "blocks.1.input=patches", "blocks.2.input", "embedding"],
+        [
+            {"site": "blocks.0.output", "tokens": "all"},
+            "blocks.1.input=patches",
+            "blocks.2.input",
+            "embedding",
+            "blocks.0.attn=registers",
+        ],
     )
     assert verify(mixed.path) == []
     stored = {site: mixed.tokens_of(site) for site in mixed.sites}
     assert stored == {
         "blocks.0.output": "all", "blocks.1.input": "patches", "blocks.2.input": "cls", "embedding": "embedding",
+        "blocks.0.attn": "registers",
     }  # fmt: skip
     assert list(mixed.token_groups("blocks.0.output")) == ["cls", "registers", "patches"]
     for site, tokens in stored.items():
@@ -207,7 +222,7 @@ def test_a_store_of_the_first_format_still_opens(stores: dict[str, ActivationSto
 @pytest.mark.parametrize(
     ("sites", "message"),
     [
-        ([{"site": "blocks.1.input", "tokens": "al"}], "sites: blocks.1.input cannot store 'al'; use cls, patches"),
+        ([{"site": "blocks.1.input", "tokens": "al"}], "sites: blocks.1.input cannot store 'al'; use cls, registers"),
         ([{"site": "blocks.1.input", "token": "all"}], "sites[0]: unknown key 'token'; did you mean 'tokens'?"),
         ([{"tokens": "all"}], "activations.sites[0]: the key 'site' is missing"),
         ([{"site": "blocks.x.input", "tokens": "all"}], "'blocks.x.input' is no site"),

@@ -47,8 +47,8 @@ def extract(
         about: entries of the manifest about images and backbone.
 
     Raises:
-        SparsightError: a site that the model does not have, tokens ``cls`` without a class token, too little
-            disk space, an image that cannot be read, or a value that cannot be stored.
+        SparsightError: a site that the model does not have, tokens that it does not have, too little disk
+            space, an image that cannot be read, or a value that cannot be stored.
     """
     plan = _plan(backbone, section, len(split))
     writer = StoreWriter(store, plan, work.state)
@@ -85,7 +85,7 @@ def extract(
                 with precision(compute, backbone.device):
                     taps = backbone.taps(images, list(plan.shapes))
                 for site, x in taps.items():
-                    stored = _pick(x, plan.tokens[site], backbone.n_prefix).to(getattr(torch, section.dtype))
+                    stored = _pick(x, plan.tokens[site], backbone).to(getattr(torch, section.dtype))
                     transfers.store(stored, buffers[site][rows.start - start : rows.stop - start])
                 progress(rows.stop - rows.start)
             if writing is not None:
@@ -113,13 +113,20 @@ def precision(compute: Compute, device: torch.device) -> AbstractContextManager[
 
 
 def _plan(backbone: Backbone, section: Activations, n_images: int) -> Plan:
-    n_tokens = {"patches": backbone.n_patches, "all": backbone.n_prefix + backbone.n_patches}
+    n_registers = len(backbone.register_positions)
+    n_tokens = {
+        "registers": n_registers,
+        "patches": backbone.n_patches,
+        "all": backbone.n_prefix + backbone.n_patches,
+    }
     shapes: dict[str, tuple[int, ...]] = {}
     for site, tokens in section.tokens_by_site.items():
         sites.check(site, backbone.n_blocks, "activations.sites")
-        if tokens == "cls" and not backbone.class_positions:
+        lacks = {"cls": not backbone.class_positions, "registers": not n_registers}
+        if lacks.get(tokens):
+            missing = "class token" if tokens == "cls" else "register tokens"
             raise SparsightError(
-                f"activations: {site} cannot store cls, the backbone has no class token; use patches, all or mean"
+                f"activations: {site} cannot store {tokens}, the backbone has no {missing}; use patches, all or mean"
             )
         width = backbone.d_embedding if tokens == EMBEDDING else backbone.d_in
         shapes[site] = (n_tokens[tokens], width) if tokens in n_tokens else (width,)
@@ -164,10 +171,13 @@ def _buffers(plan: Plan, device: torch.device) -> dict[str, Tensor]:
     }
 
 
-def _pick(x: Tensor, tokens: str, n_prefix: int) -> Tensor:
+def _pick(x: Tensor, tokens: str, backbone: Backbone) -> Tensor:
     """The tokens to store of (B, T, D); ``embedding`` is (B, D) already."""
     if tokens in ("all", EMBEDDING):
         return x
     if tokens == "cls":
         return x[:, 0]
-    return x[:, n_prefix:] if tokens == "patches" else x[:, n_prefix:].mean(dim=1)
+    if tokens == "registers":
+        return x[:, backbone.register_positions]
+    patches = x[:, backbone.n_prefix :]
+    return patches if tokens == "patches" else patches.mean(dim=1)

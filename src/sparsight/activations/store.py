@@ -154,7 +154,7 @@ class ActivationStore:
         return list(self.manifest["sites"])
 
     def tokens_of(self, site: str) -> str:
-        """What a site stores: ``cls``, ``patches``, ``all`` or ``mean``; ``embedding`` of the site ``embedding``.
+        """What a site stores: ``cls``, ``registers``, ``patches``, ``all`` or ``mean``; or ``embedding``.
 
         Raises:
             SparsightError: a site that the store does not hold.
@@ -184,8 +184,8 @@ class ActivationStore:
 
         Args:
             site: the site.
-            tokens: of a site that stores ``all``: ``cls``, ``patches`` or ``mean``; of one that stores ``patches``:
-                ``mean``. The mean is over the stored patches, float32. None reads what is stored.
+            tokens: of a site that stores ``all``: ``cls``, ``registers``, ``patches`` or ``mean``; of one that stores
+                ``patches``: ``mean``. The mean is over the stored patches, float32. None reads what is stored.
 
         Raises:
             SparsightError: a site or tokens that the store does not hold.
@@ -197,6 +197,8 @@ class ActivationStore:
         if read == "cls":
             first = positions["class"][0]
             return Rows(array, slice(first, first + 1))
+        if read == "registers":
+            return Rows(array, slice(positions["register"][0], positions["register"][-1] + 1))
         patches = slice(*positions["patches"]) if stored == "all" else slice(None)
         return Rows(array, patches, mean=read == "mean")
 
@@ -218,8 +220,9 @@ class ActivationStore:
             return stored
         if tokens not in READABLE[stored]:
             raise SparsightError(f"{self.path}: {site!r} holds tokens {stored!r}, not {tokens!r}; extract them first")
-        if tokens == "cls" and stored == "all" and not self.manifest["token_positions"]["class"]:
-            raise SparsightError(f"{self.path}: the model has no class token; read patches or mean of {site!r}")
+        kind = {"cls": "class", "registers": "register"}.get(tokens)
+        if kind and stored == "all" and not self.manifest["token_positions"][kind]:
+            raise SparsightError(f"{self.path}: the model has no {kind} token; read patches or mean of {site!r}")
         return tokens
 
     def at(self, site: str, images: Sequence[int] | np.ndarray, tokens: Sequence[int] | np.ndarray) -> np.ndarray:

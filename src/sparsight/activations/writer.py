@@ -46,7 +46,7 @@ class Plan:
     shard_images: int
     """Images per shard, a power of two."""
     tokens: Mapping[str, str]
-    """Per site what it stores: ``cls``, ``patches``, ``all``, ``mean``, or ``embedding``."""
+    """Per site what it stores: ``cls``, ``registers``, ``patches``, ``all``, ``mean``, or ``embedding``."""
 
     @cached_property
     def layouts(self) -> dict[str, Layout]:

@@ -5,14 +5,15 @@ from typing import Literal
 
 from sparsight.common.errors import SparsightError
 
-Tokens = Literal["cls", "patches", "all", "mean"]
-"""The class token, the patches, every token, or the mean over the patches."""
+Tokens = Literal["cls", "registers", "patches", "all", "mean"]
+"""The class token, the register tokens, the patches, every token, or the mean over the patches."""
 EMBEDDING = "embedding"
 """What the site ``embedding`` stores: one vector per image, which is no token."""
 READABLE: Mapping[str, tuple[str, ...]] = {
     "cls": ("cls",),
+    "registers": ("registers",),
     "patches": ("patches", "mean"),
-    "all": ("all", "cls", "patches", "mean"),
+    "all": ("all", "cls", "registers", "patches", "mean"),
     "mean": ("mean",),
     EMBEDDING: (EMBEDDING,),
 }

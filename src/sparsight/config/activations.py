@@ -39,8 +39,8 @@ class Activations(Section):
     """Places to read: blocks.<i>.input, .output, .attn, .mlp, or embedding. A place may store other tokens than
     ``tokens`` says: {site: blocks.9.input, tokens: all}, or blocks.9.input=all."""
     tokens: Tokens = "cls"
-    """Which tokens are stored where ``sites`` names none: the class token, the patches, every token, or the mean over
-    patches."""
+    """Which tokens are stored where ``sites`` names none: the class token, the register tokens, the patches, every
+    token, or the mean over patches."""
     dtype: Literal["float16", "float32"] = "float16"
     """Number format on disk. A value too large for float16 is an error."""
     shard_images: Count = 4096

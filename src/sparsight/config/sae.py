@@ -28,8 +28,8 @@ class Sae(Section):
     sites: tuple[str, ...] = ()
     """Two or more of activations.sites, in the order of the model: a ReSAE chain, one SAE per site (docs/sae.md)."""
     tokens: Tokens | None = None
-    """Tokens of the site that the SAE is trained and evaluated on: ``cls``, ``patches`` or ``mean`` of a site that
-    stores ``all``, ``mean`` of one that stores ``patches``. null takes what the site stores."""
+    """Tokens of the site that the SAE is trained and evaluated on: ``cls``, ``registers``, ``patches`` or ``mean`` of
+    a site that stores ``all``, ``mean`` of one that stores ``patches``. null takes what the site stores."""
     affine: Literal["full", "diagonal", "identity", "zero"] = "full"
     """Only for ``sites``: the affine map that predicts a site from the previous one; the SAE learns the residual.
     Controls: a ``diagonal`` matrix, the ``identity`` (only the mean shifts), or ``zero`` (no map: plain SAEs)."""

@@ -16,7 +16,7 @@ _ONLY = {
 
 def steerable(tokens: str) -> tuple[str, ...]:
     """Tokens that an SAE which reads ``tokens`` can steer."""
-    return ("cls", "patches", "all") if tokens == "all" else (tokens,)
+    return ("cls", "registers", "patches", "all") if tokens == "all" else (tokens,)
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Steering(Section):
     layers: tuple[str, ...] = ()
     """Further SAE sections that steer in the same pass with the same strength: of the same backbone, with the same
     seeds, at later sites in the order of the model."""
-    tokens: Literal["cls", "patches", "all"] | None = None
+    tokens: Literal["cls", "registers", "patches", "all"] | None = None
     """Tokens that are steered. null: those that each SAE reads; one of the mean over patches moves every patch. An SAE
     of all tokens can steer any of them, another SAE only its own."""
     kind: Literal["class-latents", "vs2", "vs2++"] = "class-latents"

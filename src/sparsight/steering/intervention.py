@@ -30,7 +30,7 @@ class Place:
     start: int
     """The block that reads the stream at the site; the number of blocks at the last block's output."""
     tokens: str
-    """``cls``, ``patches``, ``all`` or ``mean``."""
+    """``cls``, ``registers``, ``patches``, ``all`` or ``mean``."""
     positions: slice
     """Of these tokens in the stream; for ``mean`` of the patches."""
     n_tokens: int
@@ -60,11 +60,11 @@ def place(sae: SAE, backbone: Backbone, tokens: str | None = None) -> Place:
     """Where an SAE steers a model.
 
     Args:
-        tokens: ``cls``, ``patches`` or ``all``; None takes the tokens that the SAE reads.
+        tokens: ``cls``, ``registers``, ``patches`` or ``all``; None takes the tokens that the SAE reads.
 
     Raises:
-        SparsightError: an SAE of another model, not of the residual stream or of other tokens; ``cls`` in a model
-            without a class token.
+        SparsightError: an SAE of another model, not of the residual stream or of other tokens; tokens that the
+            model does not have.
     """
     site, own = sae.about["site"], sae.about["tokens"]
     block, part = sites.parse(site)
@@ -76,15 +76,23 @@ def place(sae: SAE, backbone: Backbone, tokens: str | None = None) -> Place:
         raise SparsightError(
             f"steering: the SAE at {site} reads tokens {own}, which cannot steer {tokens}; train one on {tokens} or all"
         )
-    if tokens == "cls" and not backbone.class_positions:
-        raise SparsightError(f"steering: {backbone.name} has no class token; steer its patches")
+    registers = backbone.register_positions
+    lacks = {
+        "class token": tokens == "cls" and not backbone.class_positions,
+        "register tokens": tokens == "registers" and not registers,
+    }
+    for kind in (kind for kind, missing in lacks.items() if missing):
+        raise SparsightError(f"steering: {backbone.name} has no {kind}; steer its patches")
     if sae.d_in != backbone.d_in:
         raise SparsightError(
             f"steering: the SAE reads activations of width {sae.d_in}, {backbone.name} has {backbone.d_in}; "
             "take the SAE that was trained on this model"
         )
     every, patches = slice(0, backbone.n_prefix + backbone.n_patches), slice(*backbone.patch_positions)
-    positions = {"cls": slice(0, 1), "patches": patches, "mean": patches, "all": every}[tokens]
+    of_registers = slice(registers[0], registers[-1] + 1) if registers else slice(0)
+    positions = {"cls": slice(0, 1), "registers": of_registers, "patches": patches, "mean": patches, "all": every}[
+        tokens
+    ]
     n_tokens = 1 if tokens == "mean" else positions.stop - positions.start
     return Place(sae, block + (part == "output"), tokens, positions, n_tokens)
 
