@@ -16,8 +16,7 @@ from scipy import stats
 from sparsight import report
 from sparsight.common import tables
 from sparsight.common.intervals import paired, wilson
-from sparsight.common.verdicts import Comparison, Difference, Measure, judge, over_images, pooled
-from sparsight.report.cards import stable
+from sparsight.common.verdicts import Comparison, Difference, Measure, judge, over_images, over_pairs, pooled
 from sparsight.report.cards.first_screen import Card, first_screen
 
 SITE = "blocks.2.input"
@@ -225,11 +224,11 @@ def test_the_interval_of_pairs_of_seeds_covers_their_mean(seeds: int) -> None:
         effects = generator.normal(size=seeds)
         pairs = [effects[i] + effects[j] for i in range(seeds) for j in range(i)]
         mean = float(np.mean(pairs))
-        half = stable._half(min(pairs), mean, max(pairs), seeds)
-        assert half is not None
-        within += abs(mean) <= half
+        found = over_pairs((min(pairs), mean, max(pairs)), seeds, 0.0)
+        assert found is not None
+        within += found.low <= 0 <= found.high
     assert within >= (0.95 - 0.02) * 1000
-    assert stable._half(0.1, 0.1, 0.1, 2) is None, "two seeds are one pair"
+    assert over_pairs((0.1, 0.1, 0.1), 2, 0.0) is None, "two seeds are one pair"
 
 
 def test_a_run_has_a_card_for_each_question_with_its_strongest_control(tmp_path: Path) -> None:

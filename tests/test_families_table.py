@@ -43,7 +43,7 @@ def test_tokens_of_the_table_can_be_steered_and_no_others(case: Case) -> None:
     for tokens in ("cls", "registers", "patches", "all", "mean"):
         one = random_sae(backbone.d_in, tokens)
         if tokens not in named:
-            with pytest.raises(SparsightError, match="has no (class token|register tokens); steer its patches"):
+            with pytest.raises(SparsightError, match=r"has no (class token|register tokens); steer its patches"):
                 Intervention([one], backbone)
             continue
         where = Intervention([one], backbone)

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
+import numpy as np
 from scipy import special
 
 from sparsight.common.intervals import Z, mean_of_seeds
@@ -28,7 +29,7 @@ class Difference(NamedTuple):
     high: float
     p: float
     over: str
-    """What the interval is over: ``seeds``, ``images``."""
+    """What the interval is over: ``seeds``, ``images``, ``pairs of seeds``."""
 
 
 def over_seeds(differences: Sequence[float]) -> Difference | None:
@@ -57,6 +58,30 @@ def over_images(seeds: Sequence[Interval]) -> Difference:
     error = (high - low) / (2 * Z)
     p = float(2 * special.ndtr(-abs(estimate) / error)) if error and estimate else float(estimate == 0)
     return Difference(estimate, low, high, p, "images")
+
+
+def over_pairs(pairs: Interval, seeds: int, control: float) -> Difference | None:
+    """The mean of a number of every pair of seeds minus that of a control; None for a single pair.
+
+    Three pairs have one value between the ends; more spread at most as if half of them lay at each end. Pairs share
+    seeds: the mean is least certain where pairs with a common seed correlate by 1/2, the most that is possible
+    (Hoeffding 1948). Student's t with one degree of freedom less than there are seeds.
+
+    Args:
+        pairs: the least, mean and largest number of a pair.
+        seeds: number of seeds.
+        control: the control's number, taken as exact.
+    """
+    least, mean, most = pairs
+    n = seeds * (seeds - 1) // 2
+    if n < 2:
+        return None
+    between = 3 * mean - least - most
+    known = float(np.var([least, between, most], ddof=1))
+    spread = known if n == 3 else (most - least) ** 2 / 4 * n / (n - 1)
+    variance = spread / (1 - (seeds - 2) / (n - 1))
+    half = float(special.stdtrit(seeds - 1, 0.975) * (2 * variance / seeds) ** 0.5)
+    return symmetric(mean - control, half, seeds - 1, "pairs of seeds")
 
 
 def unpaired(one: Interval, other: Interval) -> Interval:

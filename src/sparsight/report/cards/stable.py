@@ -3,10 +3,7 @@
 import json
 from pathlib import Path
 
-import numpy as np
-from scipy import special
-
-from sparsight.common.verdicts import Comparison, Measure, symmetric
+from sparsight.common.verdicts import Comparison, Measure, over_pairs
 from sparsight.report.cards.questions import MainSae, Question, counted
 
 MATCHED = Measure("decoder rows with a partner in another seed", "points", 1, 100)
@@ -21,8 +18,7 @@ def ask(sae: MainSae, stabilities: list[Path]) -> Question:
     of_site = json.loads(files[0].read_text())["sites"][sae.about["site"]]
     value, control = of_site["over_0.7"], of_site["over_0.7_random"]
     least, most = of_site["over_0.7_min"], of_site["over_0.7_max"]
-    half = _half(least, value, most, of_site["saes"])
-    found = None if half is None else symmetric(value - control, half, of_site["saes"] - 1, "pairs of seeds")
+    found = over_pairs((least, value, most), of_site["saes"], control)
     says = (
         f"{MATCHED.level(value)} of the decoder rows of {sae.name} have a partner in another seed (cosine above 0.7), "
         f"{MATCHED.level(control)} of those of random dictionaries"
@@ -32,20 +28,3 @@ def ask(sae: MainSae, stabilities: list[Path]) -> Question:
     comparison = Comparison(sae.name, "random dictionaries", MATCHED, value, control, found, n, says, why)
     fact = f"Mean cosine of the matched rows: {of_site['cosine']:.2f}, of random ones {of_site['cosine_random']:.2f}."
     return Question("Stable?", "saes", [[comparison]], [fact])
-
-
-def _half(least: float, mean: float, most: float, seeds: int) -> float | None:
-    """Half the width of the 95 % interval of a mean over all pairs of seeds; None for a single pair.
-
-    Three pairs have one value between the ends; more spread at most as if half of them lay at each end. Pairs share
-    seeds: the mean is least certain where pairs with a common seed correlate by 1/2, the most that is possible
-    (Hoeffding 1948). Student's t with one degree of freedom less than there are seeds.
-    """
-    pairs = seeds * (seeds - 1) // 2
-    if pairs < 2:
-        return None
-    between = 3 * mean - least - most
-    known = float(np.var([least, between, most], ddof=1))
-    spread = known if pairs == 3 else (most - least) ** 2 / 4 * pairs / (pairs - 1)
-    variance = spread / (1 - (seeds - 2) / (pairs - 1))
-    return float(special.stdtrit(seeds - 1, 0.975) * (2 * variance / seeds) ** 0.5)
