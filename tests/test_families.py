@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from sparsight import backbones
-from sparsight.backbones.attention import read_layer
+from sparsight.backbones.attention import FixedPatches, attend
+from sparsight.backbones.attention_layers import read_layer
 from sparsight.backbones.backbone import Backbone
 from sparsight.common.errors import SparsightError
 from sparsight.pruning.head_outputs import HeadOutputs
@@ -222,6 +223,26 @@ def test_heads_sum_through_the_projection_to_the_attention(case: Case) -> None:
     total = torch.stack([heads_BTHC[:, :, h] @ columns[:, h].T for h in range(H)]).sum(dim=0)
     attention = block.after(total if proj.bias is None else total + proj.bias)
     torch.testing.assert_close(attention, backbone.taps(x, ["blocks.1.attn"])["blocks.1.attn"], atol=2e-5, rtol=1e-4)
+
+
+@ALL
+def test_versions_of_the_first_tokens_attend_like_whole_streams(case: Case) -> None:
+    backbone, x = setup(case)
+    n_read = backbone.tower.n_read
+    if case.heads == "none" or n_read > backbone.n_prefix:
+        return
+    stream, _ = backbone.run_blocks(backbone.tokens(x), 0, 1)
+    block, shared = backbone.tower.parts(1), backbone.tower.shared()[1]
+    assert block.attention is not None
+    generator = torch.Generator().manual_seed(0)
+    images = torch.tensor([2, 0, 2, 1, 1])
+    changed = stream[images]
+    changed[:, :n_read] += torch.randn(5, n_read, backbone.d_in, generator=generator)
+    keep = torch.rand(5, backbone.n_heads, generator=generator) < 0.6
+    expected = attend(block.attention, block.before(changed), keep, "masked", **shared)[:, :n_read]
+    fixed = FixedPatches(block.attention, block.before(stream), n_read, **shared)
+    got = fixed.attend(block.before(changed[:, :n_read]), images, keep)
+    torch.testing.assert_close(got, expected, atol=2e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("index", [0, 2, 14, 20, 23], ids=lambda index: CASES[index].name)

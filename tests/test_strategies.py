@@ -15,7 +15,7 @@ from sparsight.images.manifest import Manifest
 from sparsight.pruning import controls, evaluate, head_outputs, last_block, linear_probe
 from sparsight.pruning.head_outputs import HeadOutputs
 from sparsight.pruning.last_block import last_block_inputs
-from sparsight.pruning.latent_effects import LatentEffects, scramble
+from sparsight.pruning.latent_effects import Edit, LatentEffects, scramble
 from sparsight.pruning.masks import pack, unpack
 from sparsight.pruning.policy import FixedMask, HeadPolicy
 from sparsight.pruning.strategies import KINDS, LABELS, NONE, Row
@@ -71,6 +71,12 @@ def test_the_table_and_the_direct_way_predict_the_same(
     assert len(np.unique(predicted)) == 2 and np.array_equal(predicted, direct.predict(codes))
 
 
+def edit_of(edit_ND: torch.Tensor) -> Edit:
+    """An edit that adds these rows."""
+    numbers_N1 = torch.arange(len(edit_ND))[:, None]
+    return Edit(edit_ND.any(dim=1, keepdim=True).float(), numbers_N1, edit_ND)
+
+
 @pytest.mark.parametrize("options", VITS, ids=["plain", "pooled", "qk-norm, layer scale, registers", "3 heads"])
 @pytest.mark.parametrize("kept", [0, 2**30], ids=["stream computed again", "stream kept"])
 def test_edited_class_tokens_are_seen_by_the_last_block(
@@ -83,10 +89,11 @@ def test_edited_class_tokens_are_seen_by_the_last_block(
     policy.weight.normal_(generator=generator)
     codes_SN = np.random.default_rng(0).integers(2**H, size=(3, len(test)), dtype=np.int32)
     edits_SND = 3 * torch.randn(3, len(test), 48, generator=generator)
+    edits_SND[0, ::3] = edits_SND[1] = 0  # images that an edit leaves as they are
     last = last_block_inputs(backbone, policy, test, 7, n_parallel=3)
     x_BTD = last_inputs(backbone, manifest, "test", policy)
     for _ in range(2):  # the second time from what was kept
-        got_SN = last.predict_edited(codes_SN, edits_SND)
+        got_SN = last.predict_edited(codes_SN, [edit_of(edit_ND) for edit_ND in edits_SND])
         for got_N, codes_N, edit_ND in zip(got_SN, codes_SN, edits_SND, strict=True):
             whole = torch.cat([x_BTD[:, :1] + edit_ND[:, None], x_BTD[:, 1:]], dim=1)
             keep = FixedMask(torch.from_numpy(unpack(codes_N, H)))

@@ -26,6 +26,7 @@ from sparsight.images.manifest import Manifest, write_manifest
 from sparsight.pruning import evaluate as pruning
 from sparsight.pruning import train
 from sparsight.pruning.last_block import last_block_inputs
+from sparsight.pruning.latent_effects import Edit
 from sparsight.pruning.masks import unpack
 from sparsight.pruning.policy import FixedMask, HeadPolicy
 from sparsight.pruning.policy_inputs import AtLastBlock, Whole
@@ -157,7 +158,8 @@ def test_the_policy_reads_the_mean_over_patches_and_edits_move_it(
     torch.testing.assert_close(moved[:, patches].mean(dim=1), mean + edit, atol=1e-4, rtol=1e-4)
     keep = FixedMask(torch.from_numpy(unpack(codes[0], H)))
     expected = backbone.classify(backbone.run_blocks(moved, last, last + 1, keep)[0]).argmax(dim=1)
-    assert np.array_equal(inputs.predict_edited(codes, edit[None])[0], expected)
+    as_weights = Edit(torch.ones(len(edit), 1), torch.arange(len(edit))[:, None], edit)
+    assert np.array_equal(inputs.predict_edited(codes, [as_weights])[0], expected)
     splits = manifest.split("train"), manifest.split("val")
     whole, stored = Whole(backbone, *splits, [last], 7), AtLastBlock(backbone, *splits, 7)
     train_mean = at_last(backbone, manifest, "train")[:, patches].mean(dim=1)

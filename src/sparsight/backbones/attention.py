@@ -1,51 +1,24 @@
 """Attention with some heads switched off per image: masked (the reference), or gathered (only kept heads computed).
 
-Shapes: B batch, T tokens, R tokens that are read, D width, H heads, K kept heads, C channels of a head, G distinct
-head masks of a batch.
+Shapes: B batch, T tokens, R tokens that are read, U other tokens, D width, H heads, K kept heads, C channels of a
+head, G distinct head masks of a batch, S versions of images.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from timm.layers import Attention, AttentionRope, apply_rot_embed_cat
-from timm.models.beit import Attention as BeitAttention
-from timm.models.eva import EvaAttention
+from timm.layers import apply_rot_embed_cat
 from torch import Tensor, nn
 
+from sparsight.backbones.attention_layers import Layer, read_layer
 from sparsight.common.devices import sent
 from sparsight.common.errors import SparsightError
 
 HeadMode = Literal["masked", "gathered"]
-
-
-@dataclass(frozen=True)
-class Layer:
-    """The parts of an attention layer, under the same names for every class."""
-
-    n_heads: int
-    linears: list[tuple[Tensor, Tensor | None]]
-    """Weight and bias of queries, keys, values: one fused pair, rows ordered (3, H, C), or three pairs (H, C)."""
-    proj: nn.Linear
-    q_norm: Callable[[Tensor], Tensor] | None = None
-    k_norm: Callable[[Tensor], Tensor] | None = None
-    bias_HTT: Tensor | None = None
-    """Added to the attention scores."""
-    rope: Tensor | None = None
-    """Rotary embedding of the patches, (patches, 2C), or (H, patches, 2C) if heads differ."""
-    n_prefix: int = 0
-    """Number of leading tokens that are not rotated."""
-    rope_half: bool = False
-    """Rotary layout: halves instead of interleaved pairs."""
-    scale_H11: Tensor | None = None
-    """Factor on each head's output."""
-    mix: Callable[[Tensor, Tensor], Tensor] | None = None
-    """(input, heads' outputs (B, T, HC)) -> input of the projection; needs the outputs of all heads."""
-    tokens_first: bool = False
-    """Whether products take rows in the order (T, B), like torch's MultiheadAttention, to give the same bits."""
 
 
 def attend(attention: nn.Module, x_BTD: Tensor, keep_BH: Tensor, mode: HeadMode, **shared: Tensor) -> Tensor:
@@ -122,102 +95,6 @@ def head_outputs(attention: nn.Module, x_BTD: Tensor, n_read: int | None = None,
     return _heads(read_layer(attention, **shared), x_BTD, None, n_read)
 
 
-def read_layer(attention: nn.Module, **shared: Tensor) -> Layer:
-    """The parts of a layer of timm (Attention, AttentionRope, EVA, BEiT), torch or open_clip.
-
-    Raises:
-        SparsightError: another class, or an option of these classes with which heads cannot be separated.
-    """
-    if isinstance(attention, nn.MultiheadAttention):
-        weight, bias = attention.in_proj_weight, attention.in_proj_bias
-        return Layer(attention.num_heads, [(weight, bias)], attention.out_proj, tokens_first=True)
-    reader = _READERS.get(f"{type(attention).__module__}.{type(attention).__qualname__}")
-    if reader is None:
-        raise SparsightError(f"heads of {type(attention).__name__} cannot be switched; known layers: {_KNOWN}")
-    return reader(attention, **shared)
-
-
-def _plain(attention: Any) -> Layer:
-    return Layer(
-        attention.num_heads,
-        [(attention.qkv.weight, attention.qkv.bias)],
-        attention.proj,
-        attention.q_norm,
-        attention.k_norm,
-        mix=_mix(attention),
-    )
-
-
-def _rope(attention: Any, rope: Tensor | None = None) -> Layer:
-    """Timm's EvaAttention and AttentionRope: one fused or three separate products, rotary positions."""
-    if getattr(attention, "num_kv_groups", 1) > 1:
-        raise SparsightError("heads that share keys and values (grouped-query attention) cannot be switched")
-    if attention.qkv is None:
-        linears = [(linear.weight, linear.bias) for linear in (attention.q_proj, attention.k_proj, attention.v_proj)]
-    else:
-        linears = [(attention.qkv.weight, _separate_bias(attention, attention.qkv.bias))]
-    return Layer(
-        attention.num_heads,
-        linears,
-        attention.proj,
-        attention.q_norm,
-        attention.k_norm,
-        rope=rope,
-        n_prefix=attention.num_prefix_tokens,
-        rope_half=attention.rotate_half,
-        mix=_mix(attention),
-    )
-
-
-def _beit(attention: Any, shared_rel_pos_bias: Tensor | None = None) -> Layer:
-    bias = None if attention.relative_position_bias_table is None else attention._get_rel_pos_bias()[0]
-    if shared_rel_pos_bias is not None:
-        bias = shared_rel_pos_bias if bias is None else bias + shared_rel_pos_bias
-    linears = [(attention.qkv.weight, _separate_bias(attention, None))]
-    return Layer(attention.num_heads, linears, attention.proj, bias_HTT=bias)
-
-
-def _open_clip(attention: Any) -> Layer:
-    if attention.logit_scale is not None:
-        raise SparsightError("heads of open_clip's scaled-cosine attention cannot be switched")
-    inner = attention.ln_inner
-    return Layer(
-        attention.num_heads,
-        [(attention.in_proj_weight, attention.in_proj_bias)],
-        attention.out_proj,
-        attention.ln_q,
-        attention.ln_k,
-        scale_H11=attention.head_scale,
-        mix=None if isinstance(inner, nn.Identity) else lambda x_BTD, out: inner(out),
-    )
-
-
-_READERS: dict[str, Callable[..., Layer]] = {
-    f"{cls.__module__}.{cls.__qualname__}": reader
-    for cls, reader in ((Attention, _plain), (AttentionRope, _rope), (EvaAttention, _rope), (BeitAttention, _beit))
-} | {"open_clip.transformer.Attention": _open_clip}  # by name: importing open_clip takes seconds
-_KNOWN = "timm's Attention, AttentionRope, EvaAttention and BEiT attention, torch's MultiheadAttention, open_clip's own"
-
-
-def _separate_bias(attention: Any, fused: Tensor | None) -> Tensor | None:
-    """EVA and BEiT store the biases of queries and values separately and have none for keys."""
-    if getattr(attention, "q_bias", None) is None:
-        return fused
-    return torch.cat((attention.q_bias, attention.k_bias, attention.v_bias))
-
-
-def _mix(attention: Any) -> Callable[[Tensor, Tensor], Tensor] | None:
-    """Timm's norm and sigmoid gate between the heads and the projection."""
-    if attention.gate is None and isinstance(attention.norm, nn.Identity):
-        return None
-
-    def mix(x_BTD: Tensor, out: Tensor) -> Tensor:
-        out = attention.norm(out)
-        return out if attention.gate is None else out * attention.gate(x_BTD).sigmoid()
-
-    return mix
-
-
 def _gathered(layer: Layer, x_BTD: Tensor, keep_BH: Tensor) -> Tensor:
     def run(rows_b: Tensor, kept_K: Tensor, bias: Tensor | None) -> Tensor:
         return _project(layer, _heads(layer, x_BTD[rows_b], kept_K), kept_K, bias)
@@ -271,25 +148,7 @@ def _heads(layer: Layer, x_BTD: Tensor, kept_K: Tensor | None, n_read: int | Non
     K = H if kept_K is None else len(kept_K)
     if K == 0:
         return x_BTD.new_zeros(B, T, 0, C)
-
-    def pick(rows: Tensor) -> Tensor:
-        """The kept heads' rows of a weight (n H C, D) or bias (n H C)."""
-        if kept_K is None or K == H:
-            return rows
-        return rows.view(-1, H, C, *rows.shape[1:])[:, kept_K].flatten(0, 2)
-
-    x = x_BTD.transpose(0, 1) if layer.tokens_first else x_BTD
-    products = [F.linear(x, pick(weight), None if bias is None else pick(bias)) for weight, bias in layer.linears]
-    if layer.tokens_first:
-        products = [product.transpose(0, 1) for product in products]
-    qkv = torch.cat([product.reshape(B, T, 3 // len(products), K, C) for product in products], dim=2).permute(
-        2, 0, 3, 1, 4
-    )
-    q, k, v = qkv
-    q, k = q if layer.q_norm is None else layer.q_norm(q), k if layer.k_norm is None else layer.k_norm(k)
-    if layer.rope is not None:
-        rope = layer.rope[kept_K] if layer.rope.ndim == 3 and kept_K is not None else layer.rope
-        q, k = (_rotate(layer, part, rope).type_as(v) for part in (q, k))
+    q, k, v = _qkv(layer, x_BTD, kept_K, layer.n_prefix)
     bias = layer.bias_HTT
     bias = bias[kept_K] if bias is not None and kept_K is not None else bias
     if n_read is not None:  # few tokens attend to every token
@@ -304,9 +163,73 @@ def _heads(layer: Layer, x_BTD: Tensor, kept_K: Tensor | None, n_read: int | Non
     return layer.mix(x_BTD, out_BTKC.flatten(2)).unflatten(2, (H, C))
 
 
-def _rotate(layer: Layer, part_BKTC: Tensor, rope: Tensor) -> Tensor:
-    prefix, patches = part_BKTC[:, :, : layer.n_prefix], part_BKTC[:, :, layer.n_prefix :]
+def _qkv(layer: Layer, x_BTD: Tensor, kept_K: Tensor | None, n_prefix: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values, (B, K, T, C) each, of tokens of which the first ``n_prefix`` are not rotated."""
+    (B, T), H = x_BTD.shape[:2], layer.n_heads
+    C = layer.proj.in_features // H
+    K = H if kept_K is None else len(kept_K)
+
+    def pick(rows: Tensor) -> Tensor:
+        """The kept heads' rows of a weight (n H C, D) or bias (n H C)."""
+        if kept_K is None or K == H:
+            return rows
+        return rows.view(-1, H, C, *rows.shape[1:])[:, kept_K].flatten(0, 2)
+
+    x = x_BTD.transpose(0, 1) if layer.tokens_first else x_BTD
+    products = [F.linear(x, pick(weight), None if bias is None else pick(bias)) for weight, bias in layer.linears]
+    if layer.tokens_first:
+        products = [product.transpose(0, 1) for product in products]
+    qkv = torch.cat([product.reshape(B, T, 3 // len(products), K, C) for product in products], dim=2)
+    q, k, v = qkv.permute(2, 0, 3, 1, 4)
+    q, k = q if layer.q_norm is None else layer.q_norm(q), k if layer.k_norm is None else layer.k_norm(k)
+    if layer.rope is not None and n_prefix < T:
+        rope = layer.rope[kept_K] if layer.rope.ndim == 3 and kept_K is not None else layer.rope
+        q, k = (_rotate(layer, part, rope, n_prefix).type_as(v) for part in (q, k))
+    return q, k, v
+
+
+def _rotate(layer: Layer, part_BKTC: Tensor, rope: Tensor, n_prefix: int) -> Tensor:
+    prefix, patches = part_BKTC[:, :, :n_prefix], part_BKTC[:, :, n_prefix:]
     return torch.cat([prefix, apply_rot_embed_cat(patches, rope, half=layer.rope_half)], dim=2)
+
+
+class FixedPatches:
+    """Attention of the first R tokens of images whose other tokens do not change.
+
+    Keys and values of the other tokens are computed once. After that, a version of the first tokens costs their own
+    products and one look at the others, however many tokens there are.
+
+    Args:
+        attention: the layer.
+        x_BTD: its input.
+        n_read: R, at most the number of tokens in front of the patches.
+        shared: see :func:`attend`.
+    """
+
+    def __init__(self, attention: nn.Module, x_BTD: Tensor, n_read: int, **shared: Tensor) -> None:
+        self.layer, self.n_read = read_layer(attention, **shared), n_read
+        rest = _qkv(self.layer, x_BTD[:, n_read:], None, max(0, self.layer.n_prefix - n_read))
+        self._k_BHUC, self._v_BHUC = (part.contiguous() for part in rest[1:])
+
+    def attend(self, x_SRD: Tensor, images_S: Tensor, keep_SH: Tensor) -> Tensor:
+        """Output (S, R, D) like :func:`attend`, masked.
+
+        Args:
+            x_SRD: versions of the first tokens.
+            images_S: the image that each is a version of, int64.
+            keep_SH: the heads that each uses.
+        """
+        layer = self.layer
+        q, k_own, v_own = _qkv(layer, x_SRD, None, self.n_read)
+        k, v = (torch.cat(parts, dim=2) for parts in ((k_own, self._k_BHUC[images_S]), (v_own, self._v_BHUC[images_S])))
+        bias = None if layer.bias_HTT is None else layer.bias_HTT[None, :, : self.n_read].to(q.dtype)
+        out_SHRC = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+        if layer.scale_H11 is not None:
+            out_SHRC = out_SHRC * layer.scale_H11
+        out_SRHC = out_SHRC.transpose(1, 2)
+        if layer.mix is not None:
+            out_SRHC = layer.mix(x_SRD, out_SRHC.flatten(2)).unflatten(2, (layer.n_heads, -1))
+        return _project(layer, out_SRHC * keep_SH[:, None, :, None].to(out_SRHC.dtype), None, layer.proj.bias)
 
 
 def _project(layer: Layer, out_BTKC: Tensor, kept_K: Tensor | None, bias: Tensor | None) -> Tensor:

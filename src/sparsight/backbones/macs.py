@@ -3,7 +3,7 @@
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from sparsight.backbones import attention
+from sparsight.backbones.attention_layers import read_layer
 from sparsight.backbones.backbone import Backbone
 
 
@@ -39,7 +39,7 @@ def of_mlp(backbone: Backbone, block: int) -> int:
 
 def _channels(backbone: Backbone) -> int:
     """C, the channels of a head."""
-    layer = attention.read_layer(backbone.switchable(0), **backbone.tower.shared()[0])
+    layer = read_layer(backbone.switchable(0), **backbone.tower.shared()[0])
     return layer.proj.in_features // backbone.n_heads
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from sparsight.backbones import attention
+from sparsight.backbones.attention_layers import read_layer
 from sparsight.backbones.backbone import Backbone
 from sparsight.pruning.masks import unpack
 
@@ -44,7 +45,7 @@ class HeadOutputs:
         last, R, H = backbone.n_blocks - 1, backbone.tower.n_read, backbone.n_heads
         parts, shared = backbone.tower.parts(last), backbone.tower.shared()[last]
         assert parts.attention is not None, "the policy has decided heads of this block's kind"
-        proj = attention.read_layer(parts.attention, **shared).proj
+        proj = read_layer(parts.attention, **shared).proj
         out_BRHC = attention.head_outputs(parts.attention, parts.before(x_BTD), R, **shared)
         projected = [out @ w.T for out, w in zip(out_BRHC.unbind(2), proj.weight.chunk(H, 1), strict=True)]
         return cls(backbone, x_BTD[:, :R].clone(), torch.stack(projected))
@@ -85,7 +86,7 @@ class HeadOutputs:
         last, tower = self.backbone.n_blocks - 1, self.backbone.tower
         parts = tower.parts(last)
         assert parts.attention is not None
-        bias = attention.read_layer(parts.attention, **tower.shared()[last]).proj.bias
+        bias = read_layer(parts.attention, **tower.shared()[last]).proj.bias
         middle = self.x_NRD + parts.after(attn_MNRD if bias is None else attn_MNRD + bias)
         middle = middle.flatten(0, 1)
         out = middle + self.backbone.mlp(last, middle, keep_MNH.flatten(0, 1))

@@ -5,24 +5,25 @@ predictions under all 2^H masks are tabulated at once (:mod:`sparsight.pruning.h
 look-up. Otherwise (many heads, or a classifier that pools over all tokens) only the requested masks are run, each once
 per image.
 
-Shapes: N images, B batch, T tokens, D width (d_in), L blocks, H heads, M masks, S rows of a table.
+Shapes: N images, B batch, P images of a batch, T tokens, D width (d_in), L blocks, H heads, M masks, S rows of a table.
 """
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from sparsight.backbones import attention
+from sparsight.backbones.attention import FixedPatches, HeadMode
 from sparsight.backbones.backbone import Backbone
 from sparsight.common.devices import sent
 from sparsight.common.progress import Progress
 from sparsight.images.split import Split
 from sparsight.pruning.head_outputs import HeadOutputs, affordable
+from sparsight.pruning.latent_effects import Edit
 from sparsight.pruning.masks import pack, unpack
 from sparsight.pruning.policy import FixedMask, HeadPolicy
 
@@ -58,12 +59,17 @@ class LastBlockInputs:
             return self.runs.masked(codes_SN)
         return np.take_along_axis(self.table, codes_SN.T, axis=1).T
 
-    def predict_edited(self, codes_SN: np.ndarray, edits_SND: Tensor) -> np.ndarray:
+    def predict_edited(self, codes_SN: np.ndarray, edits_S: list[Edit]) -> np.ndarray:
         """Predicted classes (S, N) under masks, with edits in the stream of what the policy reads at the block's input.
 
-        An edit of the mean over patches is added to every patch.
+        An edit of the mean over patches is added to every patch. Images that an edit leaves as they are, which are most
+        images if it is of another class, are looked up if there is a table.
         """
-        return self.runs.edited(codes_SN, edits_SND)
+        if self.table is None:
+            return self.runs.edited(codes_SN, edits_S, [torch.ones(len(self), dtype=torch.bool) for _ in edits_S])
+        changed_S = [edit.images.cpu() for edit in edits_S]
+        predicted_SN, runs_SN = self.predict(codes_SN), self.runs.edited(codes_SN, edits_S, changed_S)
+        return np.where(torch.stack(changed_S).numpy(), runs_SN, predicted_SN)
 
     @property
     def n_heads(self) -> int:
@@ -138,26 +144,52 @@ class _BlockRunner:
         return predicted_SN
 
     @torch.no_grad()
-    def edited(self, codes_SN: np.ndarray, edits_SND: Tensor) -> np.ndarray:
-        """Predicted classes (S, N). The block runs once per image and row.
+    def edited(self, codes_SN: np.ndarray, edits_S: list[Edit], changed_S: list[Tensor]) -> np.ndarray:
+        """Predicted classes (S, N). The block runs once per row and image of ``changed_S``, bool (N,); others get -1.
 
-        It runs head by head if the classifier reads few tokens, because only these need projection and MLP. Otherwise
-        it runs masked, which is faster for small batches with many masks.
+        If edits and classifier leave the patches alone, their keys and values are computed once for all rows.
         """
-        predicted = [
-            np.stack(list(self.pool.map(partial(self._edited, x_BTD), codes_SN[:, window], edits_SND[:, window])))
-            for window, x_BTD in self._windows()
-        ]
-        return np.concatenate(predicted, axis=1)
+        predicted_SN = np.full_like(codes_SN, -1)
+        for window, x_BTD in self._windows():
+            fixed = self._fixed_patches(x_BTD)
+
+            def run(s: int, window: slice = window, x_BTD: Tensor = x_BTD, fixed: FixedPatches | None = fixed) -> None:
+                images = changed_S[s][window].nonzero().squeeze(1)
+                if len(images):
+                    edit_PD = edits_S[s].of(sent(images + window.start, x_BTD.device))
+                    codes_P = codes_SN[s, window][images.numpy()]
+                    predicted = self._edited(x_BTD, fixed, images, codes_P, edit_PD)
+                    predicted_SN[s, window][images.numpy()] = predicted
+
+            list(self.pool.map(run, range(len(edits_S))))
+        return predicted_SN
+
+    def _fixed_patches(self, x_BTD: Tensor) -> FixedPatches | None:
+        """Keys and values of the tokens that neither an edit changes nor the classifier reads; None without such."""
+        backbone, last = self.backbone, self.backbone.n_blocks - 1
+        parts, n_read = backbone.tower.parts(last), backbone.tower.n_read
+        if not backbone.class_positions or n_read > backbone.n_prefix:
+            return None
+        assert parts.attention is not None, "the policy has decided heads of this block's kind"
+        return FixedPatches(parts.attention, parts.before(x_BTD), n_read, **backbone.tower.shared()[last])
 
     @torch.no_grad()  # needed in each thread
-    def _edited(self, x_BTD: Tensor, codes_B: np.ndarray, edit_BD: Tensor) -> np.ndarray:
-        backbone, x_BTD = self.backbone, x_BTD.clone()
-        x_BTD[:, backbone.policy_positions] += edit_BD[:, None]
-        if backbone.tower.n_read * backbone.n_heads > x_BTD.shape[1]:  # more rows than the whole stream
-            return self._last(x_BTD, codes_B, "masked")
-        keep_BH = sent(torch.from_numpy(unpack(codes_B, backbone.n_heads)), x_BTD.device)
-        return HeadOutputs.of(backbone, x_BTD).logits(keep_BH).argmax(dim=1).cpu().numpy()
+    def _edited(
+        self, x_BTD: Tensor, fixed: FixedPatches | None, images_P: Tensor, codes_P: np.ndarray, edit_PD: Tensor
+    ) -> np.ndarray:
+        """Predicted classes (P,) of some images of a batch with edits."""
+        backbone, last = self.backbone, self.backbone.n_blocks - 1
+        images_P = sent(images_P, x_BTD.device)
+        n_tokens = x_BTD.shape[1] if fixed is None else fixed.n_read
+        x_PTD = x_BTD[images_P, :n_tokens]
+        x_PTD[:, backbone.policy_positions] += edit_PD[:, None]
+        if fixed is None:
+            return self._last(x_PTD, codes_P, "masked")
+        parts = backbone.tower.parts(last)
+        keep_PH = sent(torch.from_numpy(unpack(codes_P, backbone.n_heads)), x_BTD.device)
+        x_PTD = x_PTD + parts.after(fixed.attend(parts.before(x_PTD), images_P, keep_PH))
+        x_PTD = x_PTD + backbone.mlp(last, x_PTD, keep_PH)
+        return backbone.classify(x_PTD).argmax(dim=1).cpu().numpy()
 
     def _windows(self) -> Iterator[tuple[slice, Tensor]]:
         numbers = len(self.split) * (self.backbone.n_prefix + self.backbone.n_patches) * self.backbone.d_in
@@ -174,7 +206,7 @@ class _BlockRunner:
     def _streams(self) -> Iterator[Tensor]:
         return (x_BTD for x_BTD, _ in _prefixes(self.backbone, self.policy, self.split, self.batch_size))
 
-    def _last(self, x_BTD: Tensor, codes_B: np.ndarray, heads: attention.HeadMode) -> np.ndarray:
+    def _last(self, x_BTD: Tensor, codes_B: np.ndarray, heads: HeadMode) -> np.ndarray:
         last = self.backbone.n_blocks - 1
         keep = FixedMask(sent(torch.from_numpy(unpack(codes_B, self.backbone.n_heads)), x_BTD.device))
         out_BTD, _ = self.backbone.run_blocks(x_BTD, last, last + 1, keep, heads)

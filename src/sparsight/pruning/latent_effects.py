@@ -1,10 +1,11 @@
 """Effects of SAE latents on a head policy: of every latent on every head, and of the latents of a class.
 
-Shapes: N images, D width (d_in), F latents (d_sae), H heads, C classes, P classes among the images', m latents
-amplified.
+Shapes: N images, D width (d_in), F latents (d_sae), H heads, C classes, P classes among the images' or some images, m
+(M) latents amplified.
 """
 
 import copy
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -16,6 +17,28 @@ from sparsight.steering.class_latents import ClassLatents
 from sparsight.steering.edits import of_size
 
 _ROWS = 4096
+
+
+@dataclass(frozen=True)
+class Edit:
+    """An edit of what the policy reads of every image: a weighted sum of few decoder rows, mostly with weights 0."""
+
+    weights_NM: Tensor
+    latents_NM: Tensor
+    W_dec: Tensor
+
+    def times(self, factor: float) -> "Edit":
+        """The edit with its size multiplied."""
+        return replace(self, weights_NM=factor * self.weights_NM)
+
+    @property
+    def images(self) -> Tensor:
+        """Bool (N,), the images that it changes."""
+        return self.weights_NM.any(dim=1)
+
+    def of(self, images: Tensor) -> Tensor:
+        """The edits (P, D) of some images, int64 (P,)."""
+        return torch.bmm(self.weights_NM[images][:, None], self.W_dec[self.latents_NM[images]]).squeeze(1)
 
 
 class LatentEffects:
@@ -47,11 +70,10 @@ class LatentEffects:
         latents_NM = self.found.latents[classes_N, :m]
         return (z_NF.gather(1, latents_NM)[:, :, None] * self.push_HF.T[latents_NM]).sum(dim=1)
 
-    def class_edit(self, z_NF: Tensor, classes_N: Tensor, m: int) -> Tensor:
-        """The edit (N, D) of what the policy reads that causes :meth:`class_change`, sum z_i d_i."""
+    def class_edit(self, z_NF: Tensor, classes_N: Tensor, m: int) -> Edit:
+        """The edit of what the policy reads that causes :meth:`class_change`, sum z_i d_i."""
         latents_NM = self.found.latents[classes_N, :m]
-        picked_NF = torch.zeros_like(z_NF).scatter(1, latents_NM, z_NF.gather(1, latents_NM))
-        return picked_NF @ self.sae.W_dec
+        return Edit(z_NF.gather(1, latents_NM), latents_NM, self.sae.W_dec.detach())
 
     def random_change(self, z_NF: Tensor, classes_N: Tensor, m: int) -> Tensor:
         """Change (N, H) of the head logits by m random latents of the class, with an edit of the same size.

@@ -21,9 +21,9 @@ from sparsight.common.intervals import bootstrap, loss_bound, paired, wilson
 from sparsight.common.progress import followed
 from sparsight.pruning.last_block import LastBlockInputs
 from sparsight.pruning.masks import unpack
-from sparsight.pruning.outcomes import Outcome, run
+from sparsight.pruning.outcomes import Outcome, run_several
 from sparsight.pruning.selection import Point, points, rank
-from sparsight.pruning.strategies import NONE, Row, Strategies
+from sparsight.pruning.strategies import IN_STREAM, NONE, Row, Strategies
 
 
 @dataclass(frozen=True)
@@ -98,16 +98,21 @@ def evaluate(
     """Run every configuration on every test image."""
     tables = ClassTables([], [], [])
     steered: dict[tuple[str, str], dict[int, _Routed]] = {}
-    for c, name in followed(enumerate(classes), len(classes), "classes"):
-        rows = {row: by_class[c] for by_class in chosen.values() if c in by_class for row in by_class[c].point.rows}
-        all_as_class = {"oracle": np.full(len(test), c)}
+    rows_C = [
+        {row: by_class[c] for by_class in chosen.values() if c in by_class for row in by_class[c].point.rows}
+        for c in range(len(classes))
+    ]
+    jobs = ((c, list(rows), {"oracle": np.full(len(test), c)}) for c, rows in enumerate(rows_C))
+    outcomes = run_several(strategies, jobs, test)
+    for c, row, outcome in followed(outcomes, sum(map(len, rows_C)), "configurations"):
+        key = {**row._asdict(), "class": c, "class_name": classes[c], "selected": rows_C[c][row].selected}
+        steered.setdefault((row.strategy, row.sae), {})[c] = _Routed.of(outcome, routes, c)
         images = np.flatnonzero(test.labels == c)
-        for row, outcome in run(strategies, list(rows), test, all_as_class):
-            key = {**row._asdict(), "class": c, "class_name": name, "selected": rows[row].selected}
-            steered.setdefault((row.strategy, row.sae), {})[c] = _Routed.of(outcome, routes, c)
-            if len(images):  # an official split need not have every class
-                tables.subsets.append({**key, **_subset(outcome, none, images, test.n_heads, section.margin)})
-                tables.false_positives.append({**key, **_on_all(outcome, none, test.labels, c)})
+        if len(images):  # an official split need not have every class
+            tables.subsets.append({**key, **_subset(outcome, none, images, test.n_heads, section.margin)})
+            tables.false_positives.append({**key, **_on_all(outcome, none, test.labels, c)})
+    for table in (tables.subsets, tables.false_positives):
+        table.sort(key=lambda line: (line["class"], line["strategy"] == IN_STREAM))  # which comes last, see run_several
     for strategy, by_class in chosen.items():
         selected = [c for c, configuration in by_class.items() if configuration.selected]
         by_sae = [outcomes for (name, _), outcomes in steered.items() if name == strategy]

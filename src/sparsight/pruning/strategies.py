@@ -19,7 +19,7 @@ from torch import Tensor
 from sparsight import config
 from sparsight.pruning.controls import THRESHOLD_SHARES, Controls, static_shares
 from sparsight.pruning.last_block import LastBlockInputs
-from sparsight.pruning.latent_effects import LatentEffects
+from sparsight.pruning.latent_effects import Edit, LatentEffects
 from sparsight.pruning.masks import pack
 from sparsight.pruning.policy import HeadPolicy
 
@@ -88,7 +88,7 @@ class Decided(NamedTuple):
     row: Row
     codes: np.ndarray
     """(N,) codes of the masks."""
-    edit_ND: Tensor | None = None
+    edit: Edit | None = None
     """Edit of what the policy reads that is made in the stream, or None."""
 
 
@@ -140,14 +140,14 @@ class Strategies:
                 yield from (Decided(row, self._unamplified(row, inputs, classes_N)) for row in group)
                 continue
             classes = torch.from_numpy(classes_N).to(inputs.logits_NH.device).long()
-            change_NH, edit_ND = self._change(unit, inputs, classes), None
+            change_NH, edit = self._change(unit, inputs, classes), None
             if unit.strategy == IN_STREAM:
                 effects = self.effects_by_sae[unit.sae]
-                edit_ND = effects.class_edit(effects.encode(inputs.read_ND), classes, unit.latents)
+                edit = effects.class_edit(effects.encode(inputs.read_ND), classes, unit.latents)
             for row in group:
                 factor = row.strength - (row.strategy != "logit-bias")
                 codes = pack(inputs.logits_NH + factor * change_NH > 0)
-                yield Decided(row, codes, None if edit_ND is None else factor * edit_ND)
+                yield Decided(row, codes, None if edit is None else edit.times(factor))
 
     def _unamplified(self, row: Row, inputs: LastBlockInputs, classes_N: np.ndarray) -> np.ndarray:
         """Codes (N,) of a strategy without a change of the head logits that scales with the strength."""
