@@ -70,6 +70,11 @@ class Backbone(Section):
         return n_microbatches(self.batch_size) if self.epochs else 1
 
     @property
+    def reads_text(self) -> bool:
+        """Whether texts can name classes and latents: an open_clip model whose weights are not random."""
+        return self.model.startswith("open_clip/") and self.weights != RANDOM
+
+    @property
     def depth(self) -> int | None:
         """Number of blocks, if ``architecture`` sets it."""
         return self.architecture.get("vision.layers" if self.model.startswith("open_clip/") else "depth")
