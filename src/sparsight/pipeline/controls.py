@@ -30,6 +30,8 @@ def with_controls(
 ) -> tuple[dict[str, Sae], dict[str, Backbone]]:
     """All sections, each followed by its controls, and all backbones with those that controls need.
 
+    Sections that are there already, as in the ``configuration.json`` of a run, stay.
+
     Raises:
         SparsightError: a control that is not possible for a section, or whose name is taken.
     """
@@ -37,12 +39,10 @@ def with_controls(
     every_backbone = dict(backbones)
     for name, section in saes.items():
         if section.control_of is not None:
-            raise SparsightError(f"saes.{name}.control_of: is set by controls of {section.control_of!r}; leave it out")
+            continue
         every_sae[name] = section
         for control in section.controls:
             derived = f"{name}-{control}"
-            if derived in saes:
-                raise SparsightError(f"saes.{derived}: is the name of a control of {name!r}; name this section otherwise")
             own = _FROZEN.get(control)
             if own is None:
                 own = {"backbone": _random(section.backbone, backbones, every_backbone, f"saes.{name}")}
@@ -50,6 +50,11 @@ def with_controls(
                 every_sae[derived] = dataclasses.replace(section, **own, controls=(), control_of=name)
             except SparsightError as error:
                 raise SparsightError(f"saes.{name}.controls: {control} is not possible: {error}") from None
+            if saes.get(derived, every_sae[derived]) != every_sae[derived]:
+                raise SparsightError(f"saes.{derived}: is the name of a control of {name!r}; name this section otherwise")
+    for name in saes:
+        if name not in every_sae:
+            raise SparsightError(f"saes.{name}.control_of: is set by controls alone; leave it out")
     return every_sae, every_backbone
 
 
@@ -57,14 +62,13 @@ def _random(name: str, given: Mapping[str, Backbone], every: dict[str, Backbone]
     """The name of the backbone of this architecture with random weights, which is added to ``every``."""
     if name not in given:
         raise SparsightError(f"{where}.backbone: there is no {name!r}; known: {', '.join(given) or 'none'}")
-    random = f"{name}-random"
-    if random in given:
-        raise SparsightError(f"backbones.{random}: is the name of the {name!r} of random weights; name it otherwise")
-    section = given[name]
+    random, section = f"{name}-random", given[name]
     if section.model.startswith(("open_clip/hf-hub:", "open_clip/local-dir:")):
         raise SparsightError(
             f"{where}.controls: random-weights is not possible: {section.model} comes with its weights alone"
         )
     architecture = {key: value for key, value in section.architecture.items() if key != "num_classes"}
     every[random] = Backbone(section.model, RANDOM, architecture, "none")
+    if given.get(random, every[random]) != every[random]:
+        raise SparsightError(f"backbones.{random}: is the name of {name!r} with random weights; name it otherwise")
     return random

@@ -11,7 +11,7 @@ def main_steering(run: Mapping[str, Any]) -> str | None:
         run: the run's configuration.
     """
     named = (run.get("pruning") or {}).get("steering")
-    controls = {f"{name}-{of}" for name, s in (run.get("saes") or {}).items() for of in (s or {}).get("controls", ())}
+    controls = {name for name, section in (run.get("saes") or {}).items() if (section or {}).get("control_of")}
     steering = {name: section for name, section in (run.get("steering") or {}).items() if section}
     wanted = [name for name, section in steering.items() if section.get("sae") not in controls]
     return named if named in wanted else next(iter(wanted), None)
