@@ -22,10 +22,12 @@ from sparsight.activations.store import ActivationStore
 from sparsight.common.errors import SparsightError
 from sparsight.common.seeds import derive_seed
 from sparsight.common.work import Work
-from sparsight.config.sae import Frozen
+from sparsight.config.sae import SPLIT_KINDS, Frozen
 from sparsight.sae import Trainer
 from sparsight.sae.fit import fit
 from sparsight.sae.frozen import LEAST_COSINE, Cones
+from sparsight.sae.sharded.trainer import ShardedTrainer, create
+from sparsight.training.ranks import Ranks
 
 SITES, ROWS, D, F, K = ["blocks.0.input", "blocks.1.input"], 512, 12, 40, 4
 KINDS = [kind for kind in sae.names() if kind != "archetypal"]
@@ -38,8 +40,8 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def train(store: Path, folder: Path, **options: Any) -> Path:
-    values: dict[str, Any] = {"backbone": "vit", "site": SITES[0], "d_sae": F, "k": K, "epochs": 12, "seeds": (0,)}
-    section = config.Sae(**{**values, "batch_size": 64, "lr": 3e-2, "dead_after": 256, **options})
+    values: dict[str, Any] = {"backbone": "vit", "site": SITES[0], "d_sae": F, "k": K, "epochs": 6, "seeds": (0,)}
+    section = config.Sae(**{**values, "batch_size": 64, "lr": 6e-2, "dead_after": 256, **options})
     with Work(folder / "work", "key") as work:
         fit(section, ActivationStore.open(store), None, "m", 0, work, torch.device("cpu"), {})
         work.finish(folder / "saes")
@@ -117,6 +119,21 @@ def test_seeds_that_are_made_alike_may_be_frozen_in_part(store: Path, tmp_path: 
         assert torch.equal(before.W_enc, after.W_enc) == (frozen == "encoder")
         assert cosines(before, after).min() > LEAST_COSINE - 1e-5 or frozen == "encoder"
         assert not torch.equal(after.W_dec, sae.load(plain / name).W_dec)
+
+
+@pytest.mark.parametrize("kind", SPLIT_KINDS)
+@pytest.mark.parametrize("frozen", FROZEN)
+def test_eight_shards_are_the_frozen_sae_of_one_process(kind: str, frozen: Frozen, tmp_path: Path) -> None:
+    options = {"experts": 8} if kind == "switch" else {}
+    one, part = sae.create(kind, D, F, K, **options), create(kind, Ranks(), D, F, K, **options)
+    trainers = Trainer([one], lr=3e-2, frozen=frozen), ShardedTrainer([part], lr=3e-2, frozen=frozen)
+    for number in range(12):
+        for trainer in trainers:
+            trainer.step(batch(number))
+    part.save(tmp_path)
+    for name, value in sae.load(tmp_path).state_dict().items():
+        torch.testing.assert_close(value, one.state_dict()[name], rtol=1e-4, atol=1e-4)
+    assert torch.equal(sae.load(tmp_path).W_dec, sae.create(kind, D, F, K).W_dec) == (frozen == "decoder")
 
 
 @given(st.integers(0, 2**32 - 1), st.integers(2, 6))
