@@ -1,8 +1,8 @@
 """Activations of a planted dictionary, and how evaluation ranks SAEs of it: python tests/planted.py prints the table.
 
-x = z W + noise, with F unit rows W in fewer than F dimensions and sparse codes z. A latent of its own fires on most images
-of each class. Embeddings of images are the sum of a direction for every latent that fires; those of the judge have other
-directions and other noise.
+x = z W + noise, with F unit rows W in fewer than F dimensions and sparse codes z. Each class has a latent that fires on
+most of its images. Embeddings of images are the sum of a direction for every latent that fires; those of the judge have
+other directions and other noise.
 
 Shapes: N images, D width (d_in), F latents (d_sae), C classes.
 """

@@ -24,7 +24,7 @@ MARGINS = {
     "monosemanticity_judge": (0.005, 0.005, 0.008, None),
     "bits per bit of PCA": (0.05, 0.2, 0.5, None),
 }
-"""By metric, what each method is at least better than the next of ``planted.ORDER``; None where no difference is sure."""
+"""By metric, the least gain of each method over the next of ``planted.ORDER``; None where no difference is sure."""
 
 
 @pytest.mark.slow

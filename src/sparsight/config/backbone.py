@@ -26,8 +26,8 @@ class Backbone(Section):
     """``timm/<architecture>``, ``open_clip/<model>[@<tag>]`` or ``open_clip/hf-hub:<org>/<repo>``; docs/models.md."""
     weights: str | None = None
     """Initial weights: null (random, to be trained), ``pretrained`` (downloaded by the library), or the path of a
-    safetensors file or checkpoint (read without running code). ``random`` weights stay as they are drawn: a control, with
-    training ``none``."""
+    safetensors file or checkpoint (read without running code). ``random`` weights stay as they are drawn: a control,
+    with training ``none``."""
     architecture: dict[str, CountOrZero] = field(default_factory=dict)
     """Architecture options to override, by the library's names: img_size, patch_size, in_chans, embed_dim, depth,
     num_heads, num_classes (timm; the last only for weights as they are); embed_dim, vision.width, vision.layers,
@@ -92,7 +92,7 @@ class Backbone(Section):
             raise SparsightError(f"weights: there is no file {self.weights!r}; give null, pretrained or a path")
         if self.weights == RANDOM and (self.training != "none" or self.epochs):
             raise SparsightError("weights: random weights are a control that is not trained; set training to none")
-        if self.training == "none" and (clip and self.weights != RANDOM or self.epochs or self.weights is None):
+        if self.training == "none" and ((clip and self.weights != RANDOM) or self.epochs or self.weights is None):
             raise SparsightError("training: 'none' is for timm weights as they are; set weights, and leave epochs at 0")
         if "num_classes" in self.architecture and (self.epochs or self.training == "none"):
             raise SparsightError(

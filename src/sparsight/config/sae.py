@@ -96,12 +96,12 @@ class Sae(Section):
 
     frozen: Frozen = "none"
     """What is not trained: the ``decoder`` keeps its random rows, the ``encoder`` its random columns; with
-    ``soft-decoder`` every decoder row keeps a cosine of at least 0.8 to its random direction (docs/sae.md). Not for kind
-    archetypal."""
+    ``soft-decoder`` every decoder row keeps a cosine of at least 0.8 to its random direction (docs/sae.md). Not for
+    kind archetypal."""
     controls: tuple[Control, ...] = field(default=(), metadata=FREE)
-    """Controls beside the section: for each another section, named <name>-<control>, with the same settings but
-    ``frozen: decoder`` (``frozen-decoder``), ``soft-decoder`` (``soft-frozen``) or ``encoder`` (``frozen-encoder``), or of
-    a backbone with random weights (``random-weights``; docs/evaluation.md)."""
+    """Controls beside the section (docs/evaluation.md). Each is another section, named <name>-<control>, with the same
+    settings but one: ``frozen`` is decoder (``frozen-decoder``), soft-decoder (``soft-frozen``) or encoder
+    (``frozen-encoder``), or the backbone has random weights (``random-weights``)."""
     control_of: str | None = None
     """The section that this one is a control of; set by ``controls`` alone."""
     judge: str | None = field(default=None, metadata=FREE)

@@ -1,4 +1,4 @@
-"""Sections that ``saes.<name>.controls`` stands for: the controls of a section of SAEs, and backbones with random weights.
+"""Sections that ``saes.<name>.controls`` stands for: SAEs, and backbones with random weights.
 
 All other code sees ordinary sections. Those of controls name theirs in ``control_of``.
 """
@@ -51,7 +51,9 @@ def with_controls(
             except SparsightError as error:
                 raise SparsightError(f"saes.{name}.controls: {control} is not possible: {error}") from None
             if saes.get(derived, every_sae[derived]) != every_sae[derived]:
-                raise SparsightError(f"saes.{derived}: is the name of a control of {name!r}; name this section otherwise")
+                raise SparsightError(
+                    f"saes.{derived}: is the name of a control of {name!r}; name this section otherwise"
+                )
     for name in saes:
         if name not in every_sae:
             raise SparsightError(f"saes.{name}.control_of: is set by controls alone; leave it out")

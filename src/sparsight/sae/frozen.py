@@ -1,11 +1,11 @@
-"""SAEs of which a part stays as it was drawn: controls of what training finds (Korznikov et al. 2026, arXiv 2602.14111).
+"""SAEs of which a part stays as it was drawn: controls of training (Korznikov et al. 2026, arXiv 2602.14111).
 
 * ``decoder``: the rows keep their random directions.
 * ``encoder``: the columns keep their random directions.
 * ``soft-decoder``: rows are trained, but keep a cosine of at least 0.8 to their random directions (the paper's bound).
 
-Everything else is trained: biases, thresholds, gates, routers. The abstract and figure 1 of the paper do not say how the
-bound is kept. Here a row that has left the cone around its random direction returns to its nearest point after every step.
+Everything else is trained: biases, thresholds, gates, routers. How the bound is kept is our choice: after every step, a
+row that has left the cone around its random direction returns to the nearest point of the cone.
 
 Shapes: D width (d_in), F latents (d_sae).
 """
