@@ -140,13 +140,10 @@ def test_what_random_weights_and_the_judge_need_is_checked() -> None:
     taken = {"vit-random": PARAMS["backbones"]["vit"]}
     with pytest.raises(SparsightError, match=r"^backbones.vit-random: is the name of 'vit' with random weights"):
         planned(saes={"topk": {"controls": ["random-weights"]}}, backbones=taken)
-    hub = {
-        "vit": None,
-        "clip": {"model": "open_clip/hf-hub:a/b", "weights": "pretrained", "epochs": 0, "architecture": {}},
-    }
+    hub = {"model": "open_clip/hf-hub:a/b", "weights": "pretrained", "training": "contrastive"}
     merged = copy.deepcopy(PARAMS)
     update_config(merged, {"saes": {"topk": {"backbone": "clip", "controls": ["random-weights"]}}})
-    merged["backbones"]["clip"] = hub["clip"] | {"training": "contrastive"}
+    merged["backbones"]["clip"] = hub
     with pytest.raises(SparsightError, match=r"^saes.topk.controls: random-weights is not possible: open_clip/hf-hub"):
         load_run(merged)
     stored = [site for site in PARAMS["activations"]["sites"] if site != "embedding"]
@@ -168,9 +165,10 @@ def test_what_random_weights_and_the_judge_need_is_checked() -> None:
 
 
 def test_random_weights_are_neither_trained_nor_given() -> None:
-    for options in ({"training": "supervised"}, {"training": "none", "epochs": 1}):
+    refused: list[dict[str, Any]] = [{"training": "supervised"}, {"training": "none", "epochs": 1}]
+    for options in refused:
         with pytest.raises(SparsightError, match=r"^weights: random weights are a control that is not trained"):
-            config.Backbone("timm/vit_tiny_patch16_224", "random", **options)  # type: ignore[arg-type]
+            config.Backbone("timm/vit_tiny_patch16_224", "random", **options)
 
 
 def fitted(section: config.Backbone, manifest: Manifest, folder: Path, name: str = "a", seed: int = 0) -> Any:
