@@ -12,7 +12,7 @@ import torch
 import yaml
 import zarr
 from conftest import ROOT, workspace, write_store
-from runs import TINY_RUN, run_in_one_process
+from runs import TINY_RUN, commands, copy_of, run_in_one_process
 from snakemake.utils import update_config
 from torch import Tensor
 
@@ -350,3 +350,17 @@ def test_the_report_shows_the_controls_beside_their_section(run: Path) -> None:
     flat = json.loads((run / "metrics.json").read_text())
     assert flat["sae.topk-soft-frozen-s1.monosemanticity_judge"] > 0
     assert not any(key.startswith("backbone.vit-random") for key in flat)
+
+
+@pytest.mark.slow
+def test_controls_and_a_judge_that_come_or_go_leave_training_as_it_was(run: Path, tmp_path: Path) -> None:
+    folder = copy_of(run.parent.parent, tmp_path / "own")
+    assert not any("/sae.py" in command or "/evaluate" in command for command in commands(folder))
+    overlay = yaml.safe_load((folder / "tiny.yaml").read_text())
+    for section in ("topk", "resae"):
+        del overlay["saes"][section]["controls"], overlay["saes"][section]["judge"]
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(overlay))
+    plan = commands(folder)
+    assert not any("/sae.py" in command or "/backbone.py" in command for command in plan)
+    again = {command.split("--name ")[1].split()[0] for command in plan if "/evaluate" in command}
+    assert again == {"topk", "resae-s0"}, "the judge's store is an input"

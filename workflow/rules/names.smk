@@ -12,9 +12,12 @@ def embeddings(wildcards):
 
 
 def judge(wildcards):
-    """The store of the backbone by whose embeddings images are also compared, if a section names one."""
+    """The store of the backbone by whose embeddings images are also compared, if a section names one.
+
+    A judge may also be the namer, whose store is read anyway; its config.json tells that it judges.
+    """
     own = sae_section(wildcards).judge
-    return stores_of(own, ["test"]) if own else []
+    return [f"{R}/backbones/{own}/config.json", *stores_of(own, ["test"])] if own else []
 
 
 WORDS = [RUN.report.words] if RUN.report.words else []
