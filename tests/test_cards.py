@@ -321,6 +321,17 @@ def test_a_run_of_chains_is_about_their_last_site_and_compares_with_plain_saes(t
     assert "resae: accuracy with all sites replaced 94.0 %, plain SAEs (plain) 75.0 %: better, +19.0 (" in text
 
 
+def test_controls_of_chains_are_compared_with_nothing(tmp_path: Path) -> None:
+    sites = ("blocks.1.input", SITE)
+    run = MadeUp(tmp_path)
+    for name, affine in (("plain", "zero"), ("resae", "full")):
+        for more in ({}, {"control_of": name, "frozen": "decoder"}):
+            run.sae(f"{name}-frozen-decoder" if more else name, sites=sites, affine=affine, seeds=1, **more)
+    run.inputs["chains"].sort(key=lambda path: "frozen" not in path.parent.name)  # the controls first
+    (found,) = run.screen()["cards"][0].others
+    assert (found.comparison.subject, found.comparison.control) == ("resae", "plain SAEs (plain)")
+
+
 def test_unequal_sparsity_is_said(tmp_path: Path) -> None:
     run = MadeUp(tmp_path).sae("relu")
     assert not any("latents at a time, PCA" in fact for fact in run.cards()["Faithful?"].question.facts)

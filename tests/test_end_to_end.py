@@ -19,6 +19,7 @@ from sparsight import config, sae
 from sparsight.activations.store import ActivationStore
 from sparsight.backbones.backbone import Backbone
 from sparsight.common.errors import SparsightError
+from sparsight.common.seeds import derive_seed
 from sparsight.common.work import Work
 from sparsight.pipeline.run import load_run
 from sparsight.sae import SAE
@@ -151,6 +152,20 @@ def test_every_variant_trains(kind: str, loss: str, random_store: ActivationStor
     for (name, parameter), old in zip(one.named_parameters(), start.parameters(), strict=True):
         if kind != "gated" or name != "b_gate":
             assert not torch.equal(parameter, old), name
+
+
+@pytest.mark.parametrize("frozen", ["decoder", "soft-decoder", "encoder"])
+def test_a_frozen_sae_trains(frozen: Any, random_store: ActivationStore, tmp_path: Path) -> None:
+    folder = trained(random_store, tmp_path, make_backbone(), loss="e2e", frozen=frozen, epochs=6, lr=3e-2)
+    first, *_, last = log_of(folder)
+    assert last["kl"] < first["kl"]
+    one, drawn = (
+        sae.load(folder / "one-s0"),
+        sae.create("topk", D, 96, 4, derive_seed(0, "sae", "one-s0", "init")),
+    )
+    assert torch.equal(one.W_dec, drawn.W_dec) == (frozen == "decoder")
+    assert torch.equal(one.W_enc, drawn.W_enc) == (frozen == "encoder")
+    assert (one.W_dec * drawn.W_dec).sum(dim=1).min() > 0.8 - 1e-5 or frozen == "encoder"
 
 
 @pytest.mark.parametrize("tokens", ["cls", "patches"])

@@ -212,11 +212,12 @@ def test_bits_of_pca_are_taken_at_the_error_of_the_quantised_sae() -> None:
     random = sae.create("topk", D, F, K).requires_grad_(False)
     random.set_center(mean)
     one = baselines.of_sae(random)
-    own = at_own_error(one, x, D)
-    found = [own, at_error_of(own, baselines.pca("all", mean, components), x, D)]
+    widths = {"monosemanticity": D}
+    own = at_own_error(one, x, widths)
+    found = [own, at_error_of(own, baselines.pca("all", mean, components), x, widths)]
     for board in found:
         z = board.method.encode(x)
-        board.update(x.numpy(), z, z, unit_rows(x.numpy()))
+        board.update(x.numpy(), z, z, {"monosemanticity": unit_rows(x.numpy())})
     variance = float((x - mean).square().sum())
     of_sae, of_pca = (board.row(len(x), variance) for board in found)
     assert of_sae["fvu_quantised"] == pytest.approx(1.05 * of_sae["fvu"], rel=1e-3)

@@ -23,6 +23,7 @@ for NUMBER, (ENDINGS, SECTIONS) in enumerate(RUN.shapes.items(), 1):
                 configs=expand(SAE_CONFIG, sae=SAES),
                 namer=namer,
                 embeddings=embeddings,
+                judge=judge,
                 words=WORDS,
                 mark=mark("evaluate-{section}", code_of_sae("evaluate_sae.py", RANDOM_SAE), reads=read_by_evaluation),
             output:
@@ -44,7 +45,8 @@ for NUMBER, (ENDINGS, SECTIONS) in enumerate(RUN.shapes.items(), 1):
             shell:
                 "python {SCRIPTS}/evaluate_sae.py --from-images {input.images} --from-backbone {input.backbone}"
                 " --from-stores {input.stores} --from-saes {input.saes} --name {wildcards.section}"
-                " --from-namer {input.namer} --from-embeddings {input.embeddings} --from-words {input.words}"
+                " --from-namer {input.namer} --from-embeddings {input.embeddings}"
+                " --from-judge {input.judge} --from-words {input.words}"
                 " --out {params.out} --work {params.work} --record {output.record}"
                 " {params.flags} > {log} 2>&1"
 
@@ -63,6 +65,7 @@ for NUMBER, (ENDINGS, SECTIONS) in enumerate(RUN.shapes.items(), 1):
                 configs=expand(SAE_CONFIG, sae=SITES),
                 namer=namer,
                 embeddings=embeddings,
+                judge=judge,
                 words=WORDS,
                 mark=mark(
                     "evaluate-{section}-s{seed}",
@@ -91,6 +94,7 @@ for NUMBER, (ENDINGS, SECTIONS) in enumerate(RUN.shapes.items(), 1):
                 "python {SCRIPTS}/evaluate_chain.py --from-images {input.images}"
                 " --from-backbone {input.backbone} --from-stores {input.stores}"
                 " --from-maps {input.maps} --from-saes {input.saes} --name {wildcards.section}-s{wildcards.seed}"
-                " --from-namer {input.namer} --from-embeddings {input.embeddings} --from-words {input.words}"
+                " --from-namer {input.namer} --from-embeddings {input.embeddings}"
+                " --from-judge {input.judge} --from-words {input.words}"
                 " --out {params.out} --work {params.work} --record {output.record}"
                 " {params.flags} > {log} 2>&1"

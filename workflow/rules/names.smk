@@ -1,4 +1,4 @@
-# What an SAE's evaluation reads for the names of its latents.
+# What an SAE's evaluation reads for the names of its latents, and for a foreign judge of their images.
 
 
 def namer(wildcards):
@@ -9,6 +9,15 @@ def namer(wildcards):
 def embeddings(wildcards):
     """The stores of its embeddings, which are compared with words."""
     return stores_of(RUN.namer_of(sae_section(wildcards).backbone), ["train", "test"])
+
+
+def judge(wildcards):
+    """The store of the backbone by whose embeddings images are also compared, if a section names one.
+
+    A judge may also be the namer, whose store is read anyway; its config.json tells that it judges.
+    """
+    own = sae_section(wildcards).judge
+    return [f"{R}/backbones/{own}/config.json", *stores_of(own, ["test"])] if own else []
 
 
 WORDS = [RUN.report.words] if RUN.report.words else []
@@ -28,5 +37,6 @@ def read_by_evaluation(wildcards):
         *([] if seed is None else expand(MAPS, chain=f"{wildcards.section}-s{seed}")),
         *namer(wildcards),
         *embeddings(wildcards),
+        *judge(wildcards),
         *WORDS,
     ]

@@ -20,8 +20,9 @@ def main(job: stage.Stage) -> None:
     stores = {path.stem: ActivationStore.open(path) for path in job.inputs["stores"]}
     manifest = Manifest(job.inputs["images"])
     images = {split: manifest.split(split) for split in stores}
+    judge = next(map(ActivationStore.open, job.inputs["judge"][1:]), None)
     words = words_from(job.inputs["namer"], job.inputs["embeddings"], job.inputs["words"], device)
-    evaluate(saes, backbone.to(device), stores, images, job.seed, job.work, job.record(), words)
+    evaluate(saes, backbone.to(device), stores, images, job.seed, job.work, job.record(), words, judge)
 
 
 if __name__ == "__main__":
@@ -34,5 +35,6 @@ if __name__ == "__main__":
         saes=["sae.safetensors of every SAE"],
         namer=["model.safetensors of the image-text model that names latents, if there is one"],
         embeddings=["train.json and test.json, the manifests of its stores"],
+        judge=["config.json of another backbone by which images are compared too, and test.json of its store"],
         words=["words that may be names, one a line; without a file the class names"],
     )

@@ -18,6 +18,7 @@ from sparsight.common.intervals import wilson
 from sparsight.common.progress import log
 from sparsight.common.seeds import derive_seed
 from sparsight.common.work import Work
+from sparsight.config.backbone import RANDOM
 from sparsight.images.class_names import readable
 from sparsight.images.labels import need_labels, needs, unlabelled
 from sparsight.images.manifest import Manifest
@@ -52,9 +53,9 @@ def fit(
     names = [readable(label) for label in classes]
     clip = section.model.startswith("open_clip/")
     classifies = section.training != "none"
-    outputs = (None if clip or section.epochs == 0 else len(classes)) if classifies else 0
+    outputs = (None if clip or section.epochs == 0 else len(classes)) if classifies or clip else 0
     backbone = load_configured(section.model, section.weights, outputs, section.architecture).to(device)
-    templates = templates_of(manifest.about["source"], section.templates) if clip and classes else ()
+    templates = templates_of(manifest.about["source"], section.templates) if clip and classes and classifies else ()
     if classifies and classes and not clip and backbone.n_classes != len(classes):
         raise SparsightError(
             f"backbones.{name}: its classifier has {backbone.n_classes} outputs, the images "
@@ -130,7 +131,7 @@ def _recipe(
 
 
 def _licence(section: config.Backbone, backbone: Backbone) -> str:
-    if section.weights is None:
-        return "trained by this run"
+    if section.weights in (None, RANDOM):
+        return "trained by this run" if section.weights is None else "drawn by this run"
     pretrained_cfg = getattr(backbone.model, "pretrained_cfg", {}) if section.weights == "pretrained" else {}
     return pretrained_cfg.get("license") or "unknown"

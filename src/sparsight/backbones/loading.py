@@ -15,6 +15,7 @@ from sparsight.backbones.backbone import Backbone, BlockPolicy
 from sparsight.backbones.weights import read_weights
 from sparsight.common.digests import digest, file_digest
 from sparsight.common.errors import SparsightError, reason
+from sparsight.config.backbone import RANDOM
 from sparsight.images.preprocess import Preprocess
 
 __all__ = ["Backbone", "BlockPolicy", "keep_prompts", "load", "open_folder"]
@@ -28,8 +29,8 @@ def load(name: str, weights: str | None = None, num_classes: int | None = None, 
     Args:
         name: ``timm/<architecture>``, or ``open_clip/<model>[@<tag>]``, ``open_clip/hf-hub:<org>/<repo>``,
             ``open_clip/local-dir:<folder>``.
-        weights: None (random), ``"pretrained"`` (downloaded by the library) or the path of a safetensors file
-            or a checkpoint, read without running code.
+        weights: None or ``"random"``, ``"pretrained"`` (downloaded by the library) or the path of a safetensors
+            file or a checkpoint, read without running code.
         num_classes: outputs of the classifier; None keeps the architecture's. If the classifier in the weights
             has another number of outputs, it is left out and starts at random. Not for open_clip.
         architecture: overrides by the library's names, e.g. ``img_size=28, patch_size=7, in_chans=1`` (timm)
@@ -60,7 +61,7 @@ def load(name: str, weights: str | None = None, num_classes: int | None = None, 
     except (OSError, RuntimeError) as error:
         raise SparsightError(f"backbone {name!r} cannot be made ({reason(error)})") from None
     backbone = Backbone(model, name)
-    if weights not in (None, "pretrained"):
+    if weights not in (None, "pretrained", RANDOM):
         backbone.random_classifier = not _load_weights(model, model_name, Path(str(weights)))
     return backbone
 

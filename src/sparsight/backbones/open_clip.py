@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from sparsight.backbones.towers import Tower, timm_tower
 from sparsight.backbones.weights import read_weights
 from sparsight.common.errors import SparsightError, reason
+from sparsight.config.backbone import RANDOM
 
 # MultiheadAttention has a second implementation, with other rounding, which runs only without hooks and gradients.
 # It is disabled, because a tap, a gate or a gradient must not change the bits of other values.
@@ -140,7 +141,7 @@ def create(name: str, weights: str | None, **architecture: Any) -> nn.Module:
         name: ``ViT-B-32-quickgelu``, ``ViT-B-32-quickgelu@openai`` (a tag of open_clip, which gives the
             preprocessing, and the weights if ``weights`` is ``pretrained``), ``hf-hub:org/repo`` or
             ``local-dir:folder``.
-        weights: None (random), ``pretrained`` (downloaded) or the path of a safetensors file or checkpoint.
+        weights: None or ``random``, ``pretrained`` (downloaded) or the path of a safetensors file or checkpoint.
         architecture: overrides of open_clip's model config, with dots: ``embed_dim``, ``vision.width``,
             ``vision.layers``, ``vision.head_width``, ``vision.image_size``, ``text.layers``, ...
 
@@ -185,7 +186,7 @@ def create(name: str, weights: str | None, **architecture: Any) -> nn.Module:
         raise SparsightError(f"open_clip/{name}: cannot be made ({reason(error)})") from None
     finally:
         logging.disable(logging.NOTSET)
-    if weights not in (None, "pretrained"):
+    if weights not in (None, "pretrained", RANDOM):
         _load(model, Path(str(weights)))
     return model
 

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 FREE = {"free": True}
-"""Metadata of a field that affects only speed, never the result. Digests leave such fields out."""
+"""Metadata of a field that never changes the result of the stage that takes the section: it affects only speed, or
+planning and later stages read it. Digests leave such fields out."""
 
 
 def is_free(field: "dataclasses.Field[Any]") -> bool:

@@ -12,6 +12,9 @@ from sparsight.config.compute import n_microbatches
 PUBLISHED = "published"
 """Value of ``templates`` that selects the prompt ensemble published for the image source."""
 
+RANDOM = "random"
+"""Value of ``weights`` that keeps the weights as they are drawn."""
+
 _AUGMENTATION = ("rotate", "zoom", "shift", "flip")
 
 
@@ -22,8 +25,9 @@ class Backbone(Section):
     model: str
     """``timm/<architecture>``, ``open_clip/<model>[@<tag>]`` or ``open_clip/hf-hub:<org>/<repo>``; docs/models.md."""
     weights: str | None = None
-    """Initial weights: null (random), ``pretrained`` (downloaded by the library), or the path of a safetensors file or
-    checkpoint (read without running code)."""
+    """Initial weights: null (random, to be trained), ``pretrained`` (downloaded by the library), or the path of a
+    safetensors file or checkpoint (read without running code). ``random`` weights stay as they are drawn: a control,
+    with training ``none``."""
     architecture: dict[str, CountOrZero] = field(default_factory=dict)
     """Architecture options to override, by the library's names: img_size, patch_size, in_chans, embed_dim, depth,
     num_heads, num_classes (timm; the last only for weights as they are); embed_dim, vision.width, vision.layers,
@@ -66,6 +70,11 @@ class Backbone(Section):
         return n_microbatches(self.batch_size) if self.epochs else 1
 
     @property
+    def reads_text(self) -> bool:
+        """Whether texts can name classes and latents: an open_clip model whose weights are not random."""
+        return self.model.startswith("open_clip/") and self.weights != RANDOM
+
+    @property
     def depth(self) -> int | None:
         """Number of blocks, if ``architecture`` sets it."""
         return self.architecture.get("vision.layers" if self.model.startswith("open_clip/") else "depth")
@@ -79,9 +88,11 @@ class Backbone(Section):
             )
         if self.weights is None and self.epochs == 0:
             raise SparsightError("epochs: random weights need training; set epochs or weights")
-        if self.weights not in (None, "pretrained") and not Path(str(self.weights)).is_file():
+        if self.weights not in (None, "pretrained", RANDOM) and not Path(str(self.weights)).is_file():
             raise SparsightError(f"weights: there is no file {self.weights!r}; give null, pretrained or a path")
-        if self.training == "none" and (clip or self.epochs or self.weights is None):
+        if self.weights == RANDOM and (self.training != "none" or self.epochs):
+            raise SparsightError("weights: random weights are a control that is not trained; set training to none")
+        if self.training == "none" and ((clip and self.weights != RANDOM) or self.epochs or self.weights is None):
             raise SparsightError("training: 'none' is for timm weights as they are; set weights, and leave epochs at 0")
         if "num_classes" in self.architecture and (self.epochs or self.training == "none"):
             raise SparsightError(

@@ -1,10 +1,11 @@
 """Sparse autoencoders and ReSAE chains."""
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 from sparsight.common import sites
+from sparsight.common.digests import FREE
 from sparsight.common.errors import SparsightError
 from sparsight.common.tokens import Tokens
 from sparsight.config.bounds import Bounds, Count, CountOrZero, NotNegative, Positive, PositiveShare
@@ -15,6 +16,11 @@ SHARDS = 8
 
 SPLIT_KINDS = ("topk", "batchtopk", "matryoshka", "switch")
 """Kinds of SAEs that can be split over processes: those that select latents."""
+
+Frozen = Literal["none", "decoder", "soft-decoder", "encoder"]
+"""What of an SAE stays as it was drawn, see ``Sae.frozen``."""
+Control = Literal["frozen-decoder", "soft-frozen", "frozen-encoder", "random-weights"]
+"""A control of a section, see ``Sae.controls``."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +94,19 @@ class Sae(Section):
     prefixes: tuple[PositiveShare, ...] | None = None
     """Only for kind ``matryoshka``: shares of d_sae that must each reconstruct alone, rising to 1."""
 
+    frozen: Frozen = "none"
+    """What is not trained: the ``decoder`` keeps its random rows, the ``encoder`` its random columns; with
+    ``soft-decoder`` every decoder row keeps a cosine of at least 0.8 to its random direction (docs/sae.md). Not for
+    kind archetypal."""
+    controls: tuple[Control, ...] = field(default=(), metadata=FREE)
+    """Controls beside the section (docs/evaluation.md). Each is another section, named <name>-<control>, with the same
+    settings but one: ``frozen`` is decoder (``frozen-decoder``), soft-decoder (``soft-frozen``) or encoder
+    (``frozen-encoder``), or the backbone has random weights (``random-weights``)."""
+    control_of: str | None = None
+    """The section that this one is a control of; set by ``controls`` alone."""
+    judge: str | None = field(default=None, metadata=FREE)
+    """Name of another backbone: monosemanticity is also computed with its stored ``embedding`` of the same images.
+    Controls inherit it."""
     processes: Count = 1
     """Number of processes that train the section, each on ``compute.threads`` CPU threads, or a GPU of its own. They
     deal out its SAEs (seeds times sites) if these are at least as many, which changes no SAE. Otherwise every SAE is
@@ -131,10 +150,22 @@ class Sae(Section):
             raise SparsightError("mutual: makes the seeds of a section alike, and this one has one; name two or more")
         if self.mutual and self.processes > 1:
             raise SparsightError("mutual: compares the seeds after every step, in one process; set processes to 1")
+        if len(set(self.controls)) != len(self.controls):
+            raise SparsightError("controls: name each once")
+        if self.frozen != "none":
+            self._check_frozen()
         if self.split:
             self._check_split()
         if self.loss != "local":
             self._check_end_to_end()
+
+    def _check_frozen(self) -> None:
+        if self.controls:
+            raise SparsightError("controls: are of a section that is trained, and this one is frozen; leave them out")
+        if self.kind == "archetypal":
+            raise SparsightError("frozen: the rows of archetypal begin at data, not at random; choose another kind")
+        if self.mutual and self.frozen == "decoder":
+            raise SparsightError("frozen: mutual makes decoders alike, and these do not move; set mutual to 0")
 
     def _check_split(self) -> None:
         n = len(self.seeds) * len(self.places)

@@ -74,6 +74,16 @@ def _check_saes(run: "Run") -> None:
                 )
         run.tokens_of(name)
         _check_rest(run, name)
+        if section.judge is not None:
+            _check_judge(run, f"saes.{name}.judge", section.judge, section.backbone)
+
+
+def _check_judge(run: "Run", where: str, judge: str, own: str) -> None:
+    _known(judge, run.backbones, where)
+    if judge == own:
+        raise SparsightError(f"{where}: {judge!r} is the SAE's own backbone; name another one, or null")
+    if "embedding" not in run.activations.tokens_by_site:
+        raise SparsightError(f"{where}: compares embeddings of images; add embedding to activations.sites, or set null")
 
 
 def _check_steering(run: "Run") -> None:

@@ -13,6 +13,7 @@ from sparsight.common.errors import SparsightError
 from sparsight.config import Activations, Backbone, Compute, Disentangle, Images, Policy, Pruning, Report, Sae, Steering
 from sparsight.config.bounds import CountOrZero, bounds_of, check
 from sparsight.config.schema import check_keys, parse
+from sparsight.pipeline.controls import names_of, with_controls
 from sparsight.pipeline.links import check_links
 
 
@@ -85,7 +86,7 @@ class Run:
 
         It needs stored embeddings.
         """
-        models = [name for name, section in self.backbones.items() if section.model.startswith("open_clip/")]
+        models = [name for name, section in self.backbones.items() if section.reads_text]
         if "embedding" not in self.activations.tokens_by_site:
             return []
         return [backbone] if backbone in models else models[:1]
@@ -102,7 +103,7 @@ class Run:
             name
             for name, sae in self.steering_names.items()
             if self.steering[name.rpartition("-s")[0]].kind == "vs2"
-            and self.backbones[self.sae_names[sae].backbone].model.startswith("open_clip/")
+            and self.backbones[self.sae_names[sae].backbone].reads_text
         ]
 
     @cached_property
@@ -174,13 +175,14 @@ def load_run(config: Mapping[str, Any]) -> Run:
             raise SparsightError(f"{name}: expected named sections, got {config[name]!r}")
         remaining = _left(name, config, dropped)
         values[name] = {key: parse(cls, section, f"{name}.{key}") for key, section in remaining.items()}
+    values["saes"], values["backbones"] = with_controls(values["saes"], values["backbones"])
     run = Run(**values)
     check_links(run)
     return run
 
 
 _READS = {
-    "saes": {"backbone": "backbones"},
+    "saes": {"backbone": "backbones", "judge": "backbones"},
     "policies": {"backbone": "backbones"},
     "steering": {"sae": "saes", "layers": "saes", "neighbour_backbone": "backbones"},
     "disentangle": {"sae": "saes"},
@@ -199,7 +201,7 @@ def _left(kind: str, config: Mapping[str, Any], dropped: dict[str, set[str]]) ->
             and any(_names(section.get(key)) & dropped[target] for key, target in _READS.get(kind, {}).items())
         )
     }
-    dropped[kind] = removed
+    dropped[kind] = removed.union(*map(names_of, removed)) if kind == "saes" else removed
     return {name: section for name, section in config[kind].items() if name not in removed}
 
 

@@ -52,9 +52,14 @@ def particulars(section: Sae) -> tuple[str, ...]:
         f"{section.routing} routing": section.routing != "learned",
         f"{section.loss} loss": section.loss != "local",
         f"mutual {section.mutual:g}": section.mutual > 0,
+        _FROZEN.get(section.frozen, ""): section.frozen != "none",
+        "backbone of random weights": section.control_of is not None and section.frozen == "none",
         f"{section.candidates} candidates, delta {section.delta:g}": section.kind == "archetypal",
     }
     return tuple(word for word, applies in words.items() if applies)
+
+
+_FROZEN = {"decoder": "frozen decoder", "soft-decoder": "soft-frozen decoder", "encoder": "frozen encoder"}
 
 
 def _alike(sections: Mapping[str, Sae], key: Callable[[Sae], _Key]) -> dict[_Key, tuple[str, ...]]:

@@ -13,7 +13,7 @@ from sparsight.images.manifest import Manifest
 _OF_SAES = (
     "fvu", "fvu_pca_k", "l0", "dead_train", "dense_test", "bits", "bits_pca", "monosemanticity", "nearest_duplicates",
     "other_expert_duplicates", "macs_encode", "probing_sae_5", "probing_random_5", "probing_neurons_5",
-    "accuracy_spliced", "kl_spliced", "kl_mean_instead", "kl_recovered",
+    "monosemanticity_judge", "accuracy_spliced", "kl_spliced", "kl_mean_instead", "kl_recovered",
 )  # fmt: skip
 _WAYS = ("forced", "unchained", "online", "mean_instead")
 

@@ -258,7 +258,7 @@ class SAE(Module, ABC):
     def normalize_decoder(self) -> None:
         """Scale every decoder row to unit norm."""
         for W_dec in self._decoders():
-            for rows in _blocks(W_dec):
+            for rows in blocks(W_dec):
                 rows.div_(torch.linalg.vector_norm(rows, dim=1, keepdim=True))
 
     @torch.no_grad()
@@ -266,7 +266,7 @@ class SAE(Module, ABC):
         """Remove from W_dec's gradient the part along each row, which would only change the row's length."""
         for W_dec in self._decoders():
             assert W_dec.grad is not None
-            for gradient, rows in zip(_blocks(W_dec.grad), _blocks(W_dec), strict=True):
+            for gradient, rows in zip(blocks(W_dec.grad), blocks(W_dec), strict=True):
                 gradient.addcmul_(torch.linalg.vecdot(gradient, rows).unsqueeze(1), rows, value=-1)
 
     def _decoders(self) -> list[Tensor]:
@@ -292,7 +292,7 @@ class SAE(Module, ABC):
         write_json(folder / "config.json", {**about, "format_version": FORMAT_VERSION, **sizes, **options})
 
 
-def _blocks(W_FD: Tensor) -> tuple[Tensor, ...]:
+def blocks(W_FD: Tensor) -> tuple[Tensor, ...]:
     """Rows to handle at a time: on a GPU all of them, because it takes longer to launch a block than to read it."""
     return (W_FD,) if W_FD.is_cuda else W_FD.split(_ROWS)
 

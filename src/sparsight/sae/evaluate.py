@@ -45,7 +45,7 @@ _OF_PROBES = {
 
 def evaluate(
     saes: Mapping[str, SAE], backbone: Backbone, stores: Mapping[str, ActivationStore], images: Mapping[str, Split],
-    seed: int, work: Work, record: dict[str, Any], words: Words | None = None,
+    seed: int, work: Work, record: dict[str, Any], words: Words | None = None, judge: ActivationStore | None = None,
 ) -> None:  # fmt: skip
     """Write ``metrics.json``, ``latents.parquet``, ``baselines.parquet`` and ``probing.parquet`` (docs/evaluation.md).
 
@@ -59,11 +59,12 @@ def evaluate(
         images: the same splits' images.
         seed: the run's seed, from which those of the baselines are derived.
         words: words that may name latents; without them no latent has a name.
+        judge: see :func:`measure`.
     """
     _log_missing(images)
     ((site, tokens),) = {(sae.about["site"], sae.about["tokens"]) for sae in saes.values()}
     labels, test = {name: split.labels for name, split in images.items()}, images["test"]
-    results = measure(list(saes.values()), site, stores, labels, len(test.classes), seed, tokens=tokens)
+    results = measure(list(saes.values()), site, stores, labels, len(test.classes), seed, tokens=tokens, judge=judge)
     results = _named(results, list(saes.values()), site, stores, words, seed, tokens=tokens)
     modes = {name: partial(_decoded, sae) for name, sae in saes.items()}
     means = _means(stores["train"], [site], tokens)
@@ -81,11 +82,11 @@ def evaluate(
 
 def evaluate_chain(
     chain: ReSAE, backbone: Backbone, stores: Mapping[str, ActivationStore], images: Mapping[str, Split], seed: int,
-    work: Work, record: dict[str, Any], words: Words | None = None,
+    work: Work, record: dict[str, Any], words: Words | None = None, judge: ActivationStore | None = None,
 ) -> None:  # fmt: skip
     """Write the files of :func:`evaluate` to ``<site>/`` for every SAE, and ``metrics.json`` for the whole chain.
 
-    ``stores``, ``images`` and ``words`` are those of :func:`evaluate`.
+    ``stores``, ``images``, ``words`` and ``judge`` are those of :func:`evaluate`.
 
     A site's metrics are about the inputs of its SAE, the residuals; their FVU is called ``fvu_residual``. The results
     of :func:`chain_errors` and :func:`redundancies` are added. The chain's metrics are means over the sites, and the
@@ -101,7 +102,7 @@ def evaluate_chain(
     by_site, errors = {}, chain_errors(chain, stores["test"], tokens)
     labels, test = {name: split.labels for name, split in images.items()}, images["test"]
     for m, (site, sae) in enumerate(chain.saes.items()):
-        results = measure([sae], site, stores, labels, len(test.classes), seed, chain, tokens)
+        results = measure([sae], site, stores, labels, len(test.classes), seed, chain, tokens, judge)
         (result,) = _named(results, [sae], site, stores, words, seed, chain, tokens)
         site_metrics = {("fvu_residual" if key == "fvu" else key): value for key, value in result.metrics.items()}
         by_site[site] = {**site_metrics, **errors[site], **(redundancies(chain, m, seed) if m else {})}

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from sparsight import config
 from sparsight.activations.store import ActivationStore
+from sparsight.common.digests import is_free
 from sparsight.common.errors import SparsightError
 from sparsight.common.member import Member
 from sparsight.common.progress import log
@@ -122,7 +123,7 @@ def fit(
     metadata = {
         "backbone": section.backbone,
         "tokens": tokens,
-        "training": dataclasses.asdict(section),
+        "training": {f.name: getattr(section, f.name) for f in dataclasses.fields(section) if not is_free(f)},
         "store_digest": store.manifest["digest"],
         "record": record,
     }
@@ -278,7 +279,8 @@ class _Training:
         self.names, self.inputs = list(grid), inputs
         sites, saes = [site for site, _ in grid.values()], [sae for _, sae in grid.values()]
         precision: Literal["fp32", "bf16"] = "bf16" if section.bf16 else "fp32"
-        options = saes, section.lr, section.dead_after, sites, precision, section.prototype_weight, section.mutual
+        weights = section.prototype_weight, section.mutual
+        options = saes, section.lr, section.dead_after, sites, precision, *weights, section.frozen
         trainer = ShardedTrainer if section.split else Trainer
         self.trainer = trainer(*options) if rest is None else EndToEndTrainer(rest, *options)
 

@@ -13,9 +13,11 @@ from torch import Tensor
 
 from sparsight.common.devices import sent
 from sparsight.common.errors import SparsightError
+from sparsight.config.sae import Frozen
 from sparsight.sae.adam import BETAS, EPS, Adam
 from sparsight.sae.base import SAE, Loss
 from sparsight.sae.class_means import ClassMeans
+from sparsight.sae.frozen import freeze
 from sparsight.sae.mutual import penalty
 
 
@@ -31,15 +33,16 @@ class Trainer:
         precision: ``bf16`` computes the products of the forward pass in bfloat16; weights stay fp32.
         prototype_weight: weight of the PASS term, used if labels are given (arXiv 2506.01247: 0.8).
         mutual: weight of the penalty that makes the decoders of a site alike (:mod:`sparsight.sae.mutual`).
+        frozen: what stays as it was drawn (:mod:`sparsight.sae.frozen`).
     """
 
     def __init__(
         self, saes: Sequence[SAE], lr: float | None = None, dead_after: int = 10_000_000,
         sites: Sequence[str] | None = None, precision: Literal["fp32", "bf16"] = "fp32", prototype_weight: float = 0.8,
-        mutual: float = 0.0,
+        mutual: float = 0.0, frozen: Frozen = "none",
     ) -> None:  # fmt: skip
         self.saes, self.dead_after, self.precision = list(saes), dead_after, precision
-        self.prototype_weight, self.mutual = prototype_weight, mutual
+        self.prototype_weight, self.mutual, self.frozen = prototype_weight, mutual, frozen
         self.unlikeness: dict[int, Tensor] = {}
         """With ``mutual``, the penalty of each SAE's site before the last step."""
         self._pull: dict[int, Tensor] = {}
@@ -48,7 +51,12 @@ class Trainer:
         if len(self.sites) != len(self.saes):
             raise SparsightError(f"Trainer: {len(self.sites)} sites for {len(self.saes)} SAEs; name one for each")
         self.lrs = [2e-4 / math.sqrt(sae.d_sae / 2**14) if lr is None else lr for sae in self.saes]
-        self.adams = [Adam(dict(sae.named_parameters()), rate) for sae, rate in zip(self.saes, self.lrs, strict=True)]
+        self.cones = [freeze(sae, frozen) for sae in self.saes]
+        """Per SAE, what keeps a soft-frozen decoder near its random rows; else None."""
+        self.adams = [
+            Adam({name: p for name, p in sae.named_parameters() if p.requires_grad}, rate)
+            for sae, rate in zip(self.saes, self.lrs, strict=True)
+        ]
         self.since_fired = [torch.zeros(sae.d_sae, dtype=torch.int64, device=sae.W_dec.device) for sae in self.saes]
         """Per SAE, the number of activations since each latent last fired, (F,)."""
         self.prototypes = [ClassMeans(sae.d_sae, sae.W_dec.device) for sae in self.saes]
@@ -169,14 +177,14 @@ class Trainer:
         if self.mutual:
             assert sae.W_dec.grad is not None
             sae.W_dec.grad.add_(self._pull[i], alpha=self.mutual)
-        if not sae.gpu_step:
+        if not sae.gpu_step and self.frozen != "decoder":
             sae.remove_parallel_gradient()
 
     def _norm(self, i: int) -> Tensor:
         """Euclidean norm of all gradients together."""
         sae = self.saes[i]
         gradients = {name: p.grad for name, p in sae.named_parameters() if p.grad is not None}
-        if sae.gpu_step:
+        if sae.gpu_step and self.frozen != "decoder":
             from sparsight.kernels import update
 
             gradient, step = gradients["W_dec"], self.adams[i].state["W_dec"]["step"]
@@ -195,22 +203,24 @@ class Trainer:
 
     @torch.no_grad()
     def _update(self, i: int, clip: Tensor) -> None:
-        """Adam, which divides the gradients by ``clip``, and unit rows."""
-        sae, adam = self.saes[i], self.adams[i]
+        """Adam, which divides the gradients by ``clip``, and the constraints."""
+        sae, adam, cones = self.saes[i], self.adams[i], self.cones[i]
         gradients = {name: p.grad for name, p in sae.named_parameters() if p.grad is not None}
         failed = self._health[i].failed
-        if not sae.gpu_step:
-            adam.step(gradients, clip, failed if clip.is_cuda else None)
+        gradient = gradients.pop("W_dec", None) if sae.gpu_step else None
+        adam.step(gradients, clip, failed if clip.is_cuda else None)
+        if gradient is None and self.frozen != "decoder":
             sae.constrain()
-            return
-        from sparsight.kernels import update
+        else:
+            sae.bound()
+        if gradient is not None:
+            from sparsight.kernels import update
 
-        gradient = gradients.pop("W_dec")
-        adam.step(gradients, clip, failed)
-        update.update(
-            gradient, sae.W_dec.detach(), adam.state["W_dec"], self._bias[i], clip, failed, adam.lr, BETAS, EPS
-        )
-        sae.bound()
+            update.update(
+                gradient, sae.W_dec.detach(), adam.state["W_dec"], self._bias[i], clip, failed, adam.lr, BETAS, EPS
+            )
+        if cones is not None:
+            cones.project()
 
     @torch.no_grad()
     def _count(self, i: int, loss: Loss) -> None:
@@ -249,6 +259,9 @@ class Trainer:
             tensors |= {f"{i}.{name}": buffer for name, buffer in sae.named_buffers()}
             tensors[f"{i}.since_fired"] = self.since_fired[i]
             tensors |= {f"{i}.{name}": tensor for name, tensor in adam.tensors().items()}
+            tensors |= {f"{i}.{name}": p for name, p in sae.named_parameters() if not p.requires_grad}
+            if (cones := self.cones[i]) is not None:
+                tensors |= {f"{i}.axes.{part}": axes for part, axes in enumerate(cones.axes)}
         return tensors
 
 

@@ -61,6 +61,8 @@ def _chains(metrics: list[Path], n_test: int) -> list[list[Comparison]]:
     found = {}
     for name, folders in sections(path.parent for path in metrics).items():
         about = json.loads(next(folders[0].glob("*/config.json")).read_text())["training"]
+        if about.get("control_of"):
+            continue
         found[name] = about, [json.loads((folder / "metrics.json").read_text()) for folder in folders]
     groups = []
     for name, (about, seeds) in found.items():

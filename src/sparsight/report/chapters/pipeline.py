@@ -86,6 +86,8 @@ def _sae(name: str, section: dict[str, Any]) -> Part:
     parts = [section["kind"], f"{section['d_sae']} latents", f"k {section['k']}", _count(section["seeds"], "seed")]
     if section["sites"]:
         parts.append(f"chain, maps {section['affine']}")
+    if section.get("control_of"):
+        parts.append(f"control of {section['control_of']}")
     return Part(name, ", ".join(parts), f"{section['backbone']}: {', '.join(places)}")
 
 

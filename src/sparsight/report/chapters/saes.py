@@ -58,10 +58,17 @@ def _sections(folders: Iterable[Path]) -> list[dict[str, Any]]:
         section = Sae(**settings)
         row = {"name": name, "about": section, "folders": seeds, "metrics": _over_seeds(seeds)}
         row["particulars"] = particulars(section)
+        row["judge"] = _judge(seeds[0])
         if section.sites:
             row["sites"] = {site: _over_seeds([folder / site for folder in seeds]) for site in section.sites}
         rows.append(row)
     return rows
+
+
+def _judge(folder: Path) -> str | None:
+    """The other backbone by which the images of an SAE, or of a chain's, were compared."""
+    files = (path for path in (folder / "metrics.json", *folder.glob("*/metrics.json")) if path.is_file())
+    return next((about["judge"] for about in map(json.loads, map(Path.read_text, files)) if "judge" in about), None)
 
 
 def _of_row(row: dict[str, Any]) -> list[Metrics]:

@@ -48,6 +48,7 @@ class Measured:
 def measure(
     saes: Sequence[SAE], site: str, stores: Mapping[str, ActivationStore], labels: Mapping[str, np.ndarray],
     n_classes: int, seed: int, chain: ReSAE | None = None, tokens: str | None = None,
+    judge: ActivationStore | None = None,
 ) -> list[Measured]:  # fmt: skip
     """Measure SAEs on the test split. Baselines and probes are fitted on train, quantisation steps on val.
 
@@ -61,6 +62,8 @@ def measure(
         seed: seed of the random dictionary and of k-means.
         chain: the chain that the SAE belongs to, if any; the inputs are then residuals at the site.
         tokens: the tokens that the SAEs read; None takes what the site stores.
+        judge: the store of another backbone on the test split, in the folder of its name; monosemanticity is also
+            computed with its embeddings.
 
     Returns:
         The results of each SAE, the same as if it had been measured alone.
@@ -72,17 +75,18 @@ def measure(
     n_labelled = int((labels["test"] >= 0).sum())
     if not n_labelled or not (labels["train"] >= 0).any():
         n_classes, labels = 0, {split: np.full_like(of_split, -1) for split, of_split in labels.items()}
+    judges = {"train": None, "val": None, "test": judge}
     on_train, on_val, on_test = (
-        SplitRows(stores[split], site, labels[split], saes[0], chain, tokens) for split in ("train", "val", "test")
+        SplitRows(stores[split], site, labels[split], saes[0], chain, tokens, of) for split, of in judges.items()
     )
     fitted = _fit(saes, on_train, n_classes, seed)
     head, per_image = on_val.head(_SAMPLE), on_test.tokens
     moments = Moments(["x"])
-    references = [at_own_error(method, head, on_test.d_embedding) for method in fitted.baselines]
+    references = [at_own_error(method, head, on_test.widths) for method in fitted.baselines]
     trials = []
     for fitted_sae in fitted.saes:
-        scores = at_own_error(fitted_sae.method, head, on_test.d_embedding)
-        all_components = at_error_of(scores, fitted.all_components, head, on_test.d_embedding)
+        scores = at_own_error(fitted_sae.method, head, on_test.widths)
+        all_components = at_error_of(scores, fitted.all_components, head, on_test.widths)
         firing, codes = Firing(fitted_sae.sae.d_sae, fitted.unit), ByClass(fitted_sae.sae.d_sae, n_classes)
         trials.append(_TestedSae(fitted_sae, scores, all_components, firing, codes))
     for window in on_test.windows():
@@ -92,7 +96,7 @@ def measure(
         for baseline in references:
             z = baseline.method.encode(window.x)
             images = pooled(z, per_image)
-            baseline.update(x, z, images, window.embedding)
+            baseline.update(x, z, images, window.embeddings)
             if baseline.method.name == "random":
                 features["random"] = images
         for probe in fitted.probes:
@@ -100,10 +104,10 @@ def measure(
         components = fitted.all_components.encode(window.x)
         image_components = pooled(components, per_image)
         for trial in trials:
-            trial.all_components.update(x, components, image_components, window.embedding)
+            trial.all_components.update(x, components, image_components, window.embeddings)
             z = trial.board.method.encode(window.x)
             images = pooled(z, per_image)
-            trial.board.update(x, z, images, window.embedding)
+            trial.board.update(x, z, images, window.embeddings)
             trial.firing.update(z)
             trial.codes.update(images, window.labels)
             for probe in trial.own.probes:
@@ -113,6 +117,8 @@ def measure(
     of_baselines = [baseline.row(moments.n, variance) for baseline in references]
     baseline_probes = [probe.row() for probe in fitted.probes]
     common: dict[str, Any] = {"activation_unit": fitted.unit, "embedding": on_test.embedding_site}
+    if judge is not None:
+        common["judge"] = judge.path.parent.name
     if n_labelled < len(on_test.labels):
         common["n_labelled"] = n_labelled
     return [_measured(trial, moments.n, variance, of_baselines, baseline_probes, common) for trial in trials]
@@ -195,8 +201,9 @@ def _measured(
     """The results of one SAE."""
     sae = trial.own.sae
     table = [trial.board.row(n, variance), *of_baselines, trial.all_components.row(n, variance)]
-    monosemanticity = trial.board.monosemanticity
-    latents = _latents(sae, trial.firing, monosemanticity.scores(), class_columns(trial.own.codes, trial.codes))
+    of_images = trial.board.monosemanticity
+    scores = {key: of.scores() for key, of in of_images.items()}
+    latents = _latents(sae, trial.firing, scores, class_columns(trial.own.codes, trial.codes))
     probes = [*(probe.row() for probe in trial.own.probes), *answers]
     metrics = {
         "n": n,
@@ -206,7 +213,7 @@ def _measured(
         "dense_test": int((trial.firing.frequency > DENSE).sum()),
         "macs_encode": sae.macs_encode,
         "macs_decode": table[0]["macs"] - sae.macs_encode,
-        "monosemanticity_of_all_images": monosemanticity.of_all_images(),
+        **{f"{key}_of_all_images": of.of_all_images() for key, of in of_images.items()},
         **about,
         **_geometry(sae, latents),
         **{f"probing_{row['method']}_{row['features']}": row["accuracy"] for row in probes},
@@ -217,13 +224,12 @@ def _measured(
 def _of_baselines(table: list[dict[str, Any]]) -> dict[str, Any]:
     """The SAE's numbers and, beside them, those of the baselines, as ``metrics.json`` has them."""
     sae_row, pca_row, *other_rows, all_components_row = table
+    scores = [key for key in sae_row if key.startswith("monosemanticity")]
     return {
-        **{
-            key: sae_row[key] for key in ("fvu", "explained_variance", "l0", "bits", "fvu_quantised", "monosemanticity")
-        },
+        **{key: sae_row[key] for key in ("fvu", "explained_variance", "l0", "bits", "fvu_quantised", *scores)},
         "fvu_pca_k": pca_row["fvu"],
         "bits_pca": all_components_row["bits"],
-        **{f"{key}_{row['method']}": row[key] for row in other_rows for key in ("fvu", "monosemanticity")},
+        **{f"{key}_{row['method']}": row[key] for row in other_rows for key in ("fvu", *scores)},
     }
 
 
@@ -257,7 +263,7 @@ def _deviation(moments: Moments, split: SplitRows) -> float:
 
 
 def _latents(
-    sae: SAE, firing: Firing, monosemanticity: np.ndarray, classes: Mapping[str, np.ndarray]
+    sae: SAE, firing: Firing, scores: Mapping[str, np.ndarray], classes: Mapping[str, np.ndarray]
 ) -> list[dict[str, Any]]:
     """The rows of ``latents.parquet``."""
     cosine, index = geometry.nearest(sae.W_dec)
@@ -268,7 +274,7 @@ def _latents(
         "max_activation": firing.largest,
         "decoder_norm": torch.linalg.vector_norm(sae.W_dec.double(), dim=1).cpu().numpy(),
         **classes,
-        "monosemanticity": monosemanticity,
+        **scores,
         "nearest": index.numpy(),
         "nearest_cosine": cosine.double().numpy(),
         "histogram": firing.histogram,

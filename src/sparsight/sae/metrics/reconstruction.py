@@ -4,6 +4,7 @@ Shapes: B rows of a window, I images of it, D width (d_in), E width of the embed
 """
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -23,17 +24,18 @@ class ReconstructionScores:
     method: Method
     step: float | None
     """Quantisation step; None for k-means, whose code is the choice of one centre and needs no rounding."""
-    d_embedding: int
+    widths: Mapping[str, int]
+    """Width E of the embeddings of images, by the key of the score that compares images by them."""
 
     def __post_init__(self) -> None:
         width, d_in = self.method.rows.shape
         self.squares = self.squares_quantised = 0.0
         self.error, self.active = np.zeros(d_in), 0
         self.bits = Bits(width)
-        self.monosemanticity = Monosemanticity(width, self.d_embedding)
+        self.monosemanticity = {key: Monosemanticity(width, of) for key, of in self.widths.items()}
 
-    def update(self, x_BD: np.ndarray, z: Matrix, images: Matrix, unit_IE: np.ndarray) -> None:
-        """Add activations, their codes, the images' mean codes and the images' embeddings."""
+    def update(self, x_BD: np.ndarray, z: Matrix, images: Matrix, embeddings: Mapping[str, np.ndarray]) -> None:
+        """Add activations, their codes, the images' mean codes and the images' embeddings, (I, E) by score."""
         error = x_BD - self.method.decode(z)
         squares = float(np.square(error, dtype=np.float64).sum())
         self.squares += squares
@@ -44,7 +46,8 @@ class ReconstructionScores:
         if self.step is not None:
             squares = description_length.squared_error(self.method, x_BD, restored(symbols, self.step))
         self.squares_quantised += squares
-        self.monosemanticity.update(images, unit_IE)
+        for key, unit_IE in embeddings.items():
+            self.monosemanticity[key].update(images, unit_IE)
 
     def row(self, n: int, variance: float) -> dict[str, Any]:
         """The row of the table.
@@ -53,8 +56,6 @@ class ReconstructionScores:
             n: activations of the split.
             variance: sum of the activations' squared distances from their mean.
         """
-        scores = self.monosemanticity.scores()
-        defined = scores[~np.isnan(scores)]
         l0 = self.active / n
         return {
             "method": self.method.name,
@@ -66,20 +67,28 @@ class ReconstructionScores:
             "fvu_quantised": self.squares_quantised / variance,
             "bits": self.bits.of_the_choice() if self.step is None else self.bits.per_activation(),
             "macs": self.method.macs(l0),
-            "monosemanticity": float(defined.mean()) if len(defined) else None,
+            **{key: _mean(of.scores()) for key, of in self.monosemanticity.items()},
         }
 
 
-def at_own_error(method: Method, x_BD: Tensor, d_embedding: int) -> ReconstructionScores:
+def _mean(scores: np.ndarray) -> float | None:
+    """Mean over the features that have a score."""
+    defined = scores[~np.isnan(scores)]
+    return float(defined.mean()) if len(defined) else None
+
+
+def at_own_error(method: Method, x_BD: Tensor, widths: Mapping[str, int]) -> ReconstructionScores:
     """Scores of a method with the step at which its own squared error on ``x_BD`` rises by 5 %."""
     x, z = x_BD.cpu().numpy(), method.encode(x_BD)
     step = None
     if method.name != "kmeans":
         step = description_length.step_for(method, x, z, (1 + RISE) * description_length.squared_error(method, x, z))
-    return ReconstructionScores(method, step, d_embedding)
+    return ReconstructionScores(method, step, widths)
 
 
-def at_error_of(other: ReconstructionScores, method: Method, x_BD: Tensor, d_embedding: int) -> ReconstructionScores:
+def at_error_of(
+    other: ReconstructionScores, method: Method, x_BD: Tensor, widths: Mapping[str, int]
+) -> ReconstructionScores:
     """Scores of a method with the step that gives the error of another method's quantised codes.
 
     The bits of the two methods are then those at equal error.
@@ -87,4 +96,4 @@ def at_error_of(other: ReconstructionScores, method: Method, x_BD: Tensor, d_emb
     x, z, step = x_BD.cpu().numpy(), other.method.encode(x_BD), other.step
     assert step is not None
     error = description_length.squared_error(other.method, x, restored(quantised(z, step), step))
-    return ReconstructionScores(method, description_length.step_for(method, x, method.encode(x_BD), error), d_embedding)
+    return ReconstructionScores(method, description_length.step_for(method, x, method.encode(x_BD), error), widths)

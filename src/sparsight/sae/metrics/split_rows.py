@@ -29,8 +29,9 @@ class Window:
     """Inputs of the SAE, float32 (B, D), on the device."""
     images: np.ndarray
     """Mean of ``x`` over the tokens of each image, float64 (I, D)."""
-    embedding: np.ndarray
-    """Embeddings of the images, of unit length, float64 (I, E)."""
+    embeddings: dict[str, np.ndarray]
+    """Embeddings of the images, of unit length, float64 (I, E), by the key of the score that compares images by them:
+    ``monosemanticity`` and, with a judge, ``monosemanticity_judge``."""
     labels: np.ndarray
     """Classes of the images, int (I,)."""
 
@@ -38,23 +39,33 @@ class Window:
 class SplitRows:
     """A split's rows at the site, with the labels and the embeddings of its images.
 
-    With a chain, the rows are the inputs of its SAE at the site: the activations minus the map's prediction.
+    With a chain, the rows are the inputs of its SAE at the site: the activations minus the map's prediction. A judge is
+    the store of another backbone's embeddings of the same images.
     """
 
     def __init__(
         self, store: ActivationStore, site: str, labels: np.ndarray, like: SAE, chain: ReSAE | None = None,
-        tokens: str | None = None,
+        tokens: str | None = None, judge: ActivationStore | None = None,
     ) -> None:  # fmt: skip
         self._seen, self.labels = SaeInputs(store, site, like.W_dec.device, chain, tokens), labels
         self.tokens = self._seen.tokens
         self.embedding_site = "embedding" if "embedding" in store.sites else site
         self.embedding = store.rows(self.embedding_site)
-        self.d_embedding = self.embedding.shape[1]
+        self._judge = None if judge is None else judge.rows("embedding")
+        self.widths = {"monosemanticity": self.embedding.shape[1]}
+        """Width E of the embeddings, by the key of their score."""
+        if self._judge is not None:
+            self.widths["monosemanticity_judge"] = self._judge.shape[1]
         self.of = f"{store.path}, site {site!r}"
         n_rows = len(self._seen.rows)
         if n_rows != len(labels) * self.tokens:
             raise SparsightError(
                 f"{self.of}: {n_rows // self.tokens} images, but the manifest of images lists {len(labels)}; "
+                "extract again"
+            )
+        if self._judge is not None and len(self._judge) != len(labels):
+            raise SparsightError(
+                f"{judge and judge.path}: {len(self._judge)} images, but the manifest of images lists {len(labels)}; "
                 "extract again"
             )
         self._images = max(1, min(8192, _ENTRIES // like.d_sae) // self.tokens)
@@ -73,7 +84,10 @@ class SplitRows:
                 embedding = self.embedding.images(window.start, window.stop)
             else:  # the activations, not the residuals, so that all chains compare images alike
                 embedding = self._means(self._seen.clean(window)) if self._seen.residual else images
-            yield Window(x, images, unit_rows(embedding), self.labels[window])
+            embeddings = {"monosemanticity": unit_rows(embedding)}
+            if self._judge is not None:
+                embeddings["monosemanticity_judge"] = unit_rows(self._judge.images(window.start, window.stop))
+            yield Window(x, images, embeddings, self.labels[window])
 
     def _means(self, x_BD: Tensor) -> np.ndarray:
         return np.asarray(x_BD.unflatten(0, (-1, self.tokens)).double().mean(dim=1).cpu().numpy())
