@@ -154,7 +154,7 @@ def test_a_mask_goes_through_resize_and_crop_as_its_image_does(shape: tuple[int,
     found = preprocess.mask(mask)
     assert found.shape == (48, 32) and set(np.unique(found)) == set(np.unique(mask))
     assert wrong_within_regions(shown, found) == 0
-    assert wrong_within_regions(shown, np.roll(found, 2, axis=0)) > 0 < wrong_within_regions(shown, np.roll(found, 2))
+    assert wrong_within_regions(shown, np.roll(found, 3, axis=0)) > 0 < wrong_within_regions(shown, np.roll(found, 3))
 
 
 def wrong_within_regions(shown: np.ndarray, mask: np.ndarray) -> int:
