@@ -1,14 +1,19 @@
 """Localisation on coloured shapes: a planted latent, chance, the files of the stage, and its refusals."""
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import numpy as np
 import pytest
 import torch
-from conftest import make_backbone
+import yaml
+from conftest import ROOT, make_backbone
 from extracted import Stores, extracted
+from made_up import NOWHERE
+from snakemake.utils import update_config
 
 from sparsight import config, sae
 from sparsight.backbones.backbone import Backbone
@@ -22,6 +27,10 @@ from sparsight.common.work import Work
 from sparsight.images.manifest import Manifest, write_manifest
 from sparsight.images.preprocess import Preprocess
 from sparsight.images.sources.shapes import SHAPES, ColouredShapes
+from sparsight.pipeline.run import load_run
+from sparsight.report import page
+from sparsight.report.chapters import localisation
+from sparsight.report.summary import write_metrics
 from sparsight.sae import SAE
 
 D, F, GRID, SITE = 24, 48, (8, 8), "blocks.1.output"
@@ -201,3 +210,56 @@ def test_a_changed_mask_stops_the_stage(
     monkeypatch.setattr(ColouredShapes, "mask", lambda *_: np.zeros((64, 64), np.uint8))
     with pytest.raises(SparsightError, match=r"mask of coloured-shapes:.*: changed since the manifest was made"):
         patch_regions(manifest, "test", 3, backbone.preprocess, GRID, 1)
+
+
+def test_the_report_and_the_headline_numbers_have_every_class(
+    backbone: Backbone, stores: Stores, manifest: Manifest, tmp_path: Path
+) -> None:
+    run(backbone, stores, manifest, tmp_path)
+    path = tmp_path / "out" / "x.parquet"
+    chapter = localisation.chapter(path)
+    rows, of_saes = tables.read(path), json.loads(path.with_suffix(".json").read_text())["saes"]
+    assert [one["name"] for one in chapter["classes"]] == list(SHAPES)
+    assert chapter["means"]["ap_sae"]["mean"] == pytest.approx(np.mean([flat["ap_sae"] for flat in of_saes.values()]))
+    controls = {m: chapter["means"][f"ap_{m}"]["mean"] for m in ("pca", "kmeans", "neurons", "random")}
+    assert controls[chapter["strongest"]] == max(controls.values())
+    square = chapter["classes"][1]
+    own = [row["ap"] for row in rows if (row["class"], row["method"]) == ("square", "sae")]
+    assert square["ap"]["sae"]["mean"] == pytest.approx(np.mean(own)) and square["ap"]["sae"]["n"] == 2
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(page.__file__).parent / "templates"), undefined=jinja2.StrictUndefined
+    )
+    text = environment.get_template("localisation.html.j2").render(localisations=[chapter], figures={}, captions={})
+    assert all(f'<th class="text" scope="row">{shape}</th>' in text for shape in SHAPES)
+    assert "nan" not in text and f"{chapter['means']['ap_shuffled']['mean']:.3f}" in text
+    assert not environment.get_template("localisation.html.j2").render(localisations=[]).strip()
+
+    inputs: dict[str, Any] = {kind: [] for kind in NOWHERE} | {"backbones": [], "localisations": [path]}
+    write_manifest(config.Images(source="coloured-shapes", limit=40), 0, {}, 1, tmp_path / "m.parquet")
+    write_metrics({**inputs, "images": tmp_path / "m.parquet"}, tmp_path / "metrics.json")
+    flat = json.loads((tmp_path / "metrics.json").read_text())
+    assert {key: flat[f"localisation.x-s1.{key}"] for key in of_saes["x-s1"]} == of_saes["x-s1"]
+
+
+def overlay(**changes: Any) -> dict[str, Any]:
+    settings: dict[str, Any] = yaml.safe_load((ROOT / "params.yaml").read_text())
+    update_config(settings, yaml.safe_load((ROOT / "experiments" / "coloured-shapes.yaml").read_text()))
+    update_config(settings, copy.deepcopy(changes))
+    return settings
+
+
+def test_sections_of_patches_are_scored_where_images_have_masks(tmp_path: Path) -> None:
+    assert load_run(yaml.safe_load((ROOT / "params.yaml").read_text())).localised == []
+    assert load_run(overlay()).localised == ["middle", "last"]
+    assert load_run(overlay(saes={"last": {"tokens": "mean"}})).localised == ["middle"]
+    chain = {"site": None, "sites": ["blocks.1.output", "blocks.3.output"]}
+    assert load_run(overlay(saes={"last": chain})).localised == ["middle"], "chains are not"
+    folder = {"source": "folder", "path": str(tmp_path)}
+    assert load_run(overlay(images=folder)).localised == []
+    assert load_run(overlay(images={**folder, "masks": str(tmp_path)})).localised == ["middle", "last"]
+
+
+def test_masks_of_other_images_are_refused(tmp_path: Path) -> None:
+    other = {"source": "folder", "path": str(tmp_path), "masks": str(tmp_path)}
+    with pytest.raises(SparsightError, match=r"other_images.x.masks: would be ignored, only images has masks"):
+        load_run(overlay(other_images={"x": other}))
