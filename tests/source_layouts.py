@@ -246,6 +246,11 @@ def _coloured(root: Path, _: Any) -> tuple[None, Expected]:
     return None, {uri.replace("mnist-5000", "coloured-digits"): value for uri, value in _mnist(root, _)[1].items()}
 
 
+def _shapes(root: Path, _: Any) -> tuple[None, Expected]:
+    kinds = ("circle", "square", "triangle", "cross")
+    return None, {f"coloured-shapes:{i}": (kinds[i % 4], None) for i in range(4000)}
+
+
 def _union(root: Path, _: Any) -> tuple[str, Expected]:
     members = _folder(root / "f", None), cub(root / "cub")
     uris = {f"{number}:{uri}": value for number, member in enumerate(members) for uri, value in member.items()}
@@ -255,6 +260,7 @@ def _union(root: Path, _: Any) -> tuple[str, Expected]:
 MAKERS: dict[str, Maker] = {
     "mnist-5000": _mnist,
     "coloured-digits": _coloured,
+    "coloured-shapes": _shapes,
     "union": _union,
     **{
         name: partial(_at, make)

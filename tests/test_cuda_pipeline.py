@@ -30,7 +30,7 @@ def configuration(others: Path) -> dict[str, Any]:
     return {
         **small,
         "compute": {"device": "cuda", "threads": 1, "precision": "bf16"},
-        "images": {"source": "coloured-digits", "images_per_class": 20},
+        "images": {"source": "coloured-shapes", "images_per_class": 50},
         "other_images": {"others": {"source": "folder", "path": str(others)}},
         "backbones": {
             "vit": {**small["backbones"]["vit"], "architecture": VIT, "batch_size": 16},

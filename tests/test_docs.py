@@ -142,8 +142,8 @@ def test_overlays_are_valid(page: Path, tmp_path: Path, monkeypatch: pytest.Monk
     for text in blocks(page, "yaml"):
         overlay = yaml.safe_load(text)
         for images in (overlay.get("images"), *overlay.get("other_images", {}).values()):
-            if images and "path" in images:
-                Path(images["path"]).mkdir(parents=True)
+            for key in {"path", "masks"} & (images or {}).keys():
+                Path(images[key]).mkdir(parents=True)
         config: dict[str, Any] = copy.deepcopy(yaml.safe_load((ROOT / "params.yaml").read_text()))
         update_config(config, overlay)
         run = load_run(config)

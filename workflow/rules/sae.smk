@@ -70,3 +70,4 @@ for NUMBER, (ENDINGS, SECTIONS) in enumerate(RUN.shapes.items(), 1):
 
 include: "evaluate.smk"
 include: "stability.smk"
+include: "localisation.smk"

@@ -22,5 +22,6 @@ if __name__ == "__main__":
         steerings=["<name>.parquet of every steering result"],
         transfers=["<data set>.json of every steering result on other images"],
         disentanglings=["<name>.parquet of every result on attributes, beside its other files"],
+        localisations=["<section>.parquet of every section compared with masks, beside its other file"],
         policies=["metrics.json of every policy"],
     )

@@ -21,28 +21,30 @@ from sparsight.common.seeds import derive_seed
 from sparsight.common.slices import row_slices
 from sparsight.images import table
 from sparsight.images.draw import draw_splits
+from sparsight.images.masks import open_masks, read_mask
 from sparsight.images.part import draw_part
-from sparsight.images.sources import SOURCES, SPLITS, Item, Source, open_source
+from sparsight.images.sources import SOURCES, SPLITS, Item, Masks, Source, open_source
 from sparsight.images.split import Split, decode
 
 
 def write_manifest(section: config.Images, seed: int, record: dict[str, Any], threads: int, path: Path) -> None:
     """List the images of a source, read each once, check that it decodes, and write ``manifest.parquet``.
 
-    Columns: image_id int64, uri, sha256, label int32 and label_name (null without a label), split, and the source's
-    further label columns. The rows of train come first, then those of val and test; within a split they are in a
-    seeded random order. A row group holds at most ``table.ROW_GROUP`` rows, of one split. The Parquet metadata key
-    ``sparsight`` holds the source, the class names (a name's position is its label), the ``part`` of the source that
-    was asked for, the number of ``unlabelled`` images of each split, the entries of ``record``, the ``skipped`` images
-    (uri, reason), and images with equal bytes: ``duplicates`` in more than one official split, ``label_conflicts`` with
-    more than one label.
+    Columns: image_id int64, uri, sha256, label int32 and label_name (null without a label), split, the source's further
+    label columns, and ``mask_sha256`` if the images have masks. The rows of train come first, then those of val and
+    test; within a split they are in a seeded random order. A row group holds at most ``table.ROW_GROUP`` rows, of one
+    split. The Parquet metadata key ``sparsight`` holds the source, the class names (a name's position is its label),
+    the ``part`` of the source that was asked for, the number of ``unlabelled`` images of each split, the entries of
+    ``record``, the ``skipped`` images (uri, reason), the ``masks`` (path, names) if there are any, and images with
+    equal bytes: ``duplicates`` in more than one official split, ``label_conflicts`` with more than one label.
 
     Raises:
         SparsightError: no images, an empty split, a class without train images, a part that cannot be drawn, or an
-            image that cannot be read or decoded (with ``on_error: skip``, such an image is left out, logged and listed
-            instead).
+            image or a mask that cannot be read or decoded (with ``on_error: skip``, such an image is left out, logged
+            and listed instead).
     """
     source = open_source(section)
+    masks = open_masks(source, section.masks, section.path)
     listed = source.items()
     items, classes = draw_part(listed, source.class_names(), section, seed)
     part = {
@@ -50,7 +52,7 @@ def write_manifest(section: config.Images, seed: int, record: dict[str, Any], th
         "listed": len(listed),
     }  # fmt: skip
     del listed
-    sha256, skipped = _checksums(source, items, section.on_error == "skip", threads)
+    sha256, mask_sha256, skipped = _checksums(source, masks, items, section.on_error == "skip", threads)
     if skipped:
         left_out = set(skipped)
         items = [item for item in items if item.uri not in left_out]
@@ -80,6 +82,7 @@ def write_manifest(section: config.Images, seed: int, record: dict[str, Any], th
         "skipped": [{"uri": uri, "reason": why} for uri, why in skipped.items()],
         "duplicates": duplicates,
         "label_conflicts": conflicts,
+        **({} if masks is None else {"masks": {"path": section.masks, "names": masks.names()}}),
         **record,
     }
     columns = _further_columns(items)
@@ -100,40 +103,47 @@ def write_manifest(section: config.Images, seed: int, record: dict[str, Any], th
                     "split": [name] * len(some),
                 }
                 further = {key: pa.array([item.columns.get(key) for item in some], pa.string()) for key in columns}
+                if masks is not None:
+                    further[table.MASK] = pa.array(mask_sha256[chosen]).cast(pa.string())
                 yield pa.table(values | further)
 
-    table.write(path, rows(), columns, about)
+    table.write(path, rows(), columns if masks is None else [*columns, table.MASK], about)
 
 
-def _checksums(source: Source, items: list[Item], skip: bool, threads: int) -> tuple[np.ndarray, dict[str, str]]:
-    """sha256 of every image that can be read, S64 (n,); and the reason for each other one, by uri."""
+def _checksums(
+    source: Source, masks: Masks | None, items: list[Item], skip: bool, threads: int
+) -> tuple[np.ndarray, np.ndarray, dict[str, str]]:
+    """sha256 of every image that can be read and of its mask, S64 (n,); and the reason for each other one, by uri."""
     reader = source.reader(item.uri for item in items)
 
-    def checksum(item: Item) -> str | SparsightError:
+    def checksum(item: Item) -> tuple[str, str] | SparsightError:
+        mask_sha256 = ""
         try:
             data = reader.read(item.uri)
-            decode(source, item.uri, data)
+            height, width, _ = decode(source, item.uri, data).shape
+            if masks is not None:
+                mask_sha256 = hashlib.sha256(read_mask(masks, item.uri, (height, width))[0]).hexdigest()
         except OSError as error:
             return SparsightError(f"image {item.uri}: {reason(error)}; put it back or take it off the list")
         except SparsightError as error:
             return error
-        return hashlib.sha256(data).hexdigest()
+        return hashlib.sha256(data).hexdigest(), mask_sha256
 
-    sha256, n_read = np.empty(len(items), "S64"), 0
+    sha256, mask_sha256, n_read = np.empty(len(items), "S64"), np.empty(len(items), "S64"), 0
     skipped: dict[str, str] = {}
     with ThreadPoolExecutor(threads) as pool, Progress(len(items), "images") as progress:
         for rows in row_slices(len(items), 1024):  # in windows: a future for every image takes much memory
             for item, result in zip(items[rows], pool.map(checksum, items[rows]), strict=True):
                 progress(1)
-                if isinstance(result, str):
-                    sha256[n_read] = result
+                if isinstance(result, tuple):
+                    sha256[n_read], mask_sha256[n_read] = result
                     n_read += 1
                 elif skip:
                     skipped[item.uri] = str(result)
                     log(f"skipped: {result}")
                 else:
                     raise result
-    return sha256[:n_read], skipped
+    return sha256[:n_read], mask_sha256[:n_read], skipped
 
 
 def _equal_images(items: list[Item], content: np.ndarray, of: np.ndarray) -> list[list[str]]:
@@ -151,7 +161,7 @@ def _equal_images(items: list[Item], content: np.ndarray, of: np.ndarray) -> lis
 def _further_columns(items: list[Item]) -> list[str]:
     """Names of the items' further label columns, in the order in which they first occur."""
     columns = list(dict.fromkeys(name for item in items for name in item.columns))
-    taken = [name for name in columns if name in table.SCHEMA.names]
+    taken = [name for name in columns if name in table.RESERVED]
     if taken:
         raise SparsightError(
             f"images: the source has a label column {taken[0]!r}, a name that the manifest needs; rename the column"
@@ -176,6 +186,9 @@ class Manifest:
         self.about: dict[str, Any] = json.loads(metadata)
         self.classes: list[str] = self.about["classes"]
         self._source = SOURCES[self.about["source"]](self.about["path"])
+        masks = self.about.get("masks")
+        self.masks = None if masks is None else open_masks(self._source, masks["path"], self.about["path"])
+        """Where the masks of the images are, if they have any."""
 
     def __len__(self) -> int:
         """The number of images, of all splits."""

@@ -45,12 +45,24 @@ class Preprocess:
         """Resize the short side and crop the centre: uint8 (H, W, C) to this size and number of channels."""
         if picture.shape[2] > self.channels:
             picture = np.asarray(Image.fromarray(picture).convert("L"))[:, :, None]
+        resized, crop = self._geometry(picture.shape[0], picture.shape[1])
+        return np.broadcast_to(_resize(picture, resized, self.interpolation)[crop], (*self.size, self.channels))
+
+    def mask(self, mask: np.ndarray) -> np.ndarray:
+        """The same resize and crop for a mask of a picture: uint8 (H, W) to this size, by the nearest pixel."""
+        resized, crop = self._geometry(mask.shape[0], mask.shape[1])
+        y, x = (((np.arange(new) + 0.5) * old / new).astype(int) for new, old in zip(resized, mask.shape, strict=True))
+        return np.asarray(mask[np.ix_(y, x)][crop])
+
+    def _geometry(self, rows: int, columns: int) -> tuple[tuple[int, int], tuple[slice, slice]]:
+        """Size after the resize, and the part of it that the crop keeps."""
         height, width = self.size
-        scale = max(height / picture.shape[0], width / picture.shape[1]) / self.crop_pct
-        resized = (max(height, round(picture.shape[0] * scale)), max(width, round(picture.shape[1] * scale)))
-        picture = _resize(picture, self.size if self.squash else resized, self.interpolation)
-        top, left = (picture.shape[0] - height) // 2, (picture.shape[1] - width) // 2
-        return np.broadcast_to(picture[top : top + height, left : left + width], (height, width, self.channels))
+        scale = max(height / rows, width / columns) / self.crop_pct
+        resized = (max(height, round(rows * scale)), max(width, round(columns * scale)))
+        if self.squash:
+            resized = self.size
+        top, left = (resized[0] - height) // 2, (resized[1] - width) // 2
+        return resized, (slice(top, top + height), slice(left, left + width))
 
 
 def _resize(picture: np.ndarray, size: tuple[int, int], interpolation: str) -> np.ndarray:

@@ -23,6 +23,10 @@ SCHEMA = pa.schema(
     }
 )  # fmt: skip
 """The columns of every manifest; further label columns follow them, as strings."""
+MASK = "mask_sha256"
+"""A last column, where the images have masks."""
+RESERVED = {*SCHEMA.names, MASK}
+"""Names that no label column may have."""
 _KEEP = 2
 """Row groups in memory: that of the current images, and that of the images that a reader fetches ahead of them."""
 
@@ -33,12 +37,12 @@ def write(path: Path, splits: Iterable[pa.Table], columns: Sequence[str], about:
     Args:
         path: the file.
         splits: tables with the columns of ``SCHEMA`` and ``columns``.
-        columns: names of the further label columns.
+        columns: names of the further columns.
         about: the metadata, a JSON value.
     """
     schema = pa.schema([*SCHEMA, *(pa.field(name, pa.string()) for name in columns)])
     schema = schema.with_metadata({"sparsight": json.dumps(about, sort_keys=True)})
-    repeated = ["label_name", "split", *columns]
+    repeated = ["label_name", "split", *(name for name in columns if name != MASK)]
     with pq.ParquetWriter(path, schema, use_dictionary=repeated, write_statistics=["split"]) as writer:
         for rows in splits:
             writer.write_table(rows.cast(schema), row_group_size=ROW_GROUP)
@@ -65,7 +69,7 @@ class SplitTable:
         place = names.index("split")
         groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
         self._groups = [i for i, group in enumerate(groups) if _only(group.column(place).statistics, path) == split]
-        self.label_columns = ["label_name", *(name for name in names if name not in SCHEMA.names)]
+        self.label_columns = ["label_name", *(name for name in names if name not in RESERVED)]
         """Columns of names: ``label_name``, and the source's further label columns."""
         self._starts = np.cumsum([0, *(groups[i].num_rows for i in self._groups)])
         self._lock = threading.Lock()

@@ -37,6 +37,9 @@ def check_links(run: "Run") -> None:
     for name, disentangle in run.disentangle.items():
         _known(disentangle.sae, run.saes, f"disentangle.{name}.sae")
         disentangle.check(f"disentangle.{name}", run.saes[disentangle.sae], run.activations.tokens_by_site)
+    for name, images in run.other_images.items():
+        if images.masks is not None:
+            raise SparsightError(f"other_images.{name}.masks: would be ignored, only images has masks; leave it out")
     if run.other_images and not run.transfers:
         raise SparsightError(
             "other_images: only steering of kind vs2 on an open_clip model is tried on them; add one, or leave them out"

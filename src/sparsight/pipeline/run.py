@@ -97,6 +97,12 @@ class Run:
         return [name for name, section in self.saes.items() if len(section.seeds) > 1]
 
     @cached_property
+    def localised(self) -> list[str]:
+        """The sections of ``saes`` that are compared with masks: SAEs of one site on patches, if images have masks."""
+        single = [name for name, section in self.saes.items() if not section.sites]
+        return [name for name in single if self.images.has_masks and self.tokens_of(name) == "patches"]
+
+    @cached_property
     def transfers(self) -> list[str]:
         """The steering results that are also run on other images: VS2 on a model that classifies by prompts."""
         return [

@@ -23,7 +23,8 @@ def write_metrics(inputs: dict[str, Any], path: Path) -> None:
 
     Args:
         inputs: ``images`` (the manifest), ``backbones`` (config.json), ``saes``, ``chains`` and ``policies``
-            (metrics.json), ``stabilities`` and ``transfers`` (JSON), ``steerings`` and ``disentanglings`` (Parquet).
+            (metrics.json), ``stabilities`` and ``transfers`` (JSON), ``steerings``, ``disentanglings`` and
+            ``localisations`` (Parquet).
     """
     about = Manifest(inputs["images"]).about
     flat: dict[str, float] = {f"images.{key}": len(about[key]) for key in ("duplicates", "label_conflicts")}
@@ -59,6 +60,9 @@ def write_metrics(inputs: dict[str, Any], path: Path) -> None:
         flat |= _gate(name, file)
     for file in inputs["disentanglings"]:
         flat |= _disentangled(file)
+    for file in inputs["localisations"]:
+        for sae, numbers in json.loads(file.with_suffix(".json").read_text())["saes"].items():
+            flat |= {f"localisation.{sae}.{key}": value for key, value in numbers.items()}
     for file in inputs["policies"]:
         policy = file.parent.name
         flat[f"pruning.{policy}.unpruned.accuracy"] = json.loads(file.read_text())["unpruned"]["accuracy"]

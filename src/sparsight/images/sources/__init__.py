@@ -3,12 +3,12 @@
 from collections.abc import Callable
 
 from sparsight.config import Images
-from sparsight.images.sources.base import Item, Reader, Source
+from sparsight.images.sources.base import Item, Masks, Reader, Source
 from sparsight.images.sources.single import SINGLE
 from sparsight.images.sources.splits import SPLITS
 from sparsight.images.sources.union import Union
 
-__all__ = ["SOURCES", "SPLITS", "Item", "Reader", "Source", "open_source"]
+__all__ = ["SOURCES", "SPLITS", "Item", "Masks", "Reader", "Source", "open_source"]
 
 SOURCES: dict[str, Callable[..., Source]] = {**SINGLE, "union": Union}
 

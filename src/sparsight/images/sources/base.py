@@ -17,6 +17,8 @@ from sparsight.common.errors import reason
 
 MAX_PIXELS = 200_000_000
 """Pictures with more pixels are rejected before decoding, as damaged or hostile files."""
+IGNORED = 255
+"""Number of the pixels of a mask that do not count, such as the borders of Pascal VOC's objects."""
 _BAND = 128
 """Number of rows copied out of Pillow at a time. np.array would need memory for two more copies of the picture."""
 _OPENING = threading.Lock()
@@ -47,6 +49,19 @@ class Reader(Protocol):
         """The bytes of an image, as hashed for the manifest; may raise OSError."""
 
 
+class Masks(Reader, Protocol):
+    """What is where in the images of a source."""
+
+    def names(self) -> list[str]:
+        """Names of the regions 1, 2, ..."""
+
+    def decode(self, uri: str, data: bytes) -> np.ndarray:
+        """Number of the region at each pixel: uint8 (H, W), 0 background, ``IGNORED`` none that counts.
+
+        May raise OSError or ValueError.
+        """
+
+
 class Source(Reader, Protocol):
     """A source of images. A new one needs one class and one line in ``SINGLE``.
 
@@ -70,6 +85,9 @@ class Source(Reader, Protocol):
     def decode(self, uri: str, data: bytes) -> np.ndarray:
         """Decode the bytes of an image: uint8 (H, W, C), upright; may raise OSError or ValueError."""
 
+    def masks(self) -> Masks | None:
+        """The masks that the source itself has; None if it has none."""
+
 
 class Reopening(ABC):
     """Base of sources that pickle as class and path; the copy opens its files again."""
@@ -89,6 +107,10 @@ class Reopening(ABC):
     def decode(self, uri: str, data: bytes) -> np.ndarray:
         """Decode the bytes of a picture file, see :func:`decode_file`."""
         return decode_file(data)
+
+    def masks(self) -> Masks | None:
+        """None."""
+        return None
 
 
 def decode_file(data: bytes) -> np.ndarray:
@@ -117,6 +139,28 @@ def decode_file(data: bytes) -> np.ndarray:
     except Exception as error:  # Pillow's plugins raise any kind of exception on damaged files
         kind = "" if isinstance(error, OSError) else f"{type(error).__name__}: "
         raise OSError(f"{name}: {kind}{reason(error)}") from None
+
+
+def decode_mask(data: bytes) -> np.ndarray:
+    """Decode a picture file whose values, or places in a palette, are numbers of regions: uint8 (H, W).
+
+    Raises:
+        OSError: not a picture, or cut short.
+        ValueError: more than MAX_PIXELS pixels, or several channels.
+    """
+    try:
+        image = _open(data)
+        if image.width * image.height > MAX_PIXELS:
+            raise ValueError(f"{image.width} x {image.height} pixels, more than {MAX_PIXELS:,}")
+        if image.mode not in ("1", "L", "P"):
+            raise ValueError(f"a picture of mode {image.mode}; a mask has one channel of 8 bits, or a palette")
+        return np.array(image).astype(np.uint8)
+    except UnidentifiedImageError:
+        raise OSError(f"cannot identify the image's format from its {len(data)} bytes") from None
+    except ValueError:
+        raise
+    except Exception as error:  # as in decode_file
+        raise OSError(reason(error)) from None
 
 
 def _open(data: bytes) -> Image.Image:

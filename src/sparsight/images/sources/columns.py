@@ -16,7 +16,7 @@ _MAX_BYTES = 100
 
 def kept_name(column: str) -> str:
     """The name under which the manifest keeps a further column: ``source_<name>`` if it has a column of that name."""
-    return f"source_{column}" if column in table.SCHEMA.names else column
+    return f"source_{column}" if column in table.RESERVED else column
 
 
 def check_kept(path: Path, further: Iterable[str], kept: Sequence[str]) -> None:

@@ -9,11 +9,13 @@ from sparsight.images.sources.hf_datasets import HuggingFace
 from sparsight.images.sources.imagenet import ImageNet
 from sparsight.images.sources.packaged import TORCHVISION, Mnist5000
 from sparsight.images.sources.parquet import ParquetTables
+from sparsight.images.sources.shapes import ColouredShapes
 from sparsight.images.sources.webdataset import WebDataset
 
 SINGLE: dict[str, Callable[[str | None], Source]] = {
     "mnist-5000": Mnist5000,
     "coloured-digits": ColouredDigits,
+    "coloured-shapes": ColouredShapes,
     "folder": Folder,
     "parquet": ParquetTables,
     "hf-datasets": HuggingFace,

@@ -54,6 +54,7 @@ def stages(manifest: Manifest, inputs: dict[str, Any]) -> list[Stage]:
             [Part(name, metadata["kind"], metadata["sae"]) for name, metadata in steered.items()],
         ),
         Stage("Disentangling", "disentangling", [_interchanges(path) for path in inputs["disentanglings"]]),
+        Stage("Localisation", "localisation", [_localised(path) for path in inputs["localisations"]]),
         Stage("Head policies", "pruning", [_policy(path) for path in inputs["policies"]]),
         Stage("Report", "", [Part("this page", "and metrics.json, the numbers alone", "all of these")]),
     ]
@@ -94,6 +95,11 @@ def _sae(name: str, section: dict[str, Any]) -> Part:
 def _interchanges(path: Path) -> Part:
     metadata = _read(path.with_suffix(".json"))
     return Part(path.stem, f"interchanges {' and '.join(metadata['attributes'])}", metadata["sae"])
+
+
+def _localised(path: Path) -> Part:
+    regions = _read(path.with_suffix(".json"))["regions"]
+    return Part(path.stem, f"where latents fire, {len(regions)} classes of masks", f"images, {path.stem}")
 
 
 def _policy(path: Path) -> Part:

@@ -1,0 +1,1 @@
+"""Where in images features fire: scored against masks of the images."""
