@@ -325,7 +325,8 @@ def test_controls_of_chains_are_compared_with_nothing(tmp_path: Path) -> None:
     sites = ("blocks.1.input", SITE)
     run = MadeUp(tmp_path)
     for name, affine in (("plain", "zero"), ("resae", "full")):
-        for more in ({}, {"control_of": name, "frozen": "decoder"}):
+        of_control: dict[str, Any] = {"control_of": name, "frozen": "decoder"}
+        for more in ({}, of_control):
             run.sae(f"{name}-frozen-decoder" if more else name, sites=sites, affine=affine, seeds=1, **more)
     run.inputs["chains"].sort(key=lambda path: "frozen" not in path.parent.name)  # the controls first
     (found,) = run.screen()["cards"][0].others
