@@ -23,7 +23,7 @@ from torch import Tensor
 
 from sparsight.backbones.weights import read_weights
 from sparsight.common.errors import SparsightError
-from sparsight.sae.foreign.source import Foreign, build, expect, place, settings_beside
+from sparsight.sae.foreign.source import Foreign, build, expect, settings_beside
 from sparsight.sae.saelens import subtract_b_dec_first
 
 _LINEAR = {"encoder.weight": "W_enc", "encoder.bias": "b_enc", "decoder.weight": "W_dec"}
@@ -71,7 +71,8 @@ def load(path: Path) -> Foreign:
     if kind == "matryoshka":
         options["prefixes"] = (found["group_sizes"].cumsum(0) / found["group_sizes"].sum()).tolist()
     k = int(found.get("k", trainer.get("k", 0))) if kind == "topk" else None
-    return Foreign(build(path, kind, k, weights, **options), **place(path, _site(trainer)))
+    site = _site(trainer)
+    return Foreign(build(path, kind, k, weights, **options), site, site and f"layer {trainer['layer']}")
 
 
 def _normalise(weights: dict[str, Tensor]) -> None:

@@ -19,7 +19,7 @@ import torch
 
 from sparsight.backbones.weights import read_weights
 from sparsight.common.errors import SparsightError
-from sparsight.sae.foreign.source import Foreign, build, expect, place, settings_beside
+from sparsight.sae.foreign.source import Foreign, build, expect, settings_beside, site_of
 
 _NAMES = {
     "standard": {"W_enc", "b_enc", "W_dec", "b_dec"},
@@ -67,7 +67,8 @@ def load(path: Path) -> Foreign:
     k = int(arguments.get("k", 64)) if function == "topk" else None
     sae = build(path, kind, k, {name: weights[name] for name in _NAMES[architecture]})
     layer = settings.get("hook_point_layer")
-    return Foreign(sae, **place(path, f"blocks.{layer}.{settings.get('layer_subtype')}" if layer is not None else None))
+    hook = f"blocks.{layer}.{settings.get('layer_subtype')}" if layer is not None else None
+    return Foreign(sae, site_of(path, hook), hook)
 
 
 def _settings(inside: Any) -> dict[str, Any]:

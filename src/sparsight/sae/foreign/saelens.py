@@ -13,7 +13,7 @@ from pathlib import Path
 
 from sparsight.common.errors import SparsightError
 from sparsight.sae import saelens
-from sparsight.sae.foreign.source import Foreign, place, settings_beside
+from sparsight.sae.foreign.source import Foreign, settings_beside, site_of
 
 
 def load(path: Path) -> Foreign:
@@ -26,4 +26,4 @@ def load(path: Path) -> Foreign:
         raise SparsightError(f"{path}: SAELens's weights are called sae_weights.safetensors; name that file")
     settings = settings_beside(path, "cfg.json")
     hook = (settings.get("metadata") or {}).get("hook_name") or settings.get("hook_name")
-    return Foreign(saelens.load(path.parent).requires_grad_(False), **place(path, hook))
+    return Foreign(saelens.load(path.parent).requires_grad_(False), site_of(path, hook), hook)

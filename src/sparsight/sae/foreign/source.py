@@ -38,21 +38,21 @@ class Foreign:
     """Whether the tool's TopK also keeps negative pre-activations, which ours never does."""
 
 
-def place(where: Path, hook: str | None) -> dict[str, str | None]:
-    """The fields ``site`` and ``named`` of a hook point of TransformerLens, or of one of our sites.
+def site_of(where: Path, hook: str | None) -> str | None:
+    """Our site of a hook point of TransformerLens, or of a name as ours.
 
     Raises:
         SparsightError: a hook point that is none of our sites.
     """
     if hook is None:
-        return {}
+        return None
     match = _HOOK.fullmatch(hook)
     part = match and _HOOKS.get(match[2], match[2] if match[2] in _HOOKS.values() else None)
     if not (match and part):
         raise SparsightError(
             f"{where}: reads {hook!r}, which is no site here; sites are {', '.join(_HOOKS)} of a block"
         )
-    return {"site": f"blocks.{match[1]}.{part}", "named": hook}
+    return f"blocks.{match[1]}.{part}"
 
 
 def settings_beside(path: Path, *names: str) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from sparsight.backbones.weights import read_weights
 from sparsight.common.errors import SparsightError
-from sparsight.sae.foreign.source import Foreign, build, expect, place, settings_beside
+from sparsight.sae.foreign.source import Foreign, build, expect, settings_beside, site_of
 from sparsight.sae.saelens import subtract_b_dec_first
 
 _KINDS = ("topk", "batchtopk", "jumprelu")
@@ -60,7 +60,7 @@ def load(path: Path) -> Foreign:
         subtract_b_dec_first(weights)
     layer = settings.get("layer")
     hook = f"blocks.{layer}.output" if isinstance(layer, int) and layer >= 0 else None
-    return Foreign(build(path, kind, k if kind == "topk" else None, weights), **place(path, hook))
+    return Foreign(build(path, kind, k if kind == "topk" else None, weights), site_of(path, hook), hook)
 
 
 def _thresholds(kind: str, settings: dict[str, Any], found: dict[str, Tensor], d_sae: int) -> dict[str, Tensor]:
