@@ -80,7 +80,7 @@ def prisma(folder: Path, w: dict[str, Tensor], **settings: Any) -> Written:
         "architecture": "standard", "activation_fn_str": "relu", "activation_fn_kwargs": {}, "is_transcoder": False,
         "hook_point_layer": 8, "layer_subtype": "hook_resid_post", "normalize_activations": "none", "d_in": D,
     }  # fmt: skip
-    settings = base | settings
+    settings = {**base, **settings}
     (folder / "config.json").write_text(json.dumps(settings))
     path = folder / "weights.pt"
     if settings["architecture"] == "gated":
@@ -113,7 +113,8 @@ def visaebench(folder: Path, w: dict[str, Tensor], activation: str, overcomplete
         "batchtopk": lambda h: h.relu() * (h.relu() >= 0.5),
         "jumprelu": lambda h: above(h.relu(), theta),
     }
-    settings |= {"topk": {"k": K}, "batchtopk": {"threshold": 0.5}, "jumprelu": {}}[activation]
+    own_settings: dict[str, dict[str, Any]] = {"topk": {"k": K}, "batchtopk": {"threshold": 0.5}, "jumprelu": {}}
+    settings |= own_settings[activation]
     if activation == "jumprelu":
         state["jump_thresholds"] = theta
     path = folder / "model.safetensors"
@@ -127,6 +128,8 @@ def dictionary_learning(folder: Path, w: dict[str, Tensor], name: str, **trainer
     threshold, theta = torch.tensor(0.4), 0.2 * draw(F, seed=4)
     norm = w["W_dec"].norm(dim=1)
     of_k = {"k": torch.tensor(K, dtype=torch.int), "threshold": threshold}
+    plain = coders(w, torch.relu, True)
+    both: tuple[Function, Function]
     groups = torch.tensor([8, F - 8])
     if name == "GatedAutoEncoder":
         gate, mag, r = draw(F, seed=5), draw(F, seed=6), 0.3 * draw(F, seed=7)
@@ -137,20 +140,21 @@ def dictionary_learning(folder: Path, w: dict[str, Tensor], name: str, **trainer
             h = (x - w["b_dec"]) @ w["W_enc"]
             return (h + gate > 0) * (r.exp() * h + mag).relu()
 
-        kind, both = "gated", (encode, coders(w, torch.relu, True)[1])
+        kind, both = "gated", (encode, plain[1])
     else:
         state, kind, both = {
             "AutoEncoder": (
                 linear | {"bias": w["b_dec"]},
                 "relu",
-                (lambda x: norm * coders(w, torch.relu, True)[0](x), lambda z: coders(w, torch.relu, True)[1](z / norm)),
+                (lambda x: norm * plain[0](x), lambda z: plain[1](z / norm)),
             ),
             "AutoEncoderNew": (linear | {"decoder.bias": w["b_dec"]}, "relu", coders(w, torch.relu, False)),
             "AutoEncoderTopK": (
                 linear | {"b_dec": w["b_dec"]} | of_k, "topk", coders(w, lambda h: topk(h.relu(), K), True),
             ),
             "BatchTopKSAE": (
-                linear | {"b_dec": w["b_dec"]} | of_k, "batchtopk", coders(w, lambda h: above(h.relu(), threshold), True),
+                linear | {"b_dec": w["b_dec"]} | of_k, "batchtopk",
+                coders(w, lambda h: above(h.relu(), threshold), True),
             ),
             "MatryoshkaBatchTopKSAE": (
                 w | of_k | {"group_sizes": groups}, "matryoshka",
@@ -163,4 +167,4 @@ def dictionary_learning(folder: Path, w: dict[str, Tensor], name: str, **trainer
     path = folder / "ae.pt"
     torch.save(state, path)
     (folder / "config.json").write_text(json.dumps({"trainer": {"dict_class": name, "k": K, **trainer}}))
-    return Written(path, *both, kind)
+    return Written(path, both[0], both[1], kind)

@@ -23,45 +23,38 @@ DICTIONARIES = (
 )  # fmt: skip
 OLD = {"d_vit": D, "exp_factor": F // D, "sparsity_coeff": 4e-4, "seed": 0}
 Write = Callable[[Path], Written]
-FILES: dict[str, tuple[str, Write]] = {
-    "saev-0.1.0": ("saev", lambda p: files.saev(p, OLD, "Relu", True, files.weights())),
+
+
+def _of_saev(schema: int, name: str) -> Write:
+    return lambda p: files.saev(p, files.saev_header(schema, name), name, schema == 1, files.weights())
+
+
+def _of_prisma(**settings: Any) -> Write:
+    return lambda p: files.prisma(p, files.weights(), **settings)
+
+
+def _of_visaebench(name: str, old: bool) -> Write:
+    return lambda p: files.visaebench(p, files.weights(), name, old)
+
+
+def _of_dictionary(name: str) -> Write:
+    return lambda p: files.dictionary_learning(p, files.weights(), name)
+
+
+_FIRST = {"schema": 1, "cls": "TopK", "cfg": {"d_model": D, "top_k": K}}
+FILES: dict[str, Write] = {
+    "saev 0.1.0": lambda p: files.saev(p, OLD, "Relu", True, files.weights()),
+    "saev 1, first form": lambda p: files.saev(p, _FIRST, "TopK", True, files.weights()),
+    **{f"saev {n} {name}": _of_saev(n, name) for n in (1, 2, 5) for name in ("Relu", "TopK", "BatchTopK")},
+    "prisma relu": _of_prisma(),
+    "prisma topk": _of_prisma(activation_fn_str="topk", activation_fn_kwargs={"k": K}),
+    "prisma gated": _of_prisma(architecture="gated"),
     **{
-        f"saev-{schema}-{name}": (
-            "saev",
-            lambda p, schema=schema, name=name: files.saev(
-                p, files.saev_header(schema, name), name, schema == 1, files.weights()
-            ),
-        )
-        for schema in (1, 2, 5)
-        for name in ("Relu", "TopK", "BatchTopK")
-    },
-    "saev-1a": (
-        "saev",
-        lambda p: files.saev(
-            p, {"schema": 1, "cls": "TopK", "cfg": {"d_model": D, "top_k": K}}, "TopK", True, files.weights()
-        ),
-    ),
-    "prisma-relu": ("prisma", lambda p: files.prisma(p, files.weights())),
-    "prisma-topk": (
-        "prisma",
-        lambda p: files.prisma(p, files.weights(), activation_fn_str="topk", activation_fn_kwargs={"k": K}),
-    ),
-    "prisma-gated": ("prisma", lambda p: files.prisma(p, files.weights(), architecture="gated")),
-    **{
-        f"visaebench-{name}{'-overcomplete' * old}": (
-            "visaebench",
-            lambda p, name=name, old=old: files.visaebench(p, files.weights(), name, old),
-        )
+        f"visaebench {name}{' of overcomplete' * old}": _of_visaebench(name, old)
         for name in ("topk", "batchtopk", "jumprelu")
         for old in (False, True)
     },
-    **{
-        f"dictionary_learning-{name}": (
-            "dictionary_learning",
-            lambda p, name=name: files.dictionary_learning(p, files.weights(), name),
-        )
-        for name in DICTIONARIES
-    },
+    **{f"dictionary_learning {name}": _of_dictionary(name) for name in DICTIONARIES},
 }
 
 
@@ -72,9 +65,8 @@ def load(kind: str, path: Path) -> Foreign:
 
 @pytest.mark.parametrize("name", FILES)
 def test_codes_and_reconstructions_are_the_tools_own(name: str, tmp_path: Path) -> None:
-    kind, write = FILES[name]
-    written, x = write(tmp_path), draw(300, D) + 0.5
-    read = load(kind, written.path).sae
+    written, x = FILES[name](tmp_path), draw(300, D) + 0.5
+    read = load(name.partition(" ")[0], written.path).sae
     z = written.encode(x)
     assert read.kind == written.kind and 0 < (z != 0).float().mean() < 1
     torch.testing.assert_close(read.encode(x).dense(), z, rtol=1e-5, atol=1e-5)
@@ -111,10 +103,12 @@ def test_saelens_files_are_read_with_their_place(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("hook", "site"),
     [
-        ("hook_resid_pre", "blocks.8.input"), ("hook_resid_post", "blocks.8.output"), ("hook_attn_out", "blocks.8.attn"),
+        ("hook_resid_pre", "blocks.8.input"),
+        ("hook_resid_post", "blocks.8.output"),
+        ("hook_attn_out", "blocks.8.attn"),
         ("hook_mlp_out", "blocks.8.mlp"),
     ],
-)  # fmt: skip
+)
 def test_hook_points_become_sites(hook: str, site: str, tmp_path: Path) -> None:
     assert load("prisma", files.prisma(tmp_path, files.weights(), layer_subtype=hook).path).site == site
 

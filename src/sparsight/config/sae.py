@@ -144,8 +144,10 @@ class Sae(Section):
 
     @classmethod
     def recorded(cls, training: Mapping[str, Any]) -> "Sae":
-        """The section of an SAE, from ``training`` in its config.json; with ``weights``, it has their kind and sizes."""
-        values = {key: tuple(value) if isinstance(value, list) else value for key, value in training.items()}
+        """The section of an SAE, from ``training`` in its config.json. With ``weights`` it has their kind and sizes."""
+        values: dict[str, Any] = {
+            key: tuple(value) if isinstance(value, list) else value for key, value in training.items()
+        }
         found = {key: values.pop(key) for key in ("kind", "d_sae", "k")} if values.get("weights") else {}
         section = cls(**values)
         for key, value in found.items():

@@ -25,7 +25,7 @@ class Comparison:
 def comparisons(sections: Mapping[str, Sae]) -> list[Comparison]:
     """The comparisons that a run allows.
 
-    ``tradeoff`` needs two or more SAEs of one site, ``depth`` one kind of SAE, trained here, at three or more sites, and
+    ``tradeoff`` needs two or more SAEs of one site, ``depth`` one kind of SAE at three or more sites, trained here, and
     ``chains`` two or more chains over the same sites. SAEs of other tokens are not compared.
     """
     single = {name: section for name, section in sections.items() if not section.sites}

@@ -73,7 +73,7 @@ def misread(sae: SAE, x_ND: Tensor, normalized: bool) -> dict[str, float]:
     changes: dict[str, Callable[[SAE], None]] = {
         f"with normalized: {str(not normalized).lower()}": lambda one: fold_inputs(one, mean_D, scale),
         "with encoder and decoder exchanged": _exchange,
-        "with b_dec subtracted from the input only in the decoder": lambda one: _shift(one, 1),
+        "without b_dec subtracted from the input": lambda one: _shift(one, 1),
         "with b_dec subtracted from the input": lambda one: _shift(one, -1),
     }
     if sae.d_in == sae.d_sae:
@@ -111,4 +111,4 @@ def _shift(sae: SAE, sign: int) -> None:
         if hasattr(sae, name):
             getattr(sae, name).add_(shift_F)
     if sae.kind == "gated":
-        sae.b_mag.add_(sae.r_mag.exp() * shift_F)
+        sae.get_parameter("b_mag").add_(sae.get_parameter("r_mag").exp() * shift_F)

@@ -4,11 +4,11 @@ z = activation((x - b) W + c),  x_hat = z D + b. ``trainer.dict_class`` of the s
 
 The format's traps:
 
-- nn.Linear stores (out, in): encoder.weight is (d_sae, d_in), decoder.weight (d_in, d_sae). JumpReLU and Matryoshka SAEs
-  have W_enc (d_in, d_sae) and W_dec (d_sae, d_in).
+- nn.Linear stores (out, in): encoder.weight is (d_sae, d_in), decoder.weight (d_in, d_sae). JumpReLU and Matryoshka
+  SAEs have W_enc (d_in, d_sae) and W_dec (d_sae, d_in).
 - AutoEncoderNew and JumpReluAutoEncoder subtract nothing from the input. Here their bias is folded into b_enc.
-- ``normalize_activations`` divides by one number in training, and the biases and thresholds are multiplied with it before
-  they are saved. ``norm_factor`` in the settings is therefore not applied again.
+- ``normalize_activations`` divides by one number in training. Biases and thresholds are multiplied with it before they
+  are saved, so ``norm_factor`` in the settings is not applied again.
 - AutoEncoder is scaled to decoder rows of unit norm when it is loaded, also here.
 - AutoEncoderTopK has a threshold, which its encoder does not use. BatchTopKSAE and MatryoshkaBatchTopKSAE use theirs;
   -1 means that training has not set it, and all positive codes are kept.

@@ -36,6 +36,6 @@ def _download(repository: str, file: str) -> Path:
         return Path(hf_hub_download(repository, file))
     except (OSError, ValueError) as error:  # the package's own errors are among these
         raise SparsightError(
-            f"weights: hf:{repository}/{file} is neither cached nor could be downloaded ({reason(error)}); check the name "
-            "and the network, or download the folder elsewhere and give its path"
+            f"weights: hf:{repository}/{file} is not cached and could not be downloaded ({reason(error)}); check the "
+            "name and the network, or download the folder elsewhere and give its path"
         ) from None

@@ -1,4 +1,4 @@
-"""SAEs of SAELens 6: sae_weights.safetensors, with cfg.json beside it. See :mod:`sparsight.sae.saelens` for the reading.
+"""SAEs of SAELens 6: sae_weights.safetensors, with cfg.json beside it, as :mod:`sparsight.sae.saelens` reads them.
 
 The format's traps:
 

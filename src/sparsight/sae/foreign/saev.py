@@ -9,7 +9,7 @@ The format's traps:
 - ``top-k`` keeps the k largest h even if they are negative. Ours keeps positive ones only. The import counts rows for
   which this differs.
 - ``batch-top-k`` keeps h above one threshold; a threshold of 0 or less is a ReLU.
-- saev 0.1.0 by default trains on (x - mean) / (mean ||x - mean|| / sqrt(d_in)), but the file does not hold these numbers.
+- saev 0.1.0 by default trains on (x - mean) / (mean ||x - mean|| / sqrt(d_in)). The file does not hold these numbers.
   The setting ``normalized`` takes them from the train split.
 - The file names no layer.
 """

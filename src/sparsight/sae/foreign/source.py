@@ -110,8 +110,8 @@ def build(where: Path, kind: str, k: int | None, weights: Mapping[str, Tensor], 
         if weights[name].shape != own.shape:
             turned = "; it is transposed" if weights[name].shape == own.shape[::-1] and own.ndim == 2 else ""
             raise SparsightError(
-                f"{where}: {name} has shape {tuple(weights[name].shape)}, but {d_in} dimensions and {d_sae} latents (by "
-                f"the biases) need {tuple(own.shape)}{turned}"
+                f"{where}: {name} has shape {tuple(weights[name].shape)}, but {d_in} dimensions and {d_sae} latents "
+                f"(of the biases) need {tuple(own.shape)}{turned}"
             )
     sae.load_state_dict({name: value.float().contiguous() for name, value in weights.items()})
     return sae.requires_grad_(False)

@@ -5,7 +5,8 @@ h = ReLU(x W + b),  z = activation(h),  x_hat = z D (+ decoder.bias). Weights ar
 The format's traps:
 
 - The encoder subtracts nothing. Here the decoder's bias is folded into b_enc.
-- ``batchtopk`` keeps h >= threshold, ours h > threshold: the next smaller number is taken. ``jumprelu`` keeps h > theta.
+- ``batchtopk`` keeps h >= threshold, ours h > threshold, so the next smaller number is taken. ``jumprelu`` keeps
+  h > theta.
 - The threshold is in the settings or, named ``_running_threshold``, among the tensors; without either it is 0.
 - ``overcomplete`` files have other names, no bias, and a decoder to be multiplied with exp(multiplier).
 - Activations of its DINOv2 are after the model's final norm, which is no site but ``embedding``.
