@@ -92,6 +92,11 @@ def misread(sae: SAE, x_ND: Tensor, normalized: bool) -> dict[str, float]:
     return found
 
 
+def better(found: dict[str, float], than: float) -> list[tuple[str, float]]:
+    """The three smallest of these FVUs, of those below ``than``."""
+    return sorted(((what, value) for what, value in found.items() if value < than), key=lambda pair: pair[1])[:3]
+
+
 def _exchange(sae: SAE) -> None:
     encoder = sae.W_enc.clone()
     sae.W_enc.copy_(sae.W_dec.T)

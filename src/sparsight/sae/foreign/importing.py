@@ -25,6 +25,7 @@ from sparsight.sae.foreign.hub import fetch
 from sparsight.sae.foreign.source import Foreign, fold_inputs
 
 _ROWS = 4096  # of random images, on which the import is checked
+_POOR = 0.5  # an FVU for which other readings of the file are tried
 _SCALE_ROWS = 2**14  # from which ``normalized`` takes its numbers
 
 
@@ -56,11 +57,16 @@ def import_sae(
     fvu, l0_N = causes.fit(sae, x_ND)
     log(f"{name}: FVU {fvu:.3g} on {len(x_ND):,} train activations at {section.site}")
     others = causes.elsewhere(sae, store, section.site, tokens, len(x_ND))
+    if not fvu <= _POOR:
+        others |= causes.misread(sae, x_ND, section.normalized)
+    better = "; ".join(f"{what} it would be {value:.2g}" for what, value in causes.better(others, min(fvu / 2, 1)))
     if not fvu <= 1:
-        raise SparsightError(_explained(path, section, fvu, others | causes.misread(sae, x_ND, section.normalized)))
-    for where, value in others.items():
-        if value < fvu / 2:
-            log(f"{name}: {where} the FVU would be {value:.3g}; is {section.site} the site that it was trained on?")
+        raise SparsightError(
+            f"{path}: FVU {fvu:.3g} at {section.site}, worse than the mean activation; "
+            + (better or "no other site, scaling or orientation explains it; check backbone, images and weights")
+        )
+    if better:
+        log(f"{name}: is this right? {better}")
     few = int((l0_N < sae.k).sum())
     if found.signed and few:
         raise SparsightError(
@@ -97,12 +103,3 @@ def _check_place(path: Path, site: str, found: Foreign, store: ActivationStore, 
             f"{path}: is for activations of {found.sae.d_in} dimensions, but {site} has {width}; "
             + (f"stored sites of that width: {', '.join(others)}" if others else "it is of another model or transposed")
         )
-
-
-def _explained(path: Path, section: config.Sae, fvu: float, others: dict[str, float]) -> str:
-    """The message about an FVU above 1, with the likely causes: what would make it smaller than 1."""
-    better = sorted((value, what) for what, value in others.items() if value < 1)
-    likely = "; ".join(f"{what} it would be {value:.2g}" for value, what in better[:3])
-    return f"{path}: FVU {fvu:.3g} at {section.site}, worse than the mean activation; " + (
-        likely or "no other site, scaling or orientation explains it; check backbone, images and weights"
-    )
