@@ -104,7 +104,7 @@ def test_imports_are_equal_to_the_byte(store: ActivationStore, tmp_path: Path) -
 def test_normalized_folds_the_scaling_of_the_train_split_into_the_weights(
     store: ActivationStore, tmp_path: Path
 ) -> None:
-    """In saev 0.1.0, inputs are (x - mean) / (mean ||x - mean|| / sqrt(D)), and the file does not hold these numbers."""
+    """In saev 0.1.0, inputs are (x - mean) / (mean ||x - mean|| / sqrt(D)); the file does not hold these numbers."""
     w, x = fitting(scale=1.0, centred=False), activations(1)
     header = {"d_vit": D, "exp_factor": 1}
     path = files.saev(tmp_path, header, "Relu", True, w).path
