@@ -101,8 +101,8 @@ class Sae(Section):
     format: Name | None = None
     """Only for ``weights``: the tool that wrote them. The settings that it keeps beside them are read, too."""
     normalized: bool = False
-    """Only for ``weights``: the tool trained on (x - mean) / (mean length of x - mean / sqrt(d_in)), and the file does
-    not hold these numbers. They are taken from the train split and folded into the weights."""
+    """Only for ``weights``: the tool trained on (x - mean) / s, and the file does not hold these numbers, as with saev
+    0.1.0 and visaebench. They are taken from the train split, s as the tool takes it, and folded into the weights."""
 
     processes: Count = 1
     """Number of processes that train the section, each on ``compute.threads`` CPU threads, or a GPU of its own. They

@@ -43,10 +43,14 @@ def fit(sae: SAE, x_ND: Tensor) -> tuple[float, Tensor]:
     return error / variance if variance else math.inf, torch.cat(l0)
 
 
-def normalization(x_ND: Tensor) -> tuple[Tensor, float]:
-    """The mean (D,) of activations, and their mean distance from it over sqrt(D), as saev 0.1.0 scales its inputs."""
+def normalization(x_ND: Tensor, rms: bool) -> tuple[Tensor, float]:
+    """The mean (D,) of activations, and their distance from it over sqrt(D): its mean, or its root mean square.
+
+    The first is how saev 0.1.0 scales its inputs, the second how visaebench does.
+    """
     mean_D = x_ND.double().mean(dim=0)
-    scale = (x_ND.double() - mean_D).norm(dim=1).mean() / x_ND.shape[1] ** 0.5
+    distance_N = (x_ND.double() - mean_D).norm(dim=1)
+    scale = (distance_N.square().mean().sqrt() if rms else distance_N.mean()) / x_ND.shape[1] ** 0.5
     return mean_D.float(), float(scale)
 
 
@@ -65,9 +69,9 @@ def elsewhere(sae: SAE, store: ActivationStore, site: str, tokens: str, n: int) 
     return found
 
 
-def misread(sae: SAE, x_ND: Tensor, normalized: bool) -> dict[str, float]:
+def misread(sae: SAE, x_ND: Tensor, normalized: bool, rms: bool) -> dict[str, float]:
     """FVU if the tool had scaled its inputs (or not), treated b_dec otherwise, or stored its weights otherwise."""
-    mean_D, scale = normalization(x_ND)
+    mean_D, scale = normalization(x_ND, rms)
     if normalized:
         mean_D, scale = -mean_D / scale, 1 / scale
     changes: dict[str, Callable[[SAE], None]] = {

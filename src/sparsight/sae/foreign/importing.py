@@ -43,8 +43,8 @@ def import_sae(
             site's, or an FVU above 1 on the train split, with the likely cause.
     """
     assert section.site is not None and section.weights is not None and section.format is not None
-    hub = section.in_hub
-    path = Path(section.weights) if hub is None else fetch(*hub, FORMATS[section.format].beside)
+    hub, form = section.in_hub, FORMATS[section.format]
+    path = Path(section.weights) if hub is None else fetch(*hub, form.beside)
     if not path.is_file():
         raise SparsightError(f"{path}: there is no such file; give a path or hf:<owner>/<repository>/<file>")
     found: Foreign = importlib.import_module(f"sparsight.sae.foreign.{section.format}").load(path)
@@ -53,12 +53,13 @@ def import_sae(
     x_ND = causes.rows(store, section.site, tokens, _ROWS, device)
     sae = found.sae.to(device)
     if section.normalized:
-        fold_inputs(sae, *causes.normalization(causes.rows(store, section.site, tokens, _SCALE_ROWS, device)))
+        many = causes.rows(store, section.site, tokens, _SCALE_ROWS, device)
+        fold_inputs(sae, *causes.normalization(many, form.rms))
     fvu, l0_N = causes.fit(sae, x_ND)
     log(f"{name}: FVU {fvu:.3g} on {len(x_ND):,} train activations at {section.site}")
     others = causes.elsewhere(sae, store, section.site, tokens, len(x_ND))
     if not fvu <= _POOR:
-        others |= causes.misread(sae, x_ND, section.normalized)
+        others |= causes.misread(sae, x_ND, section.normalized, form.rms)
     better = "; ".join(f"{what} it would be {value:.2g}" for what, value in causes.better(others, min(fvu / 2, 1)))
     if not fvu <= 1:
         raise SparsightError(

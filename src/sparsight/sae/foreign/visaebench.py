@@ -9,6 +9,8 @@ The format's traps:
   h > theta.
 - The threshold is in the settings or, named ``_running_threshold``, among the tensors; without either it is 0.
 - ``overcomplete`` files have other names, no bias, and a decoder to be multiplied with exp(multiplier).
+- The SAE is applied to (x - mean) / s with one s, the root mean square of x - mean. The file does not hold these
+  numbers. The setting ``normalized`` takes them from the train split.
 - Activations of its DINOv2 are after the model's final norm, which is no site but ``embedding``.
 """
 
