@@ -10,7 +10,7 @@ import foreign_files as files
 import pytest
 import torch
 from foreign_files import D, F, K, Written, draw
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from sparsight import sae
 from sparsight.common.errors import SparsightError
@@ -212,7 +212,18 @@ def test_what_is_not_known_is_refused_by_name(call: Callable[[Path], Foreign], m
 def test_visaebench_reads_the_threshold_among_the_tensors(tmp_path: Path) -> None:
     written, x = files.visaebench(tmp_path, files.weights(), "batchtopk", overcomplete=True), draw(50, D)
     (tmp_path / "config.json").write_text(json.dumps({"sae_type": "BatchTopK"}))
-    from safetensors.torch import load_file
-
     save_file(load_file(written.path) | {"_running_threshold": torch.tensor(0.5)}, written.path)
     torch.testing.assert_close(load("visaebench", written.path).sae.encode(x).dense(), written.encode(x))
+
+
+SAVED = Path(__file__).parent / "foreign"
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in SAVED.glob("*.pt")))
+def test_files_that_tools_saved_are_read_with_the_codes_that_they_computed(name: str) -> None:
+    """Of tests/foreign_fixtures.py: saev 0.1.0 and of today, and Prisma with its settings as an object inside."""
+    found = load(name.partition("-")[0], SAVED / f"{name}.pt")
+    theirs = load_file(SAVED / f"{name}.safetensors")
+    torch.testing.assert_close(found.sae.encode(theirs["x"]).dense(), theirs["codes"], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found.sae(theirs["x"]), theirs["x_hat"], rtol=1e-5, atol=1e-5)
+    assert found.site == ("blocks.3.output" if name.startswith("prisma") else None)
