@@ -95,20 +95,20 @@ def read_by_pruning(wildcards):
     ]
 
 
-def variant(section):
-    """The file of an SAE variant, which scripts load by name."""
-    return f"src/sparsight/sae/variants/{section.kind}.py"
+def variants(section):
+    """The files of the variants of which a section's SAEs can be. Scripts load them by name."""
+    return [f"src/sparsight/sae/variants/{kind}.py" for kind in section.kinds]
 
 
 def code_of_sae(script, *extra):
-    return lambda wildcards: code(script, variant(sae_section(wildcards)), *extra)
+    return lambda wildcards: code(script, *variants(sae_section(wildcards)), *extra)
 
 
 def code_of_steering(script):
     """As :func:`code_of_sae`, with the variants of a steering section's layers."""
 
     def files(wildcards):
-        layers = {variant(RUN.saes[name]) for name in steering_section(wildcards).layers}
-        return code_of_sae(script, *sorted(layers - {variant(sae_section(wildcards))}))(wildcards)
+        layers = {file for name in steering_section(wildcards).layers for file in variants(RUN.saes[name])}
+        return code_of_sae(script, *sorted(layers - {*variants(sae_section(wildcards))}))(wildcards)
 
     return files

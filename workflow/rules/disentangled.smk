@@ -12,7 +12,7 @@ def disentangled_sae(wildcards):
 
 def code_of_disentangling(wildcards):
     """The random dictionary is a TopK SAE, loaded by name."""
-    return code("disentangle.py", *dict.fromkeys([variant(disentangled_sae(wildcards)), RANDOM_SAE]))
+    return code("disentangle.py", *dict.fromkeys([*variants(disentangled_sae(wildcards)), RANDOM_SAE]))
 
 
 def disentangled_saes(wildcards):

@@ -26,7 +26,7 @@ rule policy:
         " {params.flags} > {log} 2>&1"
 
 
-CODE_OF_PRUNING = code("pruning.py", *(variant(RUN.sae_names[sae]) for sae in RUN.steered))
+CODE_OF_PRUNING = code("pruning.py", *(file for sae in RUN.steered for file in variants(RUN.sae_names[sae])))
 
 
 rule pruning:

@@ -60,7 +60,7 @@ CODE_OF_REPORT = code(
     "report.py",
     *FILES_OF_PAGE,
     *expand("src/sparsight/report/captions/{kind}.rst", kind=CATEGORIES),
-    *dict.fromkeys(map(variant, RUN.saes.values())),
+    *dict.fromkeys(file for section in RUN.saes.values() for file in variants(section)),
 )
 
 

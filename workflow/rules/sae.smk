@@ -14,9 +14,18 @@ def memory_of_training(wildcards):
 
 
 def code_of_training(wildcards):
-    """As :func:`code_of_sae`, with what a Switch SAE loads by name if it is split over processes."""
-    split = ["src/sparsight/sae/sharded/switch.py"] if sae_section(wildcards).kind == "switch" else []
-    return code_of_sae("sae.py", *split)(wildcards)
+    """As :func:`code_of_sae`, with what is loaded by name: for a Switch SAE split over processes, or other tools' files."""
+    section, names = sae_section(wildcards), []
+    if section.kind == "switch":
+        names = ["sharded/switch.py"]
+    if section.format:
+        names = ["foreign/importing.py", f"foreign/{section.format}.py"]
+    return code_of_sae("sae.py", *(f"src/sparsight/sae/{name}" for name in names))(wildcards)
+
+
+def files_of_tool(wildcards):
+    """Weights of another tool, with the settings beside them; none for SAEs that are trained here."""
+    return sae_section(wildcards).files
 
 
 def backbone_of_training(wildcards):
@@ -39,6 +48,7 @@ for NUMBER, (ENDINGS, SECTIONS) in enumerate(RUN.shapes.items(), 1):
             images=f"{R}/images/manifest.parquet",
             store=train_store,
             backbone=backbone_of_training,
+            weights=files_of_tool,
             mark=mark("sae-{section}", code_of_training, sae_section),
         output:
             weights=expand(SAE_WEIGHTS, sae=SAES),
@@ -63,7 +73,7 @@ for NUMBER, (ENDINGS, SECTIONS) in enumerate(RUN.shapes.items(), 1):
             flags=flags(code_of_training, sae_section),
         shell:
             "python {SCRIPTS}/sae.py --from-images {input.images} --from-store {input.store}"
-            " --from-backbone {input.backbone} --name {wildcards.section}"
+            " --from-backbone {input.backbone} --from-weights {input.weights:q} --name {wildcards.section}"
             " --out {params.out} --work {params.work} --record {output.record}"
             " {params.flags} > {log} 2>&1"
 

@@ -3,7 +3,7 @@
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from safetensors import SafetensorError
@@ -16,20 +16,21 @@ from sparsight.common.errors import SparsightError, reason
 _WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model")
 
 
-def read_weights(path: Path) -> dict[str, Tensor]:
+def read_weights(path: Path, checkpoint: IO[bytes] | None = None) -> dict[str, Tensor]:
     """The tensors of a ``.safetensors`` file, or of a checkpoint written by ``torch.save`` (any other suffix).
 
     Half precision becomes float32.
 
     A checkpoint is unpickled with ``weights_only=True``: tensors and plain containers, no code. A wrapper
-    (state_dict, model, their averages) and DataParallel's ``module.`` prefix are removed.
+    (state_dict, model, their averages) and DataParallel's ``module.`` prefix are removed. ``checkpoint`` is one that
+    stands inside another file, ``path``.
 
     Raises:
         SparsightError: no such file, a file of another kind or with code, or NaN or infinite weights.
     """
     if not path.is_file():
         raise SparsightError(f"{path}: there is no such weights file; give null, pretrained or a path")
-    state = _safetensors(path) if path.suffix == ".safetensors" else _checkpoint(path)
+    state = _safetensors(path) if path.suffix == ".safetensors" else _checkpoint(path, checkpoint or path)
     for key, value in state.items():
         if value.is_floating_point() and not torch.isfinite(value).all():
             raise SparsightError(f"{path}: {key!r} holds NaN or infinite values; the file is damaged")
@@ -43,9 +44,9 @@ def _safetensors(path: Path) -> dict[str, Tensor]:
         raise SparsightError(f"{path}: not a readable safetensors file ({error})") from None
 
 
-def _checkpoint(path: Path) -> dict[str, Tensor]:
+def _checkpoint(path: Path, file: Path | IO[bytes]) -> dict[str, Tensor]:
     try:
-        content: Any = torch.load(path, map_location="cpu", weights_only=True)
+        content: Any = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise SparsightError(
             f"{path}: holds more than tensors (code or objects) and is not loaded; save the state_dict as safetensors"

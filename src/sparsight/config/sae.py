@@ -1,7 +1,9 @@
 """Sparse autoencoders and ReSAE chains."""
 
 import itertools
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from sparsight.common import sites
@@ -10,6 +12,7 @@ from sparsight.common.errors import SparsightError
 from sparsight.common.tokens import Tokens
 from sparsight.config.bounds import Bounds, Count, CountOrZero, NotNegative, Positive, PositiveShare
 from sparsight.config.checks import Section, only_if
+from sparsight.config.foreign import FORMATS, Name
 
 SHARDS = 8
 """Logical shards of an SAE over several processes. They are fixed, so that results do not depend on the processes."""
@@ -21,6 +24,10 @@ Frozen = Literal["none", "decoder", "soft-decoder", "encoder"]
 """What of an SAE stays as it was drawn, see ``Sae.frozen``."""
 Control = Literal["frozen-decoder", "soft-frozen", "frozen-encoder", "random-weights"]
 """A control of a section, see ``Sae.controls``."""
+
+OF_WEIGHTS = ("backbone", "site", "tokens", "seeds", "weights", "format", "normalized", "judge")
+"""The settings that a section with ``weights`` can have."""
+_HUB = "hf:"
 
 
 @dataclass(frozen=True)
@@ -107,6 +114,15 @@ class Sae(Section):
     judge: str | None = field(default=None, metadata=FREE)
     """Name of another backbone: monosemanticity is also computed with its stored ``embedding`` of the same images.
     Controls inherit it."""
+    weights: str | None = None
+    """The SAE is not trained here, but of another tool: the path of its weights, or hf:<owner>/<repository>/<file> on
+    the Hugging Face Hub. Settings of training do not apply, and there is one seed (docs/sae.md)."""
+    format: Name | None = None
+    """Only for ``weights``: the tool that wrote them. The settings that it keeps beside them are read, too."""
+    normalized: bool = False
+    """Only for ``weights``: the tool trained on (x - mean) / s, and the file does not hold these numbers, as with saev
+    0.1.0 and visaebench. They are taken from the train split, s as the tool takes it, and folded into the weights."""
+
     processes: Count = 1
     """Number of processes that train the section, each on ``compute.threads`` CPU threads, or a GPU of its own. They
     deal out its SAEs (seeds times sites) if these are at least as many, which changes no SAE. Otherwise every SAE is
@@ -123,6 +139,40 @@ class Sae(Section):
         """The SAE's site, or the sites of the chain."""
         return self.sites if self.site is None else (self.site,)
 
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The variants of which its SAEs can be: of weights of other tools, all that the format has."""
+        return (self.kind,) if self.format is None else FORMATS[self.format].kinds
+
+    @property
+    def in_hub(self) -> tuple[str, str] | None:
+        """Repository and file of ``weights`` in the Hugging Face Hub, if they are there."""
+        if self.weights is None or not self.weights.startswith(_HUB):
+            return None
+        owner, _, rest = self.weights.removeprefix(_HUB).partition("/")
+        name, _, file = rest.partition("/")
+        return f"{owner}/{name}", file
+
+    @property
+    def files(self) -> list[str]:
+        """The local files of ``weights``: these, and the tool's settings beside them."""
+        if self.weights is None or self.format is None or self.in_hub:
+            return []
+        beside = (Path(self.weights).with_name(name) for name in FORMATS[self.format].beside)
+        return [self.weights, *(str(path) for path in beside if path.is_file())]
+
+    @classmethod
+    def recorded(cls, training: Mapping[str, Any]) -> "Sae":
+        """The section of an SAE, from ``training`` in its config.json. With ``weights`` it has their kind and sizes."""
+        values: dict[str, Any] = {
+            key: tuple(value) if isinstance(value, list) else value for key, value in training.items()
+        }
+        found = {key: values.pop(key) for key in ("kind", "d_sae", "k")} if values.get("weights") else {}
+        section = cls(**values)
+        for key, value in found.items():
+            object.__setattr__(section, key, value)
+        return section
+
     def options(self) -> dict[str, Any]:
         """Arguments of ``sae.create`` other than kind, sizes and seed."""
         own = {"switch": ["routing"], "archetypal": ["candidates", "delta"]}.get(self.kind, [])
@@ -131,6 +181,7 @@ class Sae(Section):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self._check_weights()
         if (self.site is None) == (not self.sites):
             raise SparsightError("site: give either site (one SAE) or sites (a ReSAE chain)")
         _check_chain(self.sites)
@@ -166,6 +217,29 @@ class Sae(Section):
             raise SparsightError("frozen: the rows of archetypal begin at data, not at random; choose another kind")
         if self.mutual and self.frozen == "decoder":
             raise SparsightError("frozen: mutual makes decoders alike, and these do not move; set mutual to 0")
+
+    def _check_weights(self) -> None:
+        if self.weights is None:
+            only_if(False, "an SAE of another tool (weights)", self, "format", "normalized")
+            return
+        trained = [field.name for field in fields(self) if field.name not in OF_WEIGHTS]
+        only_if(False, "training (a section without weights)", self, *trained)
+        if self.format is None:
+            raise SparsightError(f"format: say which tool wrote the weights: {', '.join(FORMATS)}")
+        if self.in_hub and not all((*self.in_hub[0].split("/"), self.in_hub[1])):
+            raise SparsightError(f"weights: expected hf:<owner>/<repository>/<file>, got {self.weights!r}")
+        if self.seeds == type(self).seeds:
+            object.__setattr__(self, "seeds", (0,))
+        if len(self.seeds) != 1:
+            raise SparsightError("seeds: weights are one SAE; leave seeds out, or name one")
+
+    def check_files(self) -> None:
+        """Raise SparsightError if local ``weights`` are not there."""
+        for path in self.files[:1]:
+            if not Path(path).is_file():
+                raise SparsightError(
+                    f"weights: there is no file {path!r}; give a path or hf:<owner>/<repository>/<file>"
+                )
 
     def _check_split(self) -> None:
         n = len(self.seeds) * len(self.places)

@@ -79,6 +79,10 @@ def _check_saes(run: "Run") -> None:
         _check_rest(run, name)
         if section.judge is not None:
             _check_judge(run, f"saes.{name}.judge", section.judge, section.backbone)
+        try:
+            section.check_files()
+        except SparsightError as error:
+            raise SparsightError(f"saes.{name}.{error}") from None
 
 
 def _check_judge(run: "Run", where: str, judge: str, own: str) -> None:
@@ -129,7 +133,7 @@ def _check_pruning(run: "Run", pruning: Pruning) -> None:
             f"pruning.steering: its SAE reads {read.site!r}, but heads are steered at the last block's input, "
             f"blocks.{depth - 1}.input"
         )
-    if 2 * pruning.latents[-1] > read.d_sae:
+    if read.weights is None and 2 * pruning.latents[-1] > read.d_sae:  # of weights, the stage checks it
         raise SparsightError(
             f"pruning.latents: {pruning.latents[-1]} latents and as many random others do not fit into "
             f"d_sae = {read.d_sae}; lower it"
@@ -167,7 +171,7 @@ def _check_steered(run: "Run", where: str, steering: Steering, name: str) -> Non
             f"{where}: {name!r} reads tokens {own} and cannot steer tokens {steering.tokens}; name an SAE that reads "
             f"{steering.tokens} or all, or set tokens to null"
         )
-    if steering.kind == "class-latents" and 2 * steering.latents > section.d_sae:
+    if steering.kind == "class-latents" and section.weights is None and 2 * steering.latents > section.d_sae:
         raise SparsightError(
             f"{where.rpartition('.')[0]}.latents: {steering.latents} latents and as many random others do not fit into "
             f"d_sae = {section.d_sae} of {name!r}; lower latents"

@@ -25,8 +25,8 @@ class Comparison:
 def comparisons(sections: Mapping[str, Sae]) -> list[Comparison]:
     """The comparisons that a run allows.
 
-    ``tradeoff`` needs two or more SAEs of one site, ``depth`` one kind of SAE at three or more sites, and ``chains``
-    two or more chains over the same sites. SAEs of other tokens are not compared.
+    ``tradeoff`` needs two or more SAEs of one site, ``depth`` one kind of SAE at three or more sites, trained here, and
+    ``chains`` two or more chains over the same sites. SAEs of other tokens are not compared.
     """
     single = {name: section for name, section in sections.items() if not section.sites}
     chained = {name: section for name, section in sections.items() if section.sites}
@@ -35,7 +35,8 @@ def comparisons(sections: Mapping[str, Sae]) -> list[Comparison]:
         for (backbone, site, tokens), members in _alike(single, lambda s: (s.backbone, s.site, s.tokens)).items()
         if len(members) > 1
     ]
-    alike = _alike(single, lambda s: (s.backbone, s.tokens, s.kind, s.d_sae, s.k, particulars(s)))
+    trained = {name: section for name, section in single.items() if section.weights is None}
+    alike = _alike(trained, lambda s: (s.backbone, s.tokens, s.kind, s.d_sae, s.k, particulars(s)))
     figures += [
         Comparison("depth", members[0], members)
         for members in alike.values()
@@ -48,6 +49,7 @@ def comparisons(sections: Mapping[str, Sae]) -> list[Comparison]:
 def particulars(section: Sae) -> tuple[str, ...]:
     """What else than kind and sizes distinguishes the SAEs of a section, in words."""
     words = {
+        f"of {section.format}": section.format is not None,
         f"{section.experts} experts": section.experts is not None,
         f"{section.routing} routing": section.routing != "learned",
         f"{section.loss} loss": section.loss != "local",

@@ -89,7 +89,7 @@ def load(folder: str | Path) -> SAE:
         weights["W_enc"], weights["b_enc"] = weights["W_enc"] * norm_F, weights["b_enc"] * norm_F
         weights["W_dec"] = weights["W_dec"] / norm_F.unsqueeze(1)
     if not config.get("apply_b_dec_to_input", True):
-        _subtract_b_dec_first(weights)
+        subtract_b_dec_first(weights)
     if architecture == "jumprelu":
         weights["theta"] = weights.pop("threshold").clamp(min=0)  # SAELens also applies a ReLU
     k = config.get("k") or config.get("metadata", {}).get("k") or config["d_sae"]
@@ -98,7 +98,7 @@ def load(folder: str | Path) -> SAE:
     return sae
 
 
-def _subtract_b_dec_first(weights: dict[str, Tensor]) -> None:
+def subtract_b_dec_first(weights: dict[str, Tensor]) -> None:
     """Rewrite the encoder x W + b as (x - b_dec) W + (b + b_dec W)."""
     shift_F = weights["b_dec"] @ weights["W_enc"]
     for name in ("b_enc", "b_gate"):

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from sparsight.activations.store import Rows
+from sparsight.common.errors import SparsightError
 from sparsight.sae.base import SAE
 from sparsight.steering import stored, vectors
 
@@ -63,7 +64,15 @@ def find(
         seed: seed of the random latents.
         ranking: ``mean-difference``: mean activation in the class minus mean activation in the other classes;
             ``mean``: mean activation in the class; or the scores themselves, (C, F).
+
+    Raises:
+        SparsightError: too few latents, which is known before only of SAEs that are trained here.
     """
+    if 2 * n_latents > sae.d_sae:
+        raise SparsightError(
+            f"latents: {n_latents} latents and as many random others do not fit into d_sae = {sae.d_sae} of "
+            f"{sae.about.get('name')!r}; lower latents"
+        )
     device = sae.W_dec.device
     total_CF = torch.zeros(n_classes, sae.d_sae, dtype=torch.float64, device=device)
     sum_CD = torch.zeros(n_classes, sae.d_in, dtype=torch.float64, device=device)

@@ -53,9 +53,7 @@ def _sections(folders: Iterable[Path]) -> list[dict[str, Any]]:
     rows = []
     for name, seeds in grouped.items():
         config = next(path for path in (seeds[0] / "config.json", *seeds[0].glob("*/config.json")) if path.is_file())
-        settings: dict[str, Any] = json.loads(config.read_text())["training"]
-        settings = {key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()}
-        section = Sae(**settings)
+        section = Sae.recorded(json.loads(config.read_text())["training"])
         row = {"name": name, "about": section, "folders": seeds, "metrics": _over_seeds(seeds)}
         row["particulars"] = particulars(section)
         row["judge"] = _judge(seeds[0])

@@ -30,8 +30,11 @@ def training(folders: dict[str, Path], level: str, title: str) -> str:
             "color": _colour(i),
             "linestyle": ("-", "-.", (0, (1, 1)), (0, (5, 1)))[i // len(CYCLE) % 4],
         }
-        last[name] = lines[-1]["fvu"]
-        axis.plot([line["epoch"] for line in lines], [line["fvu"] for line in lines], label=f"{name}, train", **style)
+        if lines:  # none of an SAE of another tool
+            last[name] = lines[-1]["fvu"]
+            axis.plot(
+                [line["epoch"] for line in lines], [line["fvu"] for line in lines], label=f"{name}, train", **style
+            )
         if few:
             metrics = json.loads((folder / "metrics.json").read_text())
             axis.axhline(metrics[level], color=_colour(i), linestyle="--", linewidth=1)
@@ -44,7 +47,7 @@ def training(folders: dict[str, Path], level: str, title: str) -> str:
     axis.set(yscale="log", xlabel="epoch", ylabel="FVU")
     _plain(axis.yaxis)
     axis.legend(loc="center left", bbox_to_anchor=(1, 0.5))
-    return svg(figure, title, f"FVU on the last training batches, {_named(last)}.")
+    return svg(figure, title, f"FVU on the last training batches, {_named(last) or 'of no SAE'}.")
 
 
 def tradeoff(rows: list[dict[str, Any]]) -> str:
