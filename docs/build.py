@@ -22,6 +22,7 @@ SECTIONS = {
     "policies.<name>": config.Policy,
     "steering.<name>": config.Steering,
     "disentangle.<name>": config.Disentangle,
+    "attribution.<name>": config.Attribution,
     "pruning": config.Pruning,
     "report": config.Report,
 }

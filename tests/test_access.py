@@ -153,6 +153,7 @@ def many_classes(run: Path, out: Path, times: int) -> Path:
         "steerings": sorted(copy.glob("steering/*-s?.parquet")),
         "transfers": sorted(copy.glob("steering/*/*.json")),
         "disentanglings": [],
+        "attributions": [],
         "policies": sorted(copy.glob("pruning/*/metrics.json")),
         "latents": sorted(copy.glob("saes/**/latents.parquet")),
         "head_latents": sorted(copy.glob("pruning/*/head_latents.safetensors")),

@@ -1,4 +1,5 @@
 include: "disentangled.smk"
+include: "attribution.smk"
 
 
 # One job interchanges the attributes by the SAEs of a section, because the other methods are the same for all of them.

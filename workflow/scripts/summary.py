@@ -22,5 +22,6 @@ if __name__ == "__main__":
         steerings=["<name>.parquet of every steering result"],
         transfers=["<data set>.json of every steering result on other images"],
         disentanglings=["<name>.parquet of every result on attributes, beside its other files"],
+        attributions=["<name>.parquet of every attribution of class logits, beside its other files"],
         policies=["metrics.json of every policy"],
     )

@@ -21,7 +21,7 @@ def check_links(run: "Run") -> None:
         SparsightError: a section that does not exist, or does not fit.
     """
     names = [run.run, *run.other_images, *run.backbones, *run.saes, *run.policies, *run.steering, *run.disentangle]
-    for name in names:
+    for name in (*names, *run.attribution):
         if not name or not all(c.isalnum() or c in "-_." for c in name) or name.startswith("."):
             raise SparsightError(
                 f"configuration: the name {name!r} becomes a folder; use letters, digits, '-', '_', '.'"
@@ -37,6 +37,10 @@ def check_links(run: "Run") -> None:
     for name, disentangle in run.disentangle.items():
         _known(disentangle.sae, run.saes, f"disentangle.{name}.sae")
         disentangle.check(f"disentangle.{name}", run.saes[disentangle.sae], run.activations.tokens_by_site)
+    for name, attribution in run.attribution.items():
+        _known(attribution.sae, run.saes, f"attribution.{name}.sae")
+        read = run.saes[attribution.sae]
+        attribution.check(f"attribution.{name}", read, run.backbones[read.backbone])
     if run.other_images and not run.transfers:
         raise SparsightError(
             "other_images: only steering of kind vs2 on an open_clip model is tried on them; add one, or leave them out"

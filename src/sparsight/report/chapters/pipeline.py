@@ -54,6 +54,7 @@ def stages(manifest: Manifest, inputs: dict[str, Any]) -> list[Stage]:
             [Part(name, metadata["kind"], metadata["sae"]) for name, metadata in steered.items()],
         ),
         Stage("Disentangling", "disentangling", [_interchanges(path) for path in inputs["disentanglings"]]),
+        Stage("Attribution", "attribution", [_attribution(path) for path in inputs["attributions"]]),
         Stage("Head policies", "pruning", [_policy(path) for path in inputs["policies"]]),
         Stage("Report", "", [Part("this page", "and metrics.json, the numbers alone", "all of these")]),
     ]
@@ -92,6 +93,11 @@ def _sae(name: str, section: dict[str, Any]) -> Part:
 def _interchanges(path: Path) -> Part:
     metadata = _read(path.with_suffix(".json"))
     return Part(path.stem, f"interchanges {' and '.join(metadata['attributes'])}", metadata["sae"])
+
+
+def _attribution(path: Path) -> Part:
+    metadata = _read(path.with_suffix(".json"))
+    return Part(path.stem, f"class logits of {metadata['images']:,} test images", metadata["sae"])
 
 
 def _policy(path: Path) -> Part:
