@@ -233,8 +233,8 @@ def test_agreement_is_the_correlation_with_an_interval_over_images() -> None:
     flat = statistics.agreement(x, y, numbers, 0)
     assert flat["gradient_ablation_correlation"] == pytest.approx(np.corrcoef(x, y)[0, 1])
     assert 0.03 < flat["gradient_ablation_correlation_hi"] - flat["gradient_ablation_correlation_lo"] < 0.15
-    ranks = [np.argsort(np.argsort(values)) for values in (x, y)]
-    assert flat["gradient_ablation_spearman"] == pytest.approx(np.corrcoef(*ranks)[0, 1])
+    ranks = np.stack([np.argsort(np.argsort(values)) for values in (x, y)])
+    assert flat["gradient_ablation_spearman"] == pytest.approx(np.asarray(np.corrcoef(ranks))[0, 1])
 
 
 def test_pairs_of_a_method_are_sums_over_tokens() -> None:
