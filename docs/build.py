@@ -23,6 +23,7 @@ SECTIONS = {
     "steering.<name>": config.Steering,
     "disentangle.<name>": config.Disentangle,
     "attribution.<name>": config.Attribution,
+    "spurious.<name>": config.Spurious,
     "pruning": config.Pruning,
     "report": config.Report,
 }

@@ -13,6 +13,7 @@ CATEGORIES = {
     "steering": "Steering",
     "disentangling": "Disentangling",
     "attribution": "Attribution",
+    "spurious": "Spurious features",
     "backbone": "Backbones",
 }
 FIGURES = [
@@ -23,6 +24,7 @@ FIGURES = [
     *(("steering", name) for name in RUN.steering),
     *(("disentangling", name) for name in RUN.disentangle),
     *(("attribution", name) for name in RUN.attribution),
+    *(("spurious", name) for name in RUN.spurious),
     *(("backbone", name) for name, b in RUN.backbones.items() if b.epochs and b.training != "none"),
 ]
 

