@@ -42,7 +42,7 @@ class BiasedDigits(ColouredDigits):
         return splits, colours
 
     @property
-    def _colours(self) -> np.ndarray:  # type: ignore[override]
+    def _colours(self) -> np.ndarray:
         names = list(COLOURS)
         return np.array([names.index(colour) for colour in _OWN])[self._drawn[1]]
 
