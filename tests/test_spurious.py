@@ -209,7 +209,7 @@ SPLITS = ("train", "val", "test")
 @pytest.fixture(scope="module")
 def manifest(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
     path = tmp_path_factory.mktemp("images") / "manifest.parquet"
-    write_manifest(config.Images(source="biased-digits", images_per_class=200), 0, {}, 2, path)
+    write_manifest(config.Images(source="biased-digits", images_per_class=100), 0, {}, 2, path)
     return Manifest(path)
 
 
