@@ -23,7 +23,7 @@ PRUNED = TINY_RUN / "exports/vit/b1-h2-h5/model.safetensors"
 
 
 def configuration(others: Path) -> dict[str, Any]:
-    """The small run with fewer images, every section of the default run, all evaluations, other images, and bfloat16."""
+    """The small run with fewer images, all sections of the default run, all evaluations, other images, and bfloat16."""
     small: dict[str, Any] = yaml.safe_load(TINY.read_text())
     clip = small["backbones"]["clip"]
     patches = {"site": "blocks.1.output", "tokens": "patches"}
