@@ -22,6 +22,8 @@ SECTIONS = {
     "policies.<name>": config.Policy,
     "steering.<name>": config.Steering,
     "disentangle.<name>": config.Disentangle,
+    "attribution.<name>": config.Attribution,
+    "spurious.<name>": config.Spurious,
     "pruning": config.Pruning,
     "report": config.Report,
 }

@@ -20,7 +20,18 @@ from sparsight.sae.metrics.geometry import nearest
 from sparsight.sae.metrics.sparse_codes import from_codes, pooled
 
 D, SIDE, HEADS = 16, 4, 3
-NOWHERE = ("saes", "chains", "stabilities", "steerings", "transfers", "disentanglings", "localisations", "policies")
+NOWHERE = (
+    "saes",
+    "chains",
+    "stabilities",
+    "steerings",
+    "transfers",
+    "disentanglings",
+    "localisations",
+    "attributions",
+    "spurious",
+    "policies",
+)
 """Inputs of the page of which the made-up run has none."""
 
 

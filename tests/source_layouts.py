@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 from source_files import Expected, cub, picture, put, table
 
+from sparsight.images.sources.biased import BiasedDigits
+
 Maker = Callable[[Path, pytest.MonkeyPatch], tuple[str | None, Expected]]
 """Writes a data set below a folder; gives the source's path, and uri -> (label, official split) of its images."""
 
@@ -251,6 +253,15 @@ def _shapes(root: Path, _: Any) -> tuple[None, Expected]:
     return None, {f"coloured-shapes:{i}": (kinds[i % 4], None) for i in range(4000)}
 
 
+def _biased(root: Path, _: Any) -> tuple[None, Expected]:
+    uris = {item.uri: item.split for item in BiasedDigits().items()}
+    found = _mnist(root, _)[1].items()
+    return None, {
+        (own := uri.replace("mnist-5000", "biased-digits")): ("0 to 4" if int(digit) < 5 else "5 to 9", uris[own])
+        for uri, (digit, _split) in found
+    }
+
+
 def _union(root: Path, _: Any) -> tuple[str, Expected]:
     members = _folder(root / "f", None), cub(root / "cub")
     uris = {f"{number}:{uri}": value for number, member in enumerate(members) for uri, value in member.items()}
@@ -261,6 +272,7 @@ MAKERS: dict[str, Maker] = {
     "mnist-5000": _mnist,
     "coloured-digits": _coloured,
     "coloured-shapes": _shapes,
+    "biased-digits": _biased,
     "union": _union,
     **{
         name: partial(_at, make)

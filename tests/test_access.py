@@ -154,6 +154,8 @@ def many_classes(run: Path, out: Path, times: int) -> Path:
         "transfers": sorted(copy.glob("steering/*/*.json")),
         "disentanglings": [],
         "localisations": [],
+        "attributions": sorted(copy.glob("attribution/*.json")),
+        "spurious": [],
         "policies": sorted(copy.glob("pruning/*/metrics.json")),
         "latents": sorted(copy.glob("saes/**/latents.parquet")),
         "head_latents": sorted(copy.glob("pruning/*/head_latents.safetensors")),

@@ -311,6 +311,22 @@ def test_neighbours_and_effects_on_heads_are_those_of_the_weights(made: Any, run
 
 
 @needs_chromium
+def test_attributions_of_a_latent_stand_on_its_page(page: Any, run_folder: Path) -> None:
+    table = tables.read(run_folder / TINY_RUN / "attribution" / "topk-latents.parquet")
+    latent = max(table, key=lambda row: row["attribution"])["latent"]
+    largest = sorted((row for row in table if row["latent"] == latent), key=lambda row: -abs(row["attribution"]))[:6]
+    expected = sorted(((row["attribution"], row["class_name"]) for row in largest), reverse=True)
+    go(page, f"#latent=topk-s0/{latent}")
+    title = 'h4:text-is("Attribution of the predicted class\'s logit")'
+    shown = page.locator(f"#latents-detail div:has(> {title}) tbody tr")
+    assert shown.locator("th").all_inner_texts() == [name for _, name in expected]
+    values = list(map(float, shown.locator("td:nth-child(2)").all_inner_texts()))
+    np.testing.assert_allclose(values, [value for value, _ in expected], atol=6e-4)
+    go(page, "#latent=switch-s0/0")
+    assert page.locator(title).count() == 0, "no section attributes to this SAE"
+
+
+@needs_chromium
 def test_notes_stay_in_the_browser_and_are_exported(made: Any, run: tuple[Path, dict[str, Any]]) -> None:
     go(made, "#latent=what-s0/9")
     made.locator("textarea").fill("a disc at the left")

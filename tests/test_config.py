@@ -17,6 +17,7 @@ from snakemake.utils import update_config
 from sparsight.common.errors import SparsightError
 from sparsight.config import (
     Activations,
+    Attribution,
     Backbone,
     Compute,
     Disentangle,
@@ -25,6 +26,7 @@ from sparsight.config import (
     Pruning,
     Report,
     Sae,
+    Spurious,
     Steering,
     schema,
 )
@@ -35,7 +37,20 @@ PARAMS = yaml.safe_load((ROOT / "params.yaml").read_text())
 CLIP = {
     "model": "open_clip/ViT-B-32", "architecture": {"vision.layers": 4}, "epochs": 1, "training": "contrastive",
 }  # fmt: skip
-SECTIONS = [Compute, Images, Backbone, Activations, Sae, Policy, Steering, Disentangle, Pruning, Report]
+SECTIONS = [
+    Compute,
+    Images,
+    Backbone,
+    Activations,
+    Sae,
+    Policy,
+    Steering,
+    Disentangle,
+    Attribution,
+    Spurious,
+    Pruning,
+    Report,
+]
 
 
 def changed(path: str, value: Any) -> dict[str, Any]:
@@ -221,7 +236,7 @@ def through_flags(section: Any) -> Any:
 def test_flags_of_the_default_run_give_its_sections_back() -> None:
     run = load_run(PARAMS)
     sections: list[Any] = [run.compute, run.images, run.activations, run.pruning, run.report]
-    for named in (run.backbones, run.saes, run.policies, run.steering, run.disentangle):
+    for named in (run.backbones, run.saes, run.policies, run.steering, run.disentangle, run.attribution, run.spurious):
         sections += named.values()
     for section in sections:
         assert through_flags(section) == section

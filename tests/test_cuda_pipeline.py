@@ -23,7 +23,7 @@ PRUNED = TINY_RUN / "exports/vit/b1-h2-h5/model.safetensors"
 
 
 def configuration(others: Path) -> dict[str, Any]:
-    """The small run with fewer images, every section of the default run, interchanges, other images, and bfloat16."""
+    """The small run with fewer images, all sections of the default run, all evaluations, other images, and bfloat16."""
     small: dict[str, Any] = yaml.safe_load(TINY.read_text())
     clip = small["backbones"]["clip"]
     patches = {"site": "blocks.1.output", "tokens": "patches"}
@@ -45,6 +45,8 @@ def configuration(others: Path) -> dict[str, Any]:
             "patches": {**SAE, "site": "blocks.1.output", "epochs": 1, "batch_size": 256},
             "final": {**SAE, "site": "blocks.2.output"},
         },
+        "spurious": {"x": {"sae": "topk", "group": "colour", "latents": [1], "strengths": [1.0], "draws": 1}},
+        "attribution": {"topk": {"sae": "topk", "images": 8, "steps": 2}},
         "disentangle": {
             "x": {"sae": "topk", "attributes": ["label_name", "colour"], "features": [1, 4], "das_steps": 2},
         },

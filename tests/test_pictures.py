@@ -110,7 +110,7 @@ def test_duplicates_across_splits_are_reported(tmp_path: Path, capsys: pytest.Ca
     assert "1 images are in more than one split" in capsys.readouterr().err
     kinds = (
         "backbones", "saes", "chains", "stabilities", "steerings", "transfers", "disentanglings", "localisations",
-        "policies",
+        "attributions", "spurious", "policies",
     )  # fmt: skip
     write_metrics({"images": tmp_path / "m.parquet", **{kind: [] for kind in kinds}}, tmp_path / "metrics.json")
     metrics = json.loads((tmp_path / "metrics.json").read_text())

@@ -151,7 +151,7 @@ def test_snakemake_s_own_report_has_every_figure_with_its_caption(own_run: Path)
         assert f'"name": "{figure.name}"' in page, figure.name
         drawn.add(figure.stem.split("-")[0])
     captions = {path.stem: path for path in (ROOT / "src" / "sparsight" / "report" / "captions").iterdir()}
-    assert captions.keys() - drawn == {"depth", "chains", "disentangling"}, "not in this run"
+    assert captions.keys() - drawn == {"depth", "chains", "disentangling", "spurious"}, "not in this run"
     for kind in drawn:
         assert captions[kind].read_text().split("\n")[0][:50] in page, kind
     assert all(category in page for category in ("Head pruning", "SAEs", "Steering", "Backbones"))

@@ -98,7 +98,18 @@ def test_all_three_together(paths: dict[str, str], tmp_path: Path) -> None:
     found = manifest("folder", paths["folder"], tmp_path / "m.parquet", **options)
     assert len(found) == 40
     assert sum(counts(found).values(), Counter()) == {"cat": 20, "ant": 20}
-    kinds = ("backbones", "stores", "saes", "chains", "steerings", "disentanglings", "localisations", "policies")
+    kinds = (
+        "backbones",
+        "stores",
+        "saes",
+        "chains",
+        "steerings",
+        "disentanglings",
+        "localisations",
+        "attributions",
+        "spurious",
+        "policies",
+    )
     nothing: dict[str, Any] = {key: [] for key in kinds}
     (images,) = pipeline.stages(found, nothing)[0].parts
     assert images.about == "40 of 160 images, 2 classes", "the report says that it is a part"

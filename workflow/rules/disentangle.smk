@@ -1,4 +1,6 @@
 include: "disentangled.smk"
+include: "attribution.smk"
+include: "spurious.smk"
 
 
 # One job interchanges the attributes by the SAEs of a section, because the other methods are the same for all of them.

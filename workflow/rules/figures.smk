@@ -12,6 +12,8 @@ CATEGORIES = {
     "chains": "SAEs",
     "steering": "Steering",
     "disentangling": "Disentangling",
+    "attribution": "Attribution",
+    "spurious": "Spurious features",
     "backbone": "Backbones",
 }
 FIGURES = [
@@ -21,6 +23,8 @@ FIGURES = [
     *((one.kind, one.name) for one in comparisons(RUN.saes)),
     *(("steering", name) for name in RUN.steering),
     *(("disentangling", name) for name in RUN.disentangle),
+    *(("attribution", name) for name in RUN.attribution),
+    *(("spurious", name) for name in RUN.spurious),
     *(("backbone", name) for name, b in RUN.backbones.items() if b.epochs and b.training != "none"),
 ]
 

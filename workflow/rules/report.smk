@@ -9,6 +9,8 @@ RESULTS = {
     "transfers": expand(f"{R}/steering/{{name}}/{{other}}.json", name=RUN.transfers, other=RUN.other_images),
     "disentanglings": expand(rules.disentangle.output.table, disentangled=RUN.disentangle),
     "localisations": expand(rules.localisation.output.table, section=RUN.localised),
+    "attributions": expand(rules.attribution.output.table, attributed=RUN.attribution),
+    "spurious": expand(rules.spurious.output.table, biased=RUN.spurious),
     "policies": expand(rules.pruning.output.metrics, policy=RUN.policies),
 }
 
@@ -36,6 +38,7 @@ rule summary:
         " --from-saes {input.saes} --from-chains {input.chains} --from-stabilities {input.stabilities}"
         " --from-steerings {input.steerings} --from-transfers {input.transfers} --from-policies {input.policies}"
         " --from-disentanglings {input.disentanglings} --from-localisations {input.localisations}"
+        " --from-attributions {input.attributions} --from-spurious {input.spurious}"
         " --out {params.out} --work {params.work} --record {output.record}"
         " {params.flags} > {log} 2>&1"
 
@@ -90,6 +93,7 @@ rule report:
         " --from-chains {input.chains} --from-stabilities {input.stabilities}"
         " --from-steerings {input.steerings} --from-transfers {input.transfers} --from-policies {input.policies}"
         " --from-disentanglings {input.disentanglings} --from-localisations {input.localisations}"
+        " --from-attributions {input.attributions} --from-spurious {input.spurious}"
         " --from-test_images {input.test_images}"
         " --from-images {input.images} --from-configuration {input.configuration} --from-stores {input.stores}"
         " --from-latents {input.latents} --from-head_latents {input.head_latents}"

@@ -26,6 +26,8 @@ if __name__ == "__main__":
         transfers=["<data set>.json of every steering result on other images"],
         disentanglings=["<name>.parquet of every result on attributes, beside its other files"],
         localisations=["<section>.parquet of every section compared with masks, beside its other file"],
+        attributions=["<name>.parquet of every attribution of class logits, beside its other files"],
+        spurious=["<name>.parquet of every result on a spurious feature, beside its other files"],
         policies=["metrics.json of every policy"],
         latents=["latents.parquet of every SAE, in the order of the configuration"],
         head_latents=["head_latents.safetensors of every policy"],

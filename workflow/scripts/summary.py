@@ -23,5 +23,7 @@ if __name__ == "__main__":
         transfers=["<data set>.json of every steering result on other images"],
         disentanglings=["<name>.parquet of every result on attributes, beside its other files"],
         localisations=["<section>.parquet of every section compared with masks, beside its other file"],
+        attributions=["<name>.parquet of every attribution of class logits, beside its other files"],
+        spurious=["<name>.parquet of every result on a spurious feature, beside its other files"],
         policies=["metrics.json of every policy"],
     )

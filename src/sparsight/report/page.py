@@ -13,7 +13,17 @@ from sparsight.common.digests import file_digest
 from sparsight.images.labels import unlabelled
 from sparsight.images.manifest import Manifest
 from sparsight.report.cards.first_screen import first_screen
-from sparsight.report.chapters import backbones, disentangling, localisation, pipeline, pruning, saes, steering
+from sparsight.report.chapters import (
+    attribution,
+    backbones,
+    disentangling,
+    localisation,
+    pipeline,
+    pruning,
+    saes,
+    spurious,
+    steering,
+)  # fmt: skip
 from sparsight.report.figures.svg import inline
 from sparsight.report.latents.browser import browser
 from sparsight.report.steer import panels
@@ -29,7 +39,8 @@ def write_page(section: config.Report, run: str, inputs: dict[str, Any], device:
     Args:
         run: name of the run.
         inputs: paths by name: images, configuration, and lists of backbones, saes, chains, stabilities, stores,
-            steerings, transfers, disentanglings, localisations, policies, latents, head_latents, test_images.
+            steerings, transfers, disentanglings, localisations, attributions, spurious, policies, latents,
+            head_latents, test_images.
     """
     manifest = Manifest(inputs["images"])
     splits = {part: manifest.split(part) for part in ("train", "val", "test")}
@@ -44,8 +55,11 @@ def write_page(section: config.Report, run: str, inputs: dict[str, Any], device:
     ]
     about_disentangling = [disentangling.chapter(path) for path in inputs["disentanglings"]]
     about_localisation = [localisation.chapter(path) for path in inputs["localisations"]]
+    about_attribution = [attribution.chapter(path) for path in inputs["attributions"]]
+    about_spurious = [spurious.chapter(path) for path in inputs["spurious"]]
     figures: dict[str, str] = {}
-    for chapter in (*about_policies, about_saes, *about_steering, *about_disentangling, *about_backbones):
+    evaluations = (*about_steering, *about_disentangling, *about_localisation, *about_attribution, *about_spurious)
+    for chapter in (*about_policies, about_saes, *evaluations, *about_backbones):
         figures |= chapter["figures"]
     latents = browser(section, inputs, manifest, device)
     environment = jinja2.Environment(
@@ -63,6 +77,8 @@ def write_page(section: config.Report, run: str, inputs: dict[str, Any], device:
         steerings=about_steering,
         disentanglings=about_disentangling,
         localisations=about_localisation,
+        attributions=about_attribution,
+        spurious=about_spurious,
         policies=about_policies,
         figures={name: inline(name, svg) for name, svg in figures.items()},
         captions={path.stem: path.read_text() for path in _CAPTIONS.glob("*.rst")},

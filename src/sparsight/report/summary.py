@@ -23,8 +23,8 @@ def write_metrics(inputs: dict[str, Any], path: Path) -> None:
 
     Args:
         inputs: ``images`` (the manifest), ``backbones`` (config.json), ``saes``, ``chains`` and ``policies``
-            (metrics.json), ``stabilities`` and ``transfers`` (JSON), ``steerings``, ``disentanglings`` and
-            ``localisations`` (Parquet).
+            (metrics.json), ``stabilities`` and ``transfers`` (JSON), ``steerings``, ``disentanglings``,
+            ``localisations``, ``attributions`` and ``spurious`` (Parquet).
     """
     about = Manifest(inputs["images"]).about
     flat: dict[str, float] = {f"images.{key}": len(about[key]) for key in ("duplicates", "label_conflicts")}
@@ -63,6 +63,10 @@ def write_metrics(inputs: dict[str, Any], path: Path) -> None:
     for file in inputs["localisations"]:
         for sae, numbers in json.loads(file.with_suffix(".json").read_text())["saes"].items():
             flat |= {f"localisation.{sae}.{key}": value for key, value in numbers.items()}
+    for file in inputs["attributions"]:
+        flat |= _attributed(file)
+    for file in inputs["spurious"]:
+        flat |= _spurious(file)
     for file in inputs["policies"]:
         policy = file.parent.name
         flat[f"pruning.{policy}.unpruned.accuracy"] = json.loads(file.read_text())["unpruned"]["accuracy"]
@@ -102,6 +106,26 @@ def _disentangled(file: Path) -> dict[str, float]:
             name = f"disentangling.{_with_seed(file.stem, row['sae'])}.{row['attribute']}.{row['method']}"
             flat[f"{name}.absorption"] = row["rate"]
     return flat
+
+
+def _attributed(file: Path) -> dict[str, float]:
+    """Areas under the curves and the agreement of both estimates, by SAE."""
+    of_saes = json.loads(file.with_suffix(".json").read_text())["saes"]
+    return {
+        f"attribution.{_with_seed(file.stem, sae)}.{key}": value
+        for sae, flat in of_saes.items()
+        for key, value in flat.items()
+        if key.startswith(("deletion", "insertion", "gradient_ablation")) and not key.endswith(("_lo", "_hi"))
+    }
+
+
+def _spurious(file: Path) -> dict[str, float]:
+    """Accuracy in the worst group and in all images, by method; what belongs to a seed has it in its name."""
+    return {
+        f"spurious.{_with_seed(file.stem, row['sae'])}.{row['method']}.{key}": row[key]
+        for row in tables.read(file)
+        for key in ("worst", "mean")
+    }
 
 
 def _with_seed(name: str, sae: str | None) -> str:

@@ -31,7 +31,7 @@ class Attribute:
         values = sorted({value for value in train.column(name) if value is not None})
         if len(values) < 2:
             raise SparsightError(
-                f"disentangle: the images of train have {len(values)} value of {name!r}; an attribute needs two or more"
+                f"images: those of train have {len(values)} value of {name!r}; an attribute needs two or more"
             )
         return cls(name, values)
 

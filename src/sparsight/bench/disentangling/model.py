@@ -64,9 +64,16 @@ class AtSite:
         return self._where.read(stream)
 
     def embedding(self, stream: Tensor, rows_RD: Tensor) -> Tensor:
+        return self._backbone.tower.pool(self._last(stream, rows_RD))
+
+    def logits(self, stream: Tensor, rows_RD: Tensor) -> Tensor:
+        """Class logits (B, C) of the stream with edited rows."""
+        return self._backbone.classify(self._last(stream, rows_RD))
+
+    def _last(self, stream: Tensor, rows_RD: Tensor) -> Tensor:
+        """The stream after the last block, (B, T, D)."""
         x_BTD = self._where.write(stream, rows_RD)
-        last_BTD, _ = self._backbone.run_blocks(x_BTD, self._where.start, self._backbone.n_blocks)
-        return self._backbone.tower.pool(last_BTD)
+        return self._backbone.run_blocks(x_BTD, self._where.start, self._backbone.n_blocks)[0]
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 from sparsight.images.sources.base import Source
+from sparsight.images.sources.biased import BiasedDigits
 from sparsight.images.sources.coloured import ColouredDigits
 from sparsight.images.sources.folders import Cub200, Folder, TinyImageNet
 from sparsight.images.sources.hf_datasets import HuggingFace
@@ -15,6 +16,7 @@ from sparsight.images.sources.webdataset import WebDataset
 SINGLE: dict[str, Callable[[str | None], Source]] = {
     "mnist-5000": Mnist5000,
     "coloured-digits": ColouredDigits,
+    "biased-digits": BiasedDigits,
     "coloured-shapes": ColouredShapes,
     "folder": Folder,
     "parquet": ParquetTables,

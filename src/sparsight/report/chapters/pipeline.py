@@ -55,6 +55,8 @@ def stages(manifest: Manifest, inputs: dict[str, Any]) -> list[Stage]:
         ),
         Stage("Disentangling", "disentangling", [_interchanges(path) for path in inputs["disentanglings"]]),
         Stage("Localisation", "localisation", [_localised(path) for path in inputs["localisations"]]),
+        Stage("Attribution", "attribution", [_attribution(path) for path in inputs["attributions"]]),
+        Stage("Spurious features", "spurious", [_spurious(path) for path in inputs["spurious"]]),
         Stage("Head policies", "pruning", [_policy(path) for path in inputs["policies"]]),
         Stage("Report", "", [Part("this page", "and metrics.json, the numbers alone", "all of these")]),
     ]
@@ -100,6 +102,16 @@ def _interchanges(path: Path) -> Part:
 def _localised(path: Path) -> Part:
     regions = _read(path.with_suffix(".json"))["regions"]
     return Part(path.stem, f"where latents fire, {len(regions)} classes of masks", f"images, {path.stem}")
+
+
+def _attribution(path: Path) -> Part:
+    metadata = _read(path.with_suffix(".json"))
+    return Part(path.stem, f"class logits of {metadata['images']:,} test images", metadata["sae"])
+
+
+def _spurious(path: Path) -> Part:
+    metadata = _read(path.with_suffix(".json"))
+    return Part(path.stem, f"{len(metadata['groups'])} groups by class and {metadata['group']}", metadata["sae"])
 
 
 def _policy(path: Path) -> Part:

@@ -25,6 +25,7 @@ from sparsight.images.manifest import Manifest
 from sparsight.images.preprocess import Preprocess
 from sparsight.report.latents import gather
 from sparsight.report.latents.atlas import plane
+from sparsight.report.latents.attributed import CLASSES, Attributed
 from sparsight.report.latents.classifiers import EXTREMES, Classifiers
 from sparsight.report.latents.gather import Shown
 from sparsight.report.latents.neighbours import nearest_rows
@@ -68,6 +69,7 @@ class _Run(NamedTuple):
     heads: Mapping[str, Mapping[str, np.ndarray]]
     """By policy and SAE, what each latent adds to each head's logit, (H, F)."""
     classifiers: Classifiers
+    attributed: Attributed
     device: torch.device
 
 
@@ -76,8 +78,8 @@ def browser(section: config.Report, inputs: dict[str, Any], manifest: Manifest, 
 
     Args:
         section: how many images a latent gets, and how many megabytes there are.
-        inputs: paths by name: configuration, stores, backbones, and lists of latents (latents.parquet of every SAE) and
-            head_latents.
+        inputs: paths by name: configuration, stores, backbones, and lists of latents (latents.parquet of every SAE),
+            head_latents and attributions.
         manifest: the images of the run.
         device: device for computing codes.
     """
@@ -103,7 +105,8 @@ def browser(section: config.Report, inputs: dict[str, Any], manifest: Manifest, 
     of_images = pack({"rows": chosen.astype(np.uint32), **{k: v.astype(np.int32) for k, v in columns.items()}})
     texts = {"images": of_images.text, **{f"sheet-{i}": sheet for i, sheet in enumerate(sheets)}}
     left -= sum(map(len, texts.values()))
-    run = _Run(saes, _head_latents(inputs["head_latents"]), classifiers, device)
+    attributed = Attributed(inputs["attributions"])
+    run = _Run(saes, _head_latents(inputs["head_latents"]), classifiers, attributed, device)
     packs = {one.name: _packs(one, run, chosen) for one in saes}
     first = {one.section: one.seed for one in reversed(saes)}
     order = sorted(saes, key=lambda one: (one.section != main.section, one.seed != first[one.section]))
@@ -131,6 +134,7 @@ def browser(section: config.Report, inputs: dict[str, Any], manifest: Manifest, 
         "perPatch": gather.PER_PATCH,
         "nStrengths": gather.STRENGTHS,
         "nearest": _NEAREST,
+        "nAttributed": CLASSES,
         "nEffects": 2 * min(EXTREMES, len(manifest.classes) // 2),
         "images": {
             "total": len(split), "count": len(chosen), "size": sprites.size, "columns": COLUMNS,
@@ -248,4 +252,4 @@ def _facts(one: _Browsed, sae: SAE, run: _Run) -> dict[str, np.ndarray]:
             facts[f"heads-{policy}"] = of_policy[one.name].T.astype(np.float32)
     if (extremes := run.classifiers.extremes(one.about, one.store, sae.W_dec)) is not None:
         facts |= {"classes": extremes[0].astype(np.int32), "effects": extremes[1].astype(np.float32)}
-    return facts
+    return facts | run.attributed.facts(one.name, len(one.rows))

@@ -40,6 +40,7 @@ async function latentPage(name, latent) {
         "div",
         { class: "beside" },
         ...effectsOf(latent, facts),
+        ...attributionOf(latent, facts),
         ...headsOf(wanted, latent, facts),
         ...(await neighboursOf(wanted, latent, facts)),
       ),
@@ -138,8 +139,31 @@ function histogram(counts, one) {
 // The direct path of the latent's decoder row, past all later blocks.
 function effectsOf(latent, facts) {
   if (!facts.effects) return [];
-  const classes = row(facts.classes, latent, data.nEffects),
-    effects = row(facts.effects, latent, data.nEffects);
+  return onClasses(
+    "Direct effect on class logits",
+    "What one unit of activation adds to a class's logit, less the mean over classes, past all later blocks: by " +
+      "the final norm, linearised at the mean of the test split, and the classifier. Largest and smallest effects.",
+    row(facts.classes, latent, data.nEffects),
+    row(facts.effects, latent, data.nEffects),
+  );
+}
+
+// What the latent gives to the logit of the predicted class, through all later blocks.
+function attributionOf(latent, facts) {
+  if (!facts.attributions) return [];
+  const classes = row(facts.attributed, latent, data.nAttributed).filter((label) => label >= 0);
+  if (!classes.length) return [];
+  return onClasses(
+    "Attribution of the predicted class's logit",
+    "What the latent adds to the logit of the class that the model predicts, less the mean over classes, through all " +
+      "later blocks: gradient times activation, mean over the test images of that class.",
+    classes,
+    row(facts.attributions, latent, data.nAttributed).subarray(0, classes.length),
+  );
+}
+
+// A table of classes with bars.
+function onClasses(title, about, classes, effects) {
   const top = Math.max(...effects.map(Math.abs), 1e-12);
   const rows = Array.from(classes, (label, i) =>
     element(
@@ -154,13 +178,8 @@ function effectsOf(latent, facts) {
     element(
       "div",
       {},
-      element("h4", {}, "Direct effect on class logits"),
-      element(
-        "p",
-        { class: "note" },
-        "What one unit of activation adds to a class's logit, less the mean over classes, past all later blocks: by " +
-          "the final norm, linearised at the mean of the test split, and the classifier. Largest and smallest effects.",
-      ),
+      element("h4", {}, title),
+      element("p", { class: "note" }, about),
       table([["class"], ["logit"], ["effect", "text"]], rows),
     ),
   ];
