@@ -202,7 +202,9 @@ def test_a_section_that_comes_or_goes_is_seen_in_copied_results(small: Path, tmp
     assert planned(folder) == {"summary", "report"}
 
 
-FOLLOWS_SAE = {"sae-topk", "evaluate-topk", "steering-class-latents-s0", "summary", "report"}
+FOLLOWS_SAE = {
+    "sae-topk", "evaluate-topk", "steering-class-latents-s0", "attribution-topk", "summary", "report",
+}  # fmt: skip
 
 
 @pytest.mark.slow
