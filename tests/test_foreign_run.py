@@ -39,7 +39,7 @@ def test_evaluation_steering_pruning_and_report_follow(foreign_run: Path) -> Non
     for key in ("fvu", "l0", "fvu_pca_k"):
         assert theirs[key] == pytest.approx(own[key], rel=1e-5)
     assert tables.read(results / "steering" / "class-latents-s0.parquet")
-    assert json.loads((results / "steering" / "class-latents-s0.json").read_text())["sae"] == "theirs-s0"
+    assert json.loads((results / "steering" / "class-latents-s0.json").read_text())["sae"] == "theirs"
     pruned = json.loads((results / "pruning" / "heads" / "metrics.json").read_text())
     assert set(pruned["fvu_on_pruned_stream"]) == {"theirs-s0"}
     page = (results / "report" / "index.html").read_text()
