@@ -3,6 +3,7 @@
 import runpy
 import shlex
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,15 @@ def configuration(others: Path) -> dict[str, Any]:
     }
 
 
+@pytest.fixture
+def erasure() -> None:
+    """The import of concept_erasure before the device is pretended: its torch.jit takes no patched functions."""
+    with warnings.catch_warnings(action="ignore"):
+        import concept_erasure  # noqa: F401
+
+
 @pytest.mark.slow
+@pytest.mark.usefixtures("erasure")
 def test_every_stage_of_the_default_run_ends(tmp_path: Path, cuda: Activity, monkeypatch: pytest.MonkeyPatch) -> None:
     overlay = tmp_path / "overlay.yaml"
     overlay.write_text(yaml.safe_dump(configuration(make_folder(tmp_path / "images", per_class=40))))

@@ -328,7 +328,7 @@ def test_the_default_run_has_none_and_null_removes_it() -> None:
         ({"spurious": {"last": {"strengths": []}}}, "spurious.last.strengths: give at least one, rising"),
         ({"saes": {"last": {"site": "embedding"}}}, "'last' reads 'embedding'; latents are ablated in the residual"),
         (
-            {"activations": {"sites": [{"site": "blocks.3.input", "tokens": "all"}, "blocks.5.output"]}},
+            {"activations": {"sites": [{"site": "blocks.2.input", "tokens": "all"}, "blocks.3.output"]}},
             "spurious.middle: the last layer is trained again on the embedding; add embedding",
         ),
     ],
