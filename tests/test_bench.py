@@ -51,6 +51,8 @@ def run(tmp_path: Path) -> Path:
     write(tmp_path / "localisation" / "sae.json", {"saes": {f"sae-s{seed}": where for seed in range(3)}})
     caused = {"deletion_sae": 0.2, "deletion_random_order": 0.6, "deletion_pca": 0.1, "insertion_sae": 0.7}
     write(tmp_path / "attribution" / "causes.json", {"saes": {f"sae-s{seed}": caused for seed in range(3)}})
+    groups = {"worst_sae": 0.5, "worst_none": 0.1, "worst_leace": 0.7, "worst_last_layer": 0.9}
+    write(tmp_path / "spurious" / "colour.json", {"saes": {f"sae-s{seed}": groups for seed in range(3)}})
     return tmp_path
 
 
@@ -69,6 +71,7 @@ def test_each_measure_stands_beside_its_strongest_control(run: Path) -> None:
         "decoder rows found by another seed": "frozen decoder",
         "average precision on masks": "principal components",
         "area under deletion": "principal components",  # less is better
+        "accuracy in the worst group": "LEACE",  # a last layer that is trained again is no control
     }
     assert "area under insertion" not in found, "nothing to compare it with"
 

@@ -82,6 +82,15 @@ _ATTRIBUTION = tuple(
     )
     for key in ("deletion", "insertion")
 )  # fmt: skip
+_REMOVALS = {
+    "nothing removed": "none",
+    "random latents": "random_latents",
+    "mean difference": "mean_difference",
+    "LEACE": "leace",
+}
+_SPURIOUS = _Asked(
+    _points("accuracy in the worst group"), "worst_sae", {name: f"worst_{key}" for name, key in _REMOVALS.items()}
+)
 
 
 def cards(run: Path) -> Iterator[str]:
@@ -103,6 +112,7 @@ def compared(section: SaeSection) -> list[Comparison]:
     comparisons.append(_stability(section))
     comparisons += [_asked(section, asked, "localisation") for asked in _LOCALISATION]
     comparisons += [_asked(section, asked, "attribution") for asked in _ATTRIBUTION]
+    comparisons.append(_asked(section, _SPURIOUS, "spurious"))
     return [comparison for comparison in comparisons if comparison]
 
 

@@ -46,10 +46,17 @@ class SaeSection:
     @cached_property
     def attribution(self) -> Metrics:
         """What its latents cause, by seed; empty if the run has no such section of it."""
-        for path in sorted(self.run.glob("attribution/*.json")):
-            if found := self._by_seed(path):
-                return found
-        return {}
+        return self._first("attribution")
+
+    @cached_property
+    def spurious(self) -> Metrics:
+        """Accuracy without the latents of a spurious feature, by seed; empty if the run has no such section of it."""
+        return self._first("spurious")
+
+    def _first(self, folder: str) -> Metrics:
+        """The first result in a folder that is of this section's SAEs."""
+        results = map(self._by_seed, sorted((self.run / folder).glob("*.json")))
+        return next(filter(None, results), {})
 
     def _by_seed(self, path: Path) -> Metrics:
         """Numbers of this section's SAEs in a file that has them by folder."""

@@ -11,7 +11,7 @@ import numpy as np
 from sparsight.pruning.last_block import LastBlockInputs
 from sparsight.pruning.strategies import Decided, Row, Strategies
 
-_AT_A_TIME = 2**25  # masks and numbers of edits per call for predictions
+_AT_A_TIME = 2**24  # masks and numbers of edits per call for predictions
 
 
 @dataclass(frozen=True)
