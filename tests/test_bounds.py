@@ -130,6 +130,8 @@ IGNORED: list[tuple[type, dict[str, Any], str, Any]] = [
     (Sae, {}, "experts", 2),
     (Sae, {}, "routing", "hash"),
     (Sae, {}, "candidates", 32),
+    (Sae, {}, "format", "saev"),
+    (Sae, {}, "normalized", True),
     (Sae, {}, "delta", 0.5),
     (Sae, {"kind": "switch"}, "prefixes", [0.5, 1]),
     (Sae, {}, "format", "saev"),

@@ -93,7 +93,8 @@ def run(main: Callable[[Stage], None], description: str, config: type | None = N
             f"--from-{name}",
             dest=f"from_{name}",
             type=Path,
-            required=True,
+            required=not several,
+            default=[] if several else None,
             nargs="*" if several else None,
             help="".join(text),
         )
