@@ -134,8 +134,6 @@ IGNORED: list[tuple[type, dict[str, Any], str, Any]] = [
     (Sae, {}, "normalized", True),
     (Sae, {}, "delta", 0.5),
     (Sae, {"kind": "switch"}, "prefixes", [0.5, 1]),
-    (Sae, {}, "format", "saev"),
-    (Sae, {}, "normalized", True),
     *((Steering, {"kind": kind}, name, value) for kind in ("vs2", "vs2++")
       for name, value in (("latents", 3), ("ranking", "mean"), ("edit", "clamp"))),
     *((Steering, {"kind": kind}, name, value) for kind in ("class-latents", "vs2")

@@ -72,9 +72,8 @@ def test_results_that_cannot_be_written_stop_snakemake_with_one_line(tmp_path: P
     assert "results: cannot write to 'results'" in error and "mend its permissions" in error
 
 
-def stage(script: str, folder: Path, **inputs: Path | str | None) -> subprocess.CompletedProcess[str]:
-    """Run a stage; an input of None is an empty list of files."""
-    words = [f"--{name.replace('_', '-')}{f'={value}' if value else ''}" for name, value in inputs.items()]
+def stage(script: str, folder: Path, **inputs: Path | str) -> subprocess.CompletedProcess[str]:
+    words = [f"--{name.replace('_', '-')}={value}" for name, value in inputs.items()]
     command = [sys.executable, str(ROOT / "workflow" / "scripts" / script), *words]
     command += [f"--out={folder / 'out'}", f"--work={folder / 'work'}"]
     return subprocess.run(command, capture_output=True, text=True, check=False)
@@ -135,7 +134,6 @@ def test_damaged_store_stops_training_with_one_line(
         "from_images": run_folder / "results/tiny/images/manifest.parquet",
         "from_store": tmp_path / "store/train.json",
         "from_backbone": run_folder / "results/tiny/backbones/vit/model.safetensors",
-        "from_weights": None,
     }
     error = one_line(stage("sae.py", tmp_path, **inputs, backbone="vit", site="blocks.2.input", k="4"))
     assert re.search(message, error)
@@ -143,7 +141,7 @@ def test_damaged_store_stops_training_with_one_line(
 
 
 def test_missing_input_of_a_stage_is_one_line(tmp_path: Path) -> None:
-    inputs = {"from_images": __file__, "from_store": "nowhere.json", "from_backbone": __file__, "from_weights": None}
+    inputs = {"from_images": __file__, "from_store": "nowhere.json", "from_backbone": __file__}
     error = one_line(stage("sae.py", tmp_path, **inputs, backbone="vit", site="embedding"))
     assert error == "error: there is no nowhere.json; run the stage that makes it first"
 

@@ -358,7 +358,6 @@ def stage_of(store: Path, folder: Path, n: int) -> "subprocess.Popen[bytes]":
         str(script),
         "--name=one",
         "--from-backbone",
-        "--from-weights",
         "--seeds",
         "0",
         *(f"--{k}={v}" for k, v in words.items()),

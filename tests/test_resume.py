@@ -73,7 +73,6 @@ class Stage:
             images,
             f"--from-store={store}",
             "--from-backbone",
-            "--from-weights",
             f"--out={folder / 'out'}",
             f"--work={folder / 'work'}",
         ]
