@@ -188,10 +188,18 @@ def test_intervals_are_those_of_images_drawn_within_cells() -> None:
     generator = np.random.default_rng(0)
     cells = np.repeat([0, 1], [400, 100])
     right = generator.random(500) < np.where(cells == 0, 0.9, 0.6)
-    one = accuracies({"a": right, "b": ~right}, cells, 0)["a"]
+    one = accuracies({"a": right[None], "b": ~right[None]}, cells, 0)["a"]
     rate = right[cells == 1].mean()
     assert one.worst == rate and one.mean == pytest.approx(right.mean())
     assert one.drawn_worst.std() == pytest.approx(np.sqrt(rate * (1 - rate) / 100), rel=0.1)
+
+
+def test_every_draw_of_random_latents_has_a_worst_group_of_its_own() -> None:
+    """A draw that turns every answer round is as bad in the other group; the mean over draws has no worst group."""
+    cells = np.repeat([0, 1], [60, 40])
+    one = accuracies({"random_latents": np.stack([cells == 0, cells == 1])}, cells, 0)["random_latents"]
+    assert one.worst == 0 and (one.drawn_worst == 0).all()
+    assert one.by_cell.tolist() == [0.5, 0.5] and one.mean == pytest.approx(0.5)
 
 
 def test_edits_do_not_depend_on_batches(monkeypatch: pytest.MonkeyPatch, fitted: Fitted) -> None:

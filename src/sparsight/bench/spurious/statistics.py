@@ -1,6 +1,6 @@
 """Accuracy by cell, in the worst cell and in all, with intervals from images that are drawn again within cells.
 
-Shapes: n images, G cells with images, M methods, N resamples.
+Shapes: n images, G cells with images, R runs of a method (draws of random latents, else 1), N resamples.
 """
 
 from collections.abc import Collection, Mapping
@@ -16,23 +16,17 @@ _RESAMPLES = 2000
 
 
 class Accuracies(NamedTuple):
-    """Of one method; arrays of resamples are (N,) and (N, G)."""
+    """Of one method, means over its runs; arrays of resamples are (N,) and (N, G)."""
 
     by_cell: np.ndarray
     """(G,)."""
     drawn_by_cell: np.ndarray
+    worst: float
+    """Accuracy in the worst cell, which each run has of its own."""
+    drawn_worst: np.ndarray
+    """The same of the resamples, each with its own worst cells."""
     mean: float
     drawn_mean: np.ndarray
-
-    @property
-    def worst(self) -> float:
-        """Accuracy in the worst cell."""
-        return float(self.by_cell.min())
-
-    @property
-    def drawn_worst(self) -> np.ndarray:
-        """The same of the resamples, each with its own worst cell."""
-        return np.asarray(self.drawn_by_cell.min(axis=1))
 
 
 def accuracies(hits: Mapping[str, np.ndarray], cells_n: np.ndarray, seed: int) -> dict[str, Accuracies]:
@@ -41,26 +35,31 @@ def accuracies(hits: Mapping[str, np.ndarray], cells_n: np.ndarray, seed: int) -
     A resample draws as many images of each cell as it has, with replacement.
 
     Args:
-        hits: by method, the share of its runs that are right, (n,).
+        hits: by method, whether each run is right, bool (R, n).
         cells_n: cell of every image.
         seed: seed of the bootstrap.
     """
     generator = np.random.default_rng(seed)
-    values_nM = np.stack(list(hits.values()), axis=1).astype(np.float64)
-    members = [values_nM[cells_n == cell] for cell in np.unique(cells_n)]
-    drawn_NGM = np.empty((_RESAMPLES, len(members), values_nM.shape[1]))
+    runs = np.concatenate(list(hits.values())).T.astype(np.float64)  # every run of every method a column
+    members = [runs[cells_n == cell] for cell in np.unique(cells_n)]
+    drawn = np.empty((_RESAMPLES, len(members), runs.shape[1]))
     for resample in followed(range(_RESAMPLES), _RESAMPLES, "resamples"):
         for cell, of_cell in enumerate(members):
             n = len(of_cell)
-            drawn_NGM[resample, cell] = np.bincount(generator.integers(n, size=n), minlength=n) @ of_cell / n
+            drawn[resample, cell] = np.bincount(generator.integers(n, size=n), minlength=n) @ of_cell / n
     share_G = np.array([len(of_cell) for of_cell in members]) / len(cells_n)
-    by_cell_GM = np.stack([of_cell.mean(axis=0) for of_cell in members])
-    return {
-        name: Accuracies(
-            by_cell_GM[:, m], drawn_NGM[:, :, m], float(share_G @ by_cell_GM[:, m]), drawn_NGM[:, :, m] @ share_G
-        )
-        for m, name in enumerate(hits)
-    }
+    by_cell = np.stack([of_cell.mean(axis=0) for of_cell in members])
+    found, first = {}, 0
+    for name, of_method in hits.items():
+        columns = slice(first, first + len(of_method))
+        first = columns.stop
+        by_cell_GR, drawn_NGR = by_cell[:, columns], drawn[:, :, columns]
+        by_cell_G, drawn_NG = by_cell_GR.mean(axis=1), drawn_NGR.mean(axis=2)
+        found[name] = Accuracies(
+            by_cell_G, drawn_NG, float(by_cell_GR.min(axis=0).mean()), drawn_NGR.min(axis=1).mean(axis=1),
+            float(share_G @ by_cell_G), drawn_NG @ share_G,
+        )  # fmt: skip
+    return found
 
 
 def worst(predicted_n: np.ndarray, labels_n: np.ndarray, cells_n: np.ndarray) -> tuple[float, float]:
@@ -71,7 +70,7 @@ def worst(predicted_n: np.ndarray, labels_n: np.ndarray, cells_n: np.ndarray) ->
 
 
 def hits(right: Mapping[Key, np.ndarray], chosen: Collection[Key]) -> dict[str, np.ndarray]:
-    """By column (method, or method/SAE) whether each image is right; of random latents the share of the draws.
+    """By column (method, or method/SAE) whether each image is right, bool (R, n): a run, of random latents the draws.
 
     Args:
         right: whether each image is right, bool (n,), by method and settings.
@@ -81,7 +80,7 @@ def hits(right: Mapping[Key, np.ndarray], chosen: Collection[Key]) -> dict[str, 
     for key in sorted(right):
         if key in chosen or key.draw:
             found.setdefault(_column(key.method, key.sae), []).append(right[key])
-    return {column: np.mean(parts, axis=0) for column, parts in found.items()}
+    return {column: np.stack(parts) for column, parts in found.items()}
 
 
 def _column(method: str, sae: str) -> str:
