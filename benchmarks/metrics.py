@@ -2,8 +2,10 @@
 
     python benchmarks/metrics.py [--train 60000] [--test 60000] [--width 384] [--d-sae 8192] [--k 32] [--threads 2]
 
-Writes two stores of random activations that lie near one of many random directions, and measures a random TopK SAE on
-them. Memory is of the whole process, and what it was before the SAE and the stores were opened is printed beside it.
+Writes stores of random activations that lie near one of many random directions, and measures a random TopK SAE on them:
+first all of docs/evaluation.md, with a judge; then what docs/localisation.md has, with the rows as patches of 10 x 10
+an image and their classes as regions. Memory is of the whole process, and what it was before the SAE and the stores
+were opened is printed beside it.
 """
 
 import argparse
@@ -22,6 +24,8 @@ import torch
 from sparsight import sae
 from sparsight.activations.store import ActivationStore
 from sparsight.activations.writer import Plan, StoreWriter, finish_store
+from sparsight.bench.localisation import candidates
+from sparsight.bench.localisation.best import Part, score
 from sparsight.common import machine
 from sparsight.config import Compute
 from sparsight.pipeline.stage import prepare_torch
@@ -54,10 +58,23 @@ def main() -> None:
         stores = {name: ActivationStore.open(Path(folder, name, "store.zarr")) for name in labels}
         one = sae.create("topk", arguments.width, arguments.d_sae, arguments.k).requires_grad_(False)
         before, start, cpu = machine.peak_memory(), time.perf_counter(), time.process_time()
-        (found,) = measure([one], SITE, stores, labels, CLASSES, 0)
-        print(f"{time.perf_counter() - start:.1f} s, {time.process_time() - cpu:.1f} CPU s")
+        (found,) = measure([one], SITE, stores, labels, CLASSES, 0, judge=stores["test"])
+        print(f"evaluation {time.perf_counter() - start:.1f} s, {time.process_time() - cpu:.1f} CPU s")
+        train, test = (_part(stores[name], labels[name]) for name in ("train", "test"))
+        start, cpu = time.perf_counter(), time.process_time()
+        methods = {"sae": candidates.of_sae(one), "random": candidates.random(one, train.x, 0)}
+        methods |= candidates.shared(train.x, one.d_sae, one.W_dec.device, 0)
+        for name, method in methods.items():
+            score(method, train, test, range(1, CLASSES), one.W_dec.device, 50, 0 if name == "sae" else None)
+        print(f"localisation {time.perf_counter() - start:.1f} s, {time.process_time() - cpu:.1f} CPU s")
     print(f"peak memory {machine.peak_memory():.0f} MB, {before:.0f} before")
     print(f"{len(found.latents)} latents, {len(found.baselines)} methods, {len(found.probing)} probes")
+
+
+def _part(store: ActivationStore, labels: np.ndarray) -> Part:
+    """The rows of whole images of 10 x 10 patches."""
+    n = len(labels) // 100 * 100
+    return Part(torch.from_numpy(store.rows(SITE)[:n]), labels[:n], (10, 10))
 
 
 def _write(folder: Path, n: int, centres: np.ndarray, seed: int) -> np.ndarray:
