@@ -154,7 +154,7 @@ def many_classes(run: Path, out: Path, times: int) -> Path:
         "transfers": sorted(copy.glob("steering/*/*.json")),
         "disentanglings": [],
         "localisations": [],
-        "attributions": sorted(copy.glob("attribution/*.json")),
+        "attributions": [copy / "attribution" / "topk.parquet"],
         "spurious": [],
         "policies": sorted(copy.glob("pruning/*/metrics.json")),
         "latents": sorted(copy.glob("saes/**/latents.parquet")),

@@ -81,6 +81,7 @@ def test_one_command_makes_every_promised_file_and_leaves_no_working_state(run_f
             for name in ("class-latents", "vs2", "neighbours")
             for f in (".safetensors", ".parquet", "-classes.parquet", ".json")
         ),
+        *(f"attribution/topk{f}" for f in (".parquet", "-latents.parquet", ".json")),
         *(f"pruning/heads/{t}.parquet" for t in ("overall", "per_class", "per_head", "validation", "targets")),
         *(f"pruning/heads/{t}.parquet" for t in ("frontier", "class_subsets", "false_positives")),
         *(f"pruning/heads/{f}" for f in ("policy.safetensors", "config.json", "training.jsonl", "metrics.json")),
@@ -91,7 +92,14 @@ def test_one_command_makes_every_promised_file_and_leaves_no_working_state(run_f
         *(f"report/figures/steering-{name}.svg" for name in ("class-latents", "vs2", "neighbours")),
         *(
             f"report/figures/{name}.svg"
-            for name in ("saes", "chain-resae", "tradeoff-vit-blocks.2.input", "backbone-vit", "backbone-clip")
+            for name in (
+                "saes",
+                "chain-resae",
+                "tradeoff-vit-blocks.2.input",
+                "backbone-vit",
+                "backbone-clip",
+                "attribution-topk",
+            )
         ),
         "metrics.json",
         "curves.json",

@@ -38,6 +38,7 @@ def test_the_pipeline_is_drawn_with_what_every_part_read(run_folder: Path) -> No
         "Activations": ["vit", "clip"],
         "SAEs": ["topk", "switch", "final", "resae"],
         "Steering": ["class-latents", "vs2", "neighbours"],
+        "Attribution": ["topk"],
         "Head policies": ["heads"],
         "Report": ["this page"],
     }

@@ -274,7 +274,7 @@ def test_a_run_names_every_section_that_needs_labels_at_once(labelled: Path, bar
         check_labels(run, unlabelled(labelled, tmp_path / "t.parquet", "test"))
     free = {**settings, "policies": {}, "pruning": None, "backbones": {"clip": {
         "model": "open_clip/ViT-B-32", "weights": str(labelled)}}, "saes": {"final": settings["saes"]["final"]},
-        "steering": {"vs2": settings["steering"]["vs2"]}}  # fmt: skip
+        "steering": {"vs2": settings["steering"]["vs2"]}, "attribution": {}}  # fmt: skip
     check_labels(load_run(free), bare)
     free["other_images"] = {"away": {"source": "mnist-5000"}}
     with pytest.raises(SparsightError, match="images of val have no label, which other_images needs for the strength"):
