@@ -90,6 +90,7 @@ def test_one_command_makes_every_promised_file_and_leaves_no_working_state(run_f
         "report/index.html",
         *(f"report/figures/{kind}-heads.svg" for kind in ("frontier", "heads", "latents")),
         *(f"report/figures/steering-{name}.svg" for name in ("class-latents", "vs2", "neighbours")),
+        "report/figures/attribution-topk.svg",
         *(
             f"report/figures/{name}.svg"
             for name in (
