@@ -58,7 +58,7 @@ def write_page(section: config.Report, run: str, inputs: dict[str, Any], device:
     about_attribution = [attribution.chapter(path) for path in inputs["attributions"]]
     about_spurious = [spurious.chapter(path) for path in inputs["spurious"]]
     figures: dict[str, str] = {}
-    evaluations = (*about_steering, *about_disentangling, *about_localisation, *about_attribution, *about_spurious)
+    evaluations = (*about_steering, *about_disentangling, *about_attribution, *about_spurious)
     for chapter in (*about_policies, about_saes, *evaluations, *about_backbones):
         figures |= chapter["figures"]
     latents = browser(section, inputs, manifest, device)
