@@ -14,7 +14,7 @@ from safetensors.numpy import load_file
 
 from sparsight import config, sae
 from sparsight.activations.array import Array
-from sparsight.activations.store import ActivationStore
+from sparsight.activations.store import ActivationStore, Rows
 from sparsight.common.errors import SparsightError
 from sparsight.common.seeds import derive_seed
 from sparsight.common.work import Work
@@ -65,6 +65,31 @@ def test_an_sae_of_a_grid_has_the_bytes_that_it_has_alone(store: Path, tmp_path:
     assert set(lines[0]) == {"step", "epoch", "fvu", "aux", "l0", "dead"} and lines[-1]["step"] == 2 * N // 128
     assert lines[-1]["fvu"] < lines[0]["fvu"]
     assert sae.load(grid / "grid-s2").about["name"] == "grid-s2"
+
+
+@pytest.mark.parametrize("kind", ["topk", "archetypal"])
+def test_training_reads_the_first_images_and_no_other(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    options = {"kind": kind} | ({"candidates": 32} if kind == "archetypal" else {})
+    read, images = [0], Rows.images
+
+    def spied(self: Rows, first: int, last: int, out: np.ndarray | None = None) -> np.ndarray:
+        read.append(last)
+        return images(self, first, last, out)
+
+    monkeypatch.setattr(Rows, "images", spied)
+    some = train(store, tmp_path / "some", seeds=(0,), train_images=640, **options) / "grid-s0"
+    assert max(read) == 640
+    last = json.loads((some / "training.jsonl").read_text().splitlines()[-1])
+    assert last["step"] == 2 * 640 // 128
+    every = train(store, tmp_path / "every", seeds=(0,), train_images=N, **options) / "grid-s0"
+    alone = train(store, tmp_path / "alone", seeds=(0,), **options) / "grid-s0"
+    assert (every / "sae.safetensors").read_bytes() == (alone / "sae.safetensors").read_bytes()
+    with pytest.raises(
+        SparsightError, match=rf"^train_images: {N + 1:,} are more than the {N:,} images of .*; lower it$"
+    ):
+        train(store, tmp_path / "more", train_images=N + 1, **options)
 
 
 def test_a_grid_of_eight_reads_the_store_once(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,6 +27,7 @@ from sparsight.sae.metrics import probing, split_rows
 from sparsight.sae.metrics.firing import ByClass
 from sparsight.sae.metrics.measure import Measured, measure
 from sparsight.sae.metrics.monosemanticity import Monosemanticity, unit_rows
+from sparsight.sae.metrics.reconstruction_only import measure_reconstruction
 
 D, F, K, T, C = 24, 64, 4, 3, 4
 SITE = "blocks.1.input"
@@ -254,6 +255,28 @@ def test_windows_change_nothing_and_equal_runs_give_equal_bytes(
             assert part[key] == (
                 value if isinstance(value, str | list) else pytest.approx(value, rel=1e-5, nan_ok=True)
             )
+
+
+@pytest.mark.parametrize("kind", ["topk", "switch", "relu"])
+def test_the_reconstruction_alone_is_what_all_metrics_say_of_it(
+    stores: dict[str, ActivationStore], labels: dict[str, np.ndarray], kind: str
+) -> None:
+    two = [make(kind), make(kind)]
+    two[1].W_dec.mul_(-1)
+    nothing = {split: np.full(n, -1) for split, n in N.items()}
+    whole, alone = measure(two, SITE, stores, nothing, 0, 0), measure_reconstruction(two, SITE, stores, nothing)
+    for a, b in zip(whole, alone, strict=True):
+        missing = set(a.metrics) - set(b.metrics)
+        assert all(
+            key.startswith(("bits", "fvu_", "dead_train", "monosem", "embedding", "n_labelled")) for key in missing
+        )
+        assert set(b.metrics) <= set(a.metrics)
+        for key, value in b.metrics.items():
+            assert value == pytest.approx(a.metrics[key], rel=1e-6), key
+        for row, same in zip(b.latents, a.latents, strict=True):
+            assert all(same[key] == value or value is None for key, value in row.items() if key != "best_class")
+        assert [row["method"] for row in b.baselines] == ["sae", "pca"] and b.probing == []
+    assert alone[0].metrics["fvu"] != alone[1].metrics["fvu"]
 
 
 @pytest.mark.parametrize("kind", sae.names())

@@ -25,7 +25,12 @@ for NUMBER, (ENDINGS, SECTIONS) in enumerate(RUN.shapes.items(), 1):
                 embeddings=embeddings,
                 judge=judge,
                 words=WORDS,
-                mark=mark("evaluate-{section}", code_of_sae("evaluate_sae.py", RANDOM_SAE), reads=read_by_evaluation),
+                mark=mark(
+                    "evaluate-{section}",
+                    code_of_sae("evaluate_sae.py", RANDOM_SAE),
+                    evaluation_section,
+                    reads=read_by_evaluation,
+                ),
             output:
                 expand(f"{R}/saes/{{sae}}/{{of}}", sae=SAES, of=OF_AN_SAE),
                 record=f"{R}/records/evaluate-{{section}}.json",
@@ -41,7 +46,7 @@ for NUMBER, (ENDINGS, SECTIONS) in enumerate(RUN.shapes.items(), 1):
             params:
                 out=subpath(output[0], ancestor=2),
                 work=f"{R}/.work/evaluate-{{section}}",
-                flags=flags(code_of_sae("evaluate_sae.py", RANDOM_SAE)),
+                flags=flags(code_of_sae("evaluate_sae.py", RANDOM_SAE), evaluation_section),
             shell:
                 "python {SCRIPTS}/evaluate_sae.py --from-images {input.images} --from-backbone {input.backbone}"
                 " --from-stores {input.stores} --from-saes {input.saes} --name {wildcards.section}"
@@ -70,6 +75,7 @@ for NUMBER, (ENDINGS, SECTIONS) in enumerate(RUN.shapes.items(), 1):
                 mark=mark(
                     "evaluate-{section}-s{seed}",
                     code_of_sae("evaluate_chain.py", RANDOM_SAE),
+                    evaluation_section,
                     reads=read_by_evaluation,
                 ),
             output:
@@ -89,7 +95,7 @@ for NUMBER, (ENDINGS, SECTIONS) in enumerate(RUN.shapes.items(), 1):
             params:
                 out=subpath(output[0], parent=True),
                 work=f"{R}/.work/evaluate-{{section}}-s{{seed}}",
-                flags=flags(code_of_sae("evaluate_chain.py", RANDOM_SAE)),
+                flags=flags(code_of_sae("evaluate_chain.py", RANDOM_SAE), evaluation_section),
             shell:
                 "python {SCRIPTS}/evaluate_chain.py --from-images {input.images}"
                 " --from-backbone {input.backbone} --from-stores {input.stores}"

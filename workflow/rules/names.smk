@@ -1,6 +1,11 @@
 # What an SAE's evaluation reads for the names of its latents, and for a foreign judge of their images.
 
 
+def evaluation_section(wildcards):
+    """How much is measured."""
+    return sae_section(wildcards).evaluation
+
+
 def namer(wildcards):
     """The image-text model that names latents, if there is one."""
     return [f"{R}/backbones/{name}/model.safetensors" for name in RUN.namer_of(sae_section(wildcards).backbone)]

@@ -3,6 +3,7 @@
 Writes metrics.json, latents.parquet, baselines.parquet and probing.parquet into the folder of each.
 """
 
+from sparsight import config
 from sparsight.pipeline import stage
 
 
@@ -20,15 +21,17 @@ def main(job: stage.Stage) -> None:
     stores = {path.stem: ActivationStore.open(path) for path in job.inputs["stores"]}
     manifest = Manifest(job.inputs["images"])
     images = {split: manifest.split(split) for split in stores}
+    alone = job.config.metrics == "reconstruction"
     judge = next(map(ActivationStore.open, job.inputs["judge"][1:]), None)
     words = words_from(job.inputs["namer"], job.inputs["embeddings"], job.inputs["words"], device)
-    evaluate(saes, backbone.to(device), stores, images, job.seed, job.work, job.record(), words, judge)
+    evaluate(saes, backbone.to(device), stores, images, job.seed, job.work, job.record(), words, judge, alone)
 
 
 if __name__ == "__main__":
     stage.run(
         main,
         __doc__,
+        config.Evaluation,
         images="manifest.parquet of the images stage",
         backbone="model.safetensors of the backbone stage",
         stores=["train.json, val.json and test.json, the manifests of the stores"],

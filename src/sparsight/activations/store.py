@@ -5,6 +5,7 @@ This module opens and verifies stores. ``docs/store-format.md`` is the normative
 Shapes: N images, T tokens, D width.
 """
 
+import copy
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -56,6 +57,13 @@ class Rows:
     def __len__(self) -> int:
         return self.shape[0]
 
+    def first(self, n_images: int) -> "Rows":
+        """The rows of the first ``n_images`` images."""
+        assert n_images * self.tokens_per_image <= len(self)
+        rows = copy.copy(self)
+        rows.shape = n_images * self.tokens_per_image, self.shape[1]
+        return rows
+
     def images(self, first: int, last: int, out: np.ndarray | None = None) -> np.ndarray:
         """The rows of images ``first`` to ``last`` - 1, (rows, D), written to ``out`` if given."""
         if self._as_stored:
@@ -72,7 +80,7 @@ class Rows:
 
     def statistics(self) -> Statistics:
         """Mean and root mean square, in one pass."""
-        n_images, shards = self._array.shape[0], []
+        n_images, shards = len(self) // self.tokens_per_image, []
         for shard in row_slices(n_images, self.shard_images):
             chunks = row_slices(shard.stop - shard.start, self.chunk_images)
             read = (self.images(shard.start + chunk.start, shard.start + chunk.stop) for chunk in chunks)

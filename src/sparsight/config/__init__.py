@@ -8,11 +8,11 @@ from sparsight.config.disentangle import Disentangle
 from sparsight.config.images import Images
 from sparsight.config.pruning import Policy, Pruning, Strategy
 from sparsight.config.report import Report
-from sparsight.config.sae import Sae
+from sparsight.config.sae import Evaluation, Sae
 from sparsight.config.spurious import Spurious
 from sparsight.config.steering import Steering
 
 __all__ = [
-    "Activations", "Attribution", "Backbone", "Compute", "Disentangle", "Images", "Policy", "Pruning", "Report", "Sae",
-    "Spurious", "Steering", "Strategy",
+    "Activations", "Attribution", "Backbone", "Compute", "Disentangle", "Evaluation", "Images", "Policy", "Pruning",
+    "Report", "Sae", "Spurious", "Steering", "Strategy",
 ]  # fmt: skip

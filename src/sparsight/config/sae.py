@@ -24,10 +24,20 @@ Frozen = Literal["none", "decoder", "soft-decoder", "encoder"]
 """What of an SAE stays as it was drawn, see ``Sae.frozen``."""
 Control = Literal["frozen-decoder", "soft-frozen", "frozen-encoder", "random-weights"]
 """A control of a section, see ``Sae.controls``."""
+Metrics = Literal["all", "reconstruction"]
+"""How much of an SAE is measured, see ``Sae.metrics``."""
 
-OF_WEIGHTS = ("backbone", "site", "tokens", "seeds", "weights", "format", "normalized", "judge")
+OF_WEIGHTS = ("backbone", "site", "tokens", "seeds", "weights", "format", "normalized", "judge", "metrics")
 """The settings that a section with ``weights`` can have."""
 _HUB = "hf:"
+
+
+@dataclass(frozen=True)
+class Evaluation(Section):
+    """How an SAE is evaluated, a part of its section."""
+
+    metrics: Metrics = "all"
+    """See ``Sae.metrics``."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +74,9 @@ class Sae(Section):
     """One SAE is trained per seed, named <name>-s<seed>."""
     epochs: Count = 50
     """Passes over the stored train split."""
+    train_images: Count | None = None
+    """Train on so many images of the stored train split: the first, which are in random order, so that smaller numbers
+    are part of larger ones. null takes all. Means, scales and affine maps are always those of all."""
     batch_size: Count = 256
     """Activations per step. With a ``loss`` other than ``local`` they are of whole images, so this is rounded down to a
     multiple of the tokens that the SAE reads of an image."""
@@ -114,6 +127,9 @@ class Sae(Section):
     judge: str | None = field(default=None, metadata=FREE)
     """Name of another backbone: monosemanticity is also computed with its stored ``embedding`` of the same images.
     Controls inherit it."""
+    metrics: Metrics = field(default="all", metadata=FREE)
+    """What the evaluation measures: ``all``, or for sweeps over millions of activations the ``reconstruction`` alone:
+    errors, active and dead latents, beside PCA; of a chain also its effect in the model (docs/evaluation.md)."""
     weights: str | None = None
     """The SAE is not trained here, but of another tool: the path of its weights, or hf:<owner>/<repository>/<file> on
     the Hugging Face Hub. Settings of training do not apply, and there is one seed (docs/sae.md)."""
@@ -138,6 +154,11 @@ class Sae(Section):
     def places(self) -> tuple[str, ...]:
         """The SAE's site, or the sites of the chain."""
         return self.sites if self.site is None else (self.site,)
+
+    @property
+    def evaluation(self) -> Evaluation:
+        """The settings of its evaluation."""
+        return Evaluation(self.metrics)
 
     @property
     def kinds(self) -> tuple[str, ...]:

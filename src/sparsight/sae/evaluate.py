@@ -27,6 +27,7 @@ from sparsight.sae.metrics.geometry import random_rows, redundancy
 from sparsight.sae.metrics.measure import Measured, measure
 from sparsight.sae.metrics.names import COLUMNS as NAMES
 from sparsight.sae.metrics.names import Words, name_latents
+from sparsight.sae.metrics.reconstruction_only import measure_reconstruction
 from sparsight.sae.metrics.splice import Clean, Replacement, spliced
 from sparsight.sae.moments import Moments, by_group
 from sparsight.sae.resae import ReSAE
@@ -46,6 +47,7 @@ _OF_PROBES = {
 def evaluate(
     saes: Mapping[str, SAE], backbone: Backbone, stores: Mapping[str, ActivationStore], images: Mapping[str, Split],
     seed: int, work: Work, record: dict[str, Any], words: Words | None = None, judge: ActivationStore | None = None,
+    reconstruction_only: bool = False,
 ) -> None:  # fmt: skip
     """Write ``metrics.json``, ``latents.parquet``, ``baselines.parquet`` and ``probing.parquet`` (docs/evaluation.md).
 
@@ -60,10 +62,16 @@ def evaluate(
         seed: the run's seed, from which those of the baselines are derived.
         words: words that may name latents; without them no latent has a name.
         judge: see :func:`measure`.
+        reconstruction_only: measure what :func:`measure_reconstruction` does, and nothing in the model.
     """
     _log_missing(images)
     ((site, tokens),) = {(sae.about["site"], sae.about["tokens"]) for sae in saes.values()}
     labels, test = {name: split.labels for name, split in images.items()}, images["test"]
+    if reconstruction_only:
+        results = measure_reconstruction(list(saes.values()), site, stores, labels, tokens=tokens)
+        for name, result in zip(saes, _named(results, [], site, stores, None, seed), strict=True):
+            _write(work.out / name, result, result.metrics, record)
+        return
     results = measure(list(saes.values()), site, stores, labels, len(test.classes), seed, tokens=tokens, judge=judge)
     results = _named(results, list(saes.values()), site, stores, words, seed, tokens=tokens)
     modes = {name: partial(_decoded, sae) for name, sae in saes.items()}
@@ -74,19 +82,18 @@ def evaluate(
         metrics = {**result.metrics, **in_model.metrics({name: "spliced", "mean_instead": "mean_instead"})}
         if metrics.get("kl_mean_instead"):
             metrics["kl_recovered"] = 1 - metrics["kl_spliced"] / metrics["kl_mean_instead"]
-        (work.out / name).mkdir(exist_ok=True)
-        write_json(work.out / name / "metrics.json", {**metrics, "record": record})
-        _write_tables(result, work.out / name)
-        log(f"{name}: {_line(metrics)}")
+        _write(work.out / name, result, metrics, record)
 
 
 def evaluate_chain(
     chain: ReSAE, backbone: Backbone, stores: Mapping[str, ActivationStore], images: Mapping[str, Split], seed: int,
     work: Work, record: dict[str, Any], words: Words | None = None, judge: ActivationStore | None = None,
+    reconstruction_only: bool = False,
 ) -> None:  # fmt: skip
     """Write the files of :func:`evaluate` to ``<site>/`` for every SAE, and ``metrics.json`` for the whole chain.
 
-    ``stores``, ``images``, ``words`` and ``judge`` are those of :func:`evaluate`.
+    ``stores``, ``images``, ``words`` and ``judge`` are those of :func:`evaluate`. With ``reconstruction_only`` a site
+    has the results of :func:`measure_reconstruction`; those of the whole chain are the same.
 
     A site's metrics are about the inputs of its SAE, the residuals; their FVU is called ``fvu_residual``. The results
     of :func:`chain_errors` and :func:`redundancies` are added. The chain's metrics are means over the sites, and the
@@ -102,14 +109,14 @@ def evaluate_chain(
     by_site, errors = {}, chain_errors(chain, stores["test"], tokens)
     labels, test = {name: split.labels for name, split in images.items()}, images["test"]
     for m, (site, sae) in enumerate(chain.saes.items()):
-        results = measure([sae], site, stores, labels, len(test.classes), seed, chain, tokens, judge)
+        if reconstruction_only:
+            results, words = measure_reconstruction([sae], site, stores, labels, chain, tokens), None
+        else:
+            results = measure([sae], site, stores, labels, len(test.classes), seed, chain, tokens, judge)
         (result,) = _named(results, [sae], site, stores, words, seed, chain, tokens)
         site_metrics = {("fvu_residual" if key == "fvu" else key): value for key, value in result.metrics.items()}
         by_site[site] = {**site_metrics, **errors[site], **(redundancies(chain, m, seed) if m else {})}
-        (work.out / site).mkdir(exist_ok=True)
-        write_json(work.out / site / "metrics.json", {**by_site[site], "record": record})
-        _write_tables(result, work.out / site)
-        log(f"{site}: {_line(by_site[site])}")
+        _write(work.out / site, result, by_site[site], record)
 
     def forced(clean: Clean, chained: bool) -> Replacement:
         rebuilt = {
@@ -213,10 +220,14 @@ def _line(metrics: dict[str, Any]) -> str:
     return ", ".join(f"{name} {value if isinstance(value, str) else f'{value:.4g}'}" for name, value in metrics.items())
 
 
-def _write_tables(found: Measured, folder: Path) -> None:
+def _write(folder: Path, found: Measured, metrics: dict[str, Any], record: dict[str, Any]) -> None:
+    """Write the files of an SAE."""
+    folder.mkdir(exist_ok=True)
+    write_json(folder / "metrics.json", {**metrics, "record": record})
     tables.write(folder / "latents.parquet", found.latents, _OF_CLASSES | NAMES)
     tables.write(folder / "baselines.parquet", found.baselines)
     tables.write(folder / "probing.parquet", found.probing, _OF_PROBES)
+    log(f"{folder.name}: {_line(metrics)}")
 
 
 def _log_missing(images: Mapping[str, Split]) -> None:

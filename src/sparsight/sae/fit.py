@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from sparsight import config
-from sparsight.activations.store import ActivationStore
+from sparsight.activations.store import ActivationStore, Rows
 from sparsight.common.digests import is_free
 from sparsight.common.errors import SparsightError
 from sparsight.common.member import Member
@@ -73,10 +73,7 @@ def fit(
             needs, or training that diverges.
     """
     tokens = chosen(section.tokens, {site: store.tokens_of(site) for site in section.places})
-    rows = {site: store.rows(site, tokens) for site in section.places}
-    for site, site_rows in rows.items():
-        if len(site_rows) == 0:
-            raise SparsightError(f"{store.path}: site {site!r} holds no activations; extract a split that has images")
+    rows = {site: _rows(section, store, site, tokens) for site in section.places}
     names = [f"{name}-s{number}" for number in section.seeds]
     if section.sites:
         chain, statistics = _chain(section, store, tokens, device)
@@ -101,7 +98,9 @@ def fit(
         sae.set_center(mean / scale)
         if isinstance(sae, Archetypal):
             seen = SaeInputs(store, site, device, chain, tokens)
-            sae.set_points(_candidates(sae, seen, mean, scale, derive_seed(seed, "sae", folder, "candidates")))
+            n_images = len(rows[site]) // seen.tokens
+            candidates_seed = derive_seed(seed, "sae", folder, "candidates")
+            sae.set_points(_candidates(sae, seen, n_images, mean, scale, candidates_seed))
         grid[folder] = site, sae
     order = derive_seed(seed, "sae", name)
     scales = {site: scale for site, (_, scale) in statistics.items()}
@@ -111,7 +110,7 @@ def fit(
     if section.loss != "local":
         (site,) = section.places
         rest = _rest(section, store, tokens, scales[site], backbone)
-        sources, inputs = {site: WholeImages(store.rows(site))}, _Images(labels)
+        sources, inputs = {site: WholeImages(_rows(section, store, site))}, _Images(labels)
         batch_size = _images_of_batch(section.batch_size, rows[site].tokens_per_image)
     batches = StoreBatches(sources, batch_size, order, section.memory_mb * 2**20, device=device)
     if rest is not None:
@@ -179,13 +178,27 @@ def _images_of_batch(batch_size: int, n_tokens: int) -> int:
     return batch_size // n_tokens
 
 
-def _candidates(sae: Archetypal, inputs: SaeInputs, mean: np.ndarray, scale: float, seed: int) -> Tensor:
+def _rows(section: config.Sae, store: ActivationStore, site: str, tokens: str | None = None) -> Rows:
+    """The rows of a site on which the section is trained.
+
+    Raises:
+        SparsightError: no rows, or fewer images than the section asks for.
+    """
+    rows = store.rows(site, tokens)
+    if len(rows) == 0:
+        raise SparsightError(f"{store.path}: site {site!r} holds no activations; extract a split that has images")
+    stored, wanted = len(rows) // rows.tokens_per_image, section.train_images
+    if wanted is not None and wanted > stored:
+        raise SparsightError(f"train_images: {wanted:,} are more than the {stored:,} images of {store.path}; lower it")
+    return rows if wanted is None else rows.first(wanted)
+
+
+def _candidates(sae: Archetypal, inputs: SaeInputs, n_images: int, mean: np.ndarray, scale: float, seed: int) -> Tensor:
     """Centroids of the first activations, which are of random images, (N, D), as the SAE is trained on them.
 
     Raises:
         SparsightError: fewer activations than candidates.
     """
-    n_images = len(inputs.rows) // inputs.tokens
     x = inputs.images(slice(0, min(n_images, max(1, _CANDIDATE_ROWS // inputs.tokens))))
     if len(x) < sae.candidates:
         raise SparsightError(f"candidates: {sae.candidates} are more than the {len(x)} activations; lower it")

@@ -10,11 +10,13 @@ def ask(sae: MainSae) -> Question:
     """Bits of the quantised codes beside those of all principal components at the same error."""
     says = f"At equal error the codes of {sae.name} take {{}} bits per activation, those of PCA {{}}"
     n = counted(sae.metrics[0]["n"], "activation")
-    groups = [[sae.against(BITS, ("bits", "bits_pca"), "PCA (all components)", n, says)]]
-    train, test, dense = (sae.mean(key) for key in ("dead_train", "dead_test", "dense_test"))
+    measured = sae.has("bits")  # not with metrics: reconstruction
+    groups = [[sae.against(BITS, ("bits", "bits_pca"), "PCA (all components)", n, says)]] if measured else []
+    test, dense = (sae.mean(key) for key in ("dead_test", "dense_test"))
+    on_train = f"{sae.mean('dead_train'):.0f} never fire on train, " if measured else ""
     d_sae = sae.about["d_sae"]
     facts = [
         f"{sae.mean('l0'):.1f} of {d_sae:,} latents are active at a time.",
-        f"{train:.0f} never fire on train, {test:.0f} never on test, and {dense:.0f} fire on more than 10 % of test.",
+        f"{on_train}{test:.0f} never fire on test, and {dense:.0f} fire on more than 10 % of test.",
     ]
     return Question("Sparse and alive?", "saes", groups, facts)

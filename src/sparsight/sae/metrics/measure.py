@@ -113,7 +113,7 @@ def measure(
             for probe in trial.own.probes:
                 probe.update(images, window.labels)
 
-    variance = moments.n * _deviation(moments, on_test) ** 2
+    variance = moments.n * deviation(moments, on_test) ** 2
     of_baselines = [baseline.row(moments.n, variance) for baseline in references]
     baseline_probes = [probe.row() for probe in fitted.probes]
     common: dict[str, Any] = {"activation_unit": fitted.unit, "embedding": on_test.embedding_site}
@@ -171,7 +171,7 @@ def _fit(saes: Sequence[SAE], train: SplitRows, n_classes: int, seed: int) -> _F
         dense.update(window.images, window.labels)
         for method, sums in zip(coded, codes, strict=True):
             sums.update(pooled(method.encode(window.x), train.tokens), window.labels)
-    unit = _deviation(moments, train)
+    unit = deviation(moments, train)
     covariance, mean, _ = moments.covariance("x", "x")
     components = torch.linalg.eigh(covariance)[1].flip(1)  # the largest first
     references = [
@@ -203,7 +203,7 @@ def _measured(
     table = [trial.board.row(n, variance), *of_baselines, trial.all_components.row(n, variance)]
     of_images = trial.board.monosemanticity
     scores = {key: of.scores() for key, of in of_images.items()}
-    latents = _latents(sae, trial.firing, scores, class_columns(trial.own.codes, trial.codes))
+    latents = latent_rows(sae, trial.firing, scores, class_columns(trial.own.codes, trial.codes))
     probes = [*(probe.row() for probe in trial.own.probes), *answers]
     metrics = {
         "n": n,
@@ -215,7 +215,7 @@ def _measured(
         "macs_decode": table[0]["macs"] - sae.macs_encode,
         **{f"{key}_of_all_images": of.of_all_images() for key, of in of_images.items()},
         **about,
-        **_geometry(sae, latents),
+        **geometry_of(sae, latents),
         **{f"probing_{row['method']}_{row['features']}": row["accuracy"] for row in probes},
     }
     return Measured({k: v for k, v in metrics.items() if v is not None}, latents, table, probes)
@@ -253,7 +253,7 @@ def _sparse_probes(split: SplitRows, coded: Sequence[Method], sums: Sequence[ByC
     ]
 
 
-def _deviation(moments: Moments, split: SplitRows) -> float:
+def deviation(moments: Moments, split: SplitRows) -> float:
     """Square root of E||x - mean||^2."""
     covariance, mean, _ = moments.covariance("x", "x")
     variance = float(covariance.trace())
@@ -262,7 +262,7 @@ def _deviation(moments: Moments, split: SplitRows) -> float:
     return variance**0.5
 
 
-def _latents(
+def latent_rows(
     sae: SAE, firing: Firing, scores: Mapping[str, np.ndarray], classes: Mapping[str, np.ndarray]
 ) -> list[dict[str, Any]]:
     """The rows of ``latents.parquet``."""
@@ -283,7 +283,7 @@ def _latents(
     return [dict(zip(columns, row, strict=True)) for row in zip(*values, strict=True)]
 
 
-def _geometry(sae: SAE, latents: list[dict[str, Any]]) -> dict[str, float]:
+def geometry_of(sae: SAE, latents: list[dict[str, Any]]) -> dict[str, float]:
     """Metrics of the decoder: norms, and the share of latents with a duplicate, of a Switch SAE also across experts."""
     norms = [row["decoder_norm"] for row in latents]
     metrics = {"decoder_norm_min": min(norms), "decoder_norm_max": max(norms)}
