@@ -29,9 +29,9 @@ def write(path: Path, content: Any) -> None:
     path.write_text(json.dumps(content))
 
 
-def write_sae(run: Path, name: str, control_of: str | None = None, **metrics: float) -> None:
+def write_sae(run: Path, name: str, control_of: str | None = None, backbone: str = "vit", **metrics: float) -> None:
     """The files of an SAE; ``metrics`` are added to or change METRICS."""
-    about = {"kind": "topk", "d_sae": 64, "site": SITE, "tokens": "patches", "backbone": "vit"}
+    about = {"kind": "topk", "d_sae": 64, "site": SITE, "tokens": "patches", "backbone": backbone}
     write(run / "saes" / name / "config.json", {**about, "training": {"control_of": control_of}})
     write(run / "saes" / name / "metrics.json", {**METRICS, **metrics})
 
@@ -74,6 +74,15 @@ def test_each_measure_stands_beside_its_strongest_control(run: Path) -> None:
         "accuracy in the worst group": "LEACE",  # a last layer that is trained again is no control
     }
     assert "area under insertion" not in found, "nothing to compare it with"
+
+
+def test_another_backbone_is_compared_only_where_its_numbers_mean_the_same(run: Path) -> None:
+    best = {"fvu": 0.01, "monosemanticity": 1.0, "monosemanticity_judge": 0.9, "probing_sae_5": 0.95}
+    for seed in range(3):
+        write_sae(run, f"sae-random-weights-s{seed}", "sae", "vit-random", **best)
+    found = {c.measure.name: c.control for c in compared(sections_of(run)[0][1])}
+    assert found["probe on five features a class"] == found["monosemanticity, other model"] == "random weights"
+    assert found["unexplained variance"] == "frozen decoder" and found["monosemanticity, own model"] == "k-means"
 
 
 def test_differences_are_paired_by_seed_with_students_interval(run: Path) -> None:

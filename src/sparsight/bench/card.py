@@ -29,6 +29,9 @@ class _Asked:
     """Name and key of every control that is measured with the SAE."""
     trained: bool = True
     """Whether controls that were trained like the SAE are compared too."""
+    any_backbone: bool = True
+    """Whether numbers of SAEs of another backbone mean the same: not if they are relative to its activations' variance,
+    or compare images by its own embeddings."""
 
 
 def _points(name: str, lower_is_better: bool = False) -> Measure:
@@ -45,7 +48,7 @@ def _keys(prefix: str, *methods: str) -> dict[str, str]:
 _METRICS = (
     _Asked(
         _points("unexplained variance", lower_is_better=True), "fvu",
-        {_FOUR["pca"]: "fvu_pca_k", **_keys("fvu", "random", "kmeans", "neurons")},
+        {_FOUR["pca"]: "fvu_pca_k", **_keys("fvu", "random", "kmeans", "neurons")}, any_backbone=False,
     ),
     _Asked(_points("KL recovered in the model"), "kl_recovered", {}),
     _Asked(
@@ -58,7 +61,7 @@ _METRICS = (
     ),
     _Asked(
         Measure("monosemanticity, own model"), "monosemanticity",
-        _keys("monosemanticity", "random", "kmeans", "neurons"),
+        _keys("monosemanticity", "random", "kmeans", "neurons"), any_backbone=False,
     ),
     _Asked(
         Measure("monosemanticity, other model"), "monosemanticity_judge",
@@ -122,7 +125,11 @@ def _asked(section: SaeSection, asked: _Asked, place: str) -> Comparison | None:
     own = _values(numbers, asked.key)
     controls = {name: _values(numbers, key) for name, key in asked.controls.items()}
     if asked.trained:
-        controls |= {name: _values(getattr(other, place), asked.key) for name, other in section.controls.items()}
+        controls |= {
+            name: _values(getattr(other, place), asked.key)
+            for name, other in section.controls.items()
+            if asked.any_backbone or other.about["backbone"] == section.about["backbone"]
+        }
     controls = {name: values for name, values in controls.items() if values.keys() & own.keys()}
     if not own or not controls:
         return None
