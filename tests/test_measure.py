@@ -23,7 +23,7 @@ from sparsight.common import tables
 from sparsight.common.errors import SparsightError
 from sparsight.common.intervals import wilson
 from sparsight.sae import SAE
-from sparsight.sae.metrics import probing, split_rows
+from sparsight.sae.metrics import probing, reconstruction_only, split_rows
 from sparsight.sae.metrics.firing import ByClass
 from sparsight.sae.metrics.measure import Measured, measure
 from sparsight.sae.metrics.monosemanticity import Monosemanticity, unit_rows
@@ -259,7 +259,7 @@ def test_windows_change_nothing_and_equal_runs_give_equal_bytes(
 
 @pytest.mark.parametrize("kind", ["topk", "switch", "relu"])
 def test_the_reconstruction_alone_is_what_all_metrics_say_of_it(
-    stores: dict[str, ActivationStore], labels: dict[str, np.ndarray], kind: str
+    stores: dict[str, ActivationStore], labels: dict[str, np.ndarray], kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     two = [make(kind), make(kind)]
     two[1].W_dec.mul_(-1)
@@ -277,6 +277,12 @@ def test_the_reconstruction_alone_is_what_all_metrics_say_of_it(
             assert all(same[key] == value or value is None for key, value in row.items() if key != "best_class")
         assert [row["method"] for row in b.baselines] == ["sae", "pca"] and b.probing == []
     assert alone[0].metrics["fvu"] != alone[1].metrics["fvu"]
+    monkeypatch.setattr(reconstruction_only, "_TEST", 20 * T + 1)
+    test = rows(stores["test"])[: 20 * T]
+    (part, _) = measure_reconstruction(two, SITE, stores, nothing)
+    error = np.square(test - two[0](test).numpy().astype(np.float64)).sum()
+    assert part.metrics["n"] == 20 * T
+    assert part.metrics["fvu"] == pytest.approx(error / np.square(test - test.mean(axis=0)).sum(), rel=1e-4)
 
 
 @pytest.mark.parametrize("kind", sae.names())

@@ -72,11 +72,12 @@ class SplitRows:
 
     def head(self, rows: int) -> Tensor:
         """About the first ``rows`` rows, of whole images, (B, D). Images are in random order."""
-        return self._seen.images(slice(0, min(len(self.labels), max(1, rows // self.tokens))))
+        return self._seen.images(slice(0, self._first(rows)))
 
-    def windows(self) -> Iterator[Window]:
-        """All rows in order."""
-        windows = list(row_slices(len(self.labels), self._images))
+    def windows(self, rows: int | None = None) -> Iterator[Window]:
+        """All rows in order, or about the first ``rows``, of whole images."""
+        n_images = len(self.labels) if rows is None else self._first(rows)
+        windows = list(row_slices(n_images, self._images))
         for window in followed(windows, len(windows), "windows"):
             x = self._seen.images(window)
             images = self._means(x)
@@ -88,6 +89,10 @@ class SplitRows:
             if self._judge is not None:
                 embeddings["monosemanticity_judge"] = unit_rows(self._judge.images(window.start, window.stop))
             yield Window(x, images, embeddings, self.labels[window])
+
+    def _first(self, rows: int) -> int:
+        """The number of whole images in ``rows`` rows, at least one and at most all."""
+        return min(len(self.labels), max(1, rows // self.tokens))
 
     def _means(self, x_BD: Tensor) -> np.ndarray:
         return np.asarray(x_BD.unflatten(0, (-1, self.tokens)).double().mean(dim=1).cpu().numpy())
