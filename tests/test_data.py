@@ -93,6 +93,26 @@ def test_photographs_of_the_chosen_kinds_become_tables(get_data: ModuleType, tmp
     assert "Avocado" not in found.classes
 
 
+def test_the_first_fifty_species_are_copied_by_split(get_data: ModuleType, tmp_path: Path) -> None:
+    source, lines = tmp_path / "CUB_200_2011", {"images.txt": "", "train_test_split.txt": ""}
+    for number, species in enumerate(("001.Crow", "050.Wren", "051.Owl"), 1):
+        for i in range(20):
+            file = source / "images" / species / f"{species[4:]}_{i}.jpg"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(picture(100 * number + i, (30, 20), "JPEG"))
+            lines["images.txt"] += f"{100 * number + i} {species}/{file.name}\n"
+            lines["train_test_split.txt"] += f"{100 * number + i} {i % 2}\n"
+    lines["train_test_split.txt"] += "99 1"  # lists a photograph that is not there, and ends without a line's end
+    for name, text in lines.items():
+        (source / name).write_text(text)
+    get_data.cub50(source, tmp_path)
+    assert {path.relative_to(tmp_path / "cub50").as_posix() for path in (tmp_path / "cub50").rglob("*.jpg")} == {
+        f"{'train' if i % 2 else 'test'}/{name}/{name}_{i}.jpg" for name in ("Crow", "Wren") for i in range(20)
+    }
+    found = manifest("folder", tmp_path / "cub50", tmp_path / "m.parquet")
+    assert sorted(found.classes) == ["Crow", "Wren"] and len(found.split("test")) == 20
+
+
 def test_cifar10_tables_have_the_pixels_of_torchvision(
     get_data: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -133,9 +133,54 @@ def test_other_images_fall_back_to_the_plain_model(
         assert rows[method]["accuracy"] == pytest.approx(float((logits.argmax(dim=1) == truth).double().mean()))
 
 
-def test_a_model_without_texts_is_refused(at_home: Path, home: Manifest, away: Manifest, tmp_path: Path) -> None:
-    with pytest.raises(SparsightError, match="has no text tower; use an open_clip/<model>"):
-        elsewhere(tmp_path, make_backbone(classes=2), at_home, home, away)
+def make_vit() -> Backbone:
+    """A timm model with a head for the home images."""
+    backbone = make_backbone(classes=2, embed_dim=D, depth=2, num_heads=2, in_chans=3)
+    backbone.preprocess = Preprocess((16, 16), 3, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
+    backbone.class_names = NAMES
+    return backbone
+
+
+def test_a_head_knows_the_classes_of_home_alone(
+    home: Manifest, away: Manifest, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    x = at_site(make_vit(), home, "train")[:, 0].numpy()
+    path = write_store(tmp_path / "store", len(x), {SITE: (D,)}, dtype="float32")
+    zarr.open_group(path, mode="r+")[SITE][:] = x
+    with Work(tmp_path / "w", "key") as work:
+        stores = {"train": ActivationStore.open(path)}
+        steer(SECTION, make_sae(make_vit(), home), make_vit(), stores, {}, home, "vs2-s0", 0, work, {})
+        work.finish(tmp_path / "home")
+    summary, vectors = json.loads((tmp_path / "home/vs2-s0.json").read_text()), tmp_path / "home/vs2-s0.safetensors"
+    half = write_images(tmp_path_factory.mktemp("half"), {"bright": 10, "grey": 5}, 20, 240)
+    for manifest, known in ((away, 0), (half, 4)):
+        with Work(tmp_path / "w", f"{known}") as work:
+            one = make_sae(make_vit(), home)
+            steer_elsewhere(one, make_vit(), {}, summary, vectors, manifest, "away", work, {})
+            work.finish(tmp_path / f"{known}")
+        rows = {row["method"]: row for row in tables.read(tmp_path / f"{known}/away.parquet")}
+        about = json.loads((tmp_path / f"{known}/away.json").read_text())
+        test = manifest.split("test")
+        assert about["n_labelled"] == known == rows["vs2"]["n"] and rows["vs2"]["images"] == len(test)
+        logits = make_vit()(make_vit().normalize(test.batch(slice(None), make_vit().preprocess))).argmax(dim=1).numpy()
+        bright = np.array(test.column("label_name")) == "bright"
+        if known:
+            assert bright.sum() == known and rows["none"]["accuracy"] == (logits[bright] == 0).mean()
+        else:
+            assert rows["none"]["accuracy"] is None and about["against_controls"] == []
+        assert rows["reconstruct"]["changed"] is not None and rows["none"]["changed"] == 0
+        assert all(line["steered"] <= summary["gate"][0]["steered"] for line in about["gate"])
+
+
+def test_without_a_strength_chosen_at_home_nothing_is_tried(
+    at_home: Path, home: Manifest, away: Manifest, tmp_path: Path
+) -> None:
+    summary = {**json.loads((at_home / "vs2-s0.json").read_text()), "chosen_on_val": []}
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "vs2-s0.json").write_text(json.dumps(summary))
+    (tmp_path / "home" / "vs2-s0.safetensors").write_bytes((at_home / "vs2-s0.safetensors").read_bytes())
+    with pytest.raises(SparsightError, match=r"^other_images.away: takes the strength that val .*; leave away out"):
+        elsewhere(tmp_path, make_clip(), tmp_path / "home", home, away)
 
 
 def test_thresholds_without_bounds_steer_nobody_and_everybody() -> None:

@@ -70,6 +70,11 @@ class Backbone(Section):
         return n_microbatches(self.batch_size) if self.epochs else 1
 
     @property
+    def classifies(self) -> bool:
+        """Whether the model has a classifier, or prompts."""
+        return self.reads_text or self.training != "none"
+
+    @property
     def reads_text(self) -> bool:
         """Whether texts can name classes and latents: an open_clip model whose weights are not random."""
         return self.model.startswith("open_clip/") and self.weights != RANDOM

@@ -44,6 +44,14 @@ class Split:
         """int32 (n,), read when first asked for; -1 for an image without a label."""
         return self.table.column("label").fill_null(-1).to_numpy().copy()
 
+    def relabelled(self, classes: list[str]) -> "Split":
+        """The same images with labels among other class names: -1 for a class that is not among them."""
+        numbers = {name: number for number, name in enumerate(classes)}
+        new = np.array([*(numbers.get(name, -1) for name in self.classes), -1], np.int32)  # the last for label -1
+        split = dataclasses.replace(self, classes=classes)
+        vars(split)["labels"] = new[self.labels]
+        return split
+
     def column(self, name: str) -> list[str | None]:
         """A column of labels: ``label_name``, or a further label column of the source; None where an image has none.
 

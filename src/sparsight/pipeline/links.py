@@ -50,7 +50,8 @@ def check_links(run: "Run") -> None:
         spurious.check(f"spurious.{name}", read, run.backbones[read.backbone], run.activations.tokens_by_site)
     if run.other_images and not run.transfers:
         raise SparsightError(
-            "other_images: only steering of kind vs2 on an open_clip model is tried on them; add one, or leave them out"
+            "other_images: only steering of kind vs2 on a model that classifies is tried on them; add one, or set "
+            "other_images to {}"
         )
     if run.report.words is not None and not any(map(run.namer_of, run.backbones)):
         raise SparsightError(

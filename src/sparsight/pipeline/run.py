@@ -119,12 +119,12 @@ class Run:
 
     @cached_property
     def transfers(self) -> list[str]:
-        """The steering results that are also run on other images: VS2 on a model that classifies by prompts."""
+        """The steering results that are also run on other images: VS2 on a model that classifies."""
         return [
             name
             for name, sae in self.steering_names.items()
             if self.steering[name.rpartition("-s")[0]].kind == "vs2"
-            and self.backbones[self.sae_names[sae].backbone].reads_text
+            and self.backbones[self.sae_names[sae].backbone].classifies
         ]
 
     @cached_property

@@ -56,7 +56,7 @@ def write_metrics(inputs: dict[str, Any], path: Path) -> None:
     for file in inputs["transfers"]:
         name = f"steering.{file.parent.name}.{file.stem}"
         for row in tables.read(file.with_suffix(".parquet")):
-            flat[f"{name}.{row['method']}.{row['labels']}.accuracy"] = row["accuracy"]
+            flat |= _steered(f"{name}.{row['method']}.{row['labels']}", row)
         flat |= _gate(name, file)
     for file in inputs["disentanglings"]:
         flat |= _disentangled(file)

@@ -36,10 +36,10 @@ from sparsight.steering.vs2pp import NeighbourSteering
 
 Stores = Mapping[str, ActivationStore]
 # Types of columns, which nothing but these would tell without labels or a classifier.
-_MEASURES = {name: pa.int64() if name in ("n", "images") else pa.float64() for name in (*ACCURACIES, *EFFECTS)}
+MEASURES = {name: pa.int64() if name in ("n", "images") else pa.float64() for name in (*ACCURACIES, *EFFECTS)}
 _OF_CLASSES = {
     "method": pa.string(), "strength": pa.float64(), "labels": pa.string(), "split": pa.string(), "class": pa.int64(),
-    "class_name": pa.string(), **{name: _MEASURES[name] for name in ACCURACIES if name != "top5"},
+    "class_name": pa.string(), **{name: MEASURES[name] for name in ACCURACIES if name != "top5"},
 }  # fmt: skip
 
 
@@ -140,7 +140,7 @@ def steer(
             if in_class.any():  # an official split need not have every class
                 hits = outcome.hits[in_class]
                 class_rows.append({**key, **wilson(hits), **paired(hits, on_test[NONE].hits[in_class])})
-    tables.write(work.out / f"{name}.parquet", outcome_rows, _MEASURES)
+    tables.write(work.out / f"{name}.parquet", outcome_rows, MEASURES)
     tables.write(work.out / f"{name}-classes.parquet", class_rows, _OF_CLASSES)
     summary = {
         "format_version": 1,

@@ -1,7 +1,8 @@
 """VS2 and its gate on another data set than the SAE's: the gate must not steer images that are reconstructed badly.
 
 The strengths are those chosen on val of the original data set. Nothing is chosen on the other data set, and its test
-split is used once. The model classifies its images by prompts with its class names.
+split is used once. An open_clip model classifies its images by prompts with its class names. Another model knows the
+classes of its own head alone: images of those have labels, of all others only the effect of steering is known.
 """
 
 from collections.abc import Sequence
@@ -19,7 +20,7 @@ from sparsight.images.class_names import readable
 from sparsight.images.manifest import Manifest
 from sparsight.sae.base import SAE
 from sparsight.steering import vs2
-from sparsight.steering.evaluate import against_controls, gate_curve
+from sparsight.steering.evaluate import MEASURES, against_controls, gate_curve
 from sparsight.steering.runner import NONE, RECONSTRUCT, Row, Runner, check_images
 
 
@@ -37,18 +38,20 @@ def steer_elsewhere(
         layers: SAEs of later sites that steered in the same pass.
 
     Raises:
-        SparsightError: a model without a text tower, an SAE of another model, images without labels, or no strength
-            chosen at home.
+        SparsightError: a model without a classifier, an SAE of another model, or no strength chosen at home.
     """
-    names = [readable(label) for label in manifest.classes]
-    backbone.use_prompts(names, templates_of(manifest.about["source"], tuple(about["template_choice"])))
-    backbone.class_names = manifest.classes
     test = manifest.split("test")
+    if backbone.has_text:
+        names = [readable(label) for label in manifest.classes]
+        backbone.use_prompts(names, templates_of(manifest.about["source"], tuple(about["template_choice"])))
+        backbone.class_names = manifest.classes
+    else:
+        test = test.relabelled(backbone.class_names or [])
     check_images(backbone, test, "test")
-    if not ((test.labels >= 0).any() and home["chosen_on_val"]):
+    if not home["chosen_on_val"]:
         raise SparsightError(
-            f"other_images.{name}: accuracy on it, and a strength chosen on val of the run's own images, need labels; "
-            f"leave {name} out, or label the images"
+            f"other_images.{name}: takes the strength that val of the run's own images chose, which needs labels and a "
+            f"classifier; leave {name} out, or label the images"
         )
     chosen = [Row(**row) for row in home["chosen_on_val"]]
     runner = Runner([sae, *layers], backbone, home["tokens"])
@@ -62,14 +65,15 @@ def steer_elsewhere(
     (best,) = (line["quantile"] for line in original_gate if line["chosen"])
     outcomes[chosen[0]._replace(method=f"{chosen[0].method}-gated")] = gated[best]
     rows = [{**row._asdict(), "split": "test", **outcome.measures(outcomes[NONE])} for row, outcome in outcomes.items()]
-    tables.write(work.out / f"{name}.parquet", rows)
+    tables.write(work.out / f"{name}.parquet", rows, MEASURES)
     summary = {
         "format_version": 1,
         "source": manifest.about["source"],
-        "classes": len(names),
+        "classes": len(manifest.classes),
+        "n_labelled": int((test.labels >= 0).sum()),
         "gate": [{**line, "split": "test", "chosen": line["quantile"] == best} for line in curve],
         "steered_at_home": {str(line["quantile"]): line["steered"] for line in original_gate},
-        "against_controls": against_controls(chosen, outcomes),
+        "against_controls": against_controls(chosen, outcomes) if outcomes[NONE].judged.any() else [],
         "record": record,
     }
     write_json(work.out / f"{name}.json", summary)
