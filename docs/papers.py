@@ -3,6 +3,7 @@
 ``record`` first copies the numbers of results/RUN into experiments/measured.json.
 """
 
+import hashlib
 import json
 import re
 import sys
@@ -14,16 +15,19 @@ from typing import Any
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import yaml
+from matplotlib.figure import Figure
 
 from sparsight.common.errors import SparsightError
 from sparsight.common.intervals import mean_of_seeds
+from sparsight.report.figures.svg import CYCLE, QUIET, svg
 
 ROOT = Path(__file__).parent.parent
 PAPERS, MEASURED = ROOT / "experiments" / "papers.yaml", ROOT / "experiments" / "measured.json"
 HEAD = """# The papers' numbers and ours
 
-This page puts what the papers report beside what was measured here. It begins with the answers, one sentence each. Then
-come all tables with measured numbers, with a longer answer below. Tables without measured numbers are at the end.
+This page puts what the papers report beside what was measured here. It begins with the findings, a paragraph each: what
+holds, what does not, at what size, against which control, and what would change our mind. Then come the tables, with a
+longer answer below each. Experiments that nobody has run are listed at the end.
 
 How to read the tables:
 
@@ -84,6 +88,23 @@ class Entry:
 
 
 @dataclass(frozen=True)
+class Drawn:
+    """A figure of measured numbers: means over seeds with 95 % intervals (Student's t) against a setting."""
+
+    name: str
+    title: str
+    x: str
+    y: str
+    lines: dict[str, list[tuple[float, Entry]]]
+    """By name, the points: a setting and its number."""
+    log_y: bool = False
+
+    def measured(self, measured: dict[str, Any]) -> bool:
+        """Whether all of its numbers are recorded."""
+        return all(entry.experiment in measured for points in self.lines.values() for _, entry in points)
+
+
+@dataclass(frozen=True)
 class Table:
     """A table of a paper, or the numbers of a study of our own."""
 
@@ -118,6 +139,20 @@ def read(papers: Any) -> Iterator[tuple[str, list[Table]]]:
         yield _name(system), tables
 
 
+def figures(about: dict[str, Any]) -> Iterator[Drawn]:
+    """The figures of a system or of a study of our own."""
+    for figure in about.get("figures", []):
+        entries = {
+            line["name"]: [
+                (x, Entry(figure["experiment"], line["name"], metric, figure["unit"], over=over))
+                for x, metric, over in line["points"]
+            ]
+            for line in figure["lines"]
+        }
+        kept = {key: figure[key] for key in ("name", "title", "x", "y", "log_y") if key in figure}
+        yield Drawn(lines=entries, **kept)
+
+
 def _name(about: dict[str, Any]) -> str:
     """The heading of a system or of a study of our own."""
     if "system" in about:
@@ -134,30 +169,69 @@ def _filled(key: str, column: dict[str, Any]) -> str:
 
 def page(papers: Any, measured: dict[str, Any]) -> str:
     """The text of docs/papers.md."""
-    lines = [HEAD, *_summary(papers), *_sections(papers, measured, 2), *_runs(measured)]
-    if later := list(_sections(papers, measured, 3, run=False)):
-        lines += ["## Tables that nobody has run yet", "", *later]
+    lines = [HEAD, *_findings(papers, measured), *_sections(papers, measured), *_runs(measured)]
+    lines += _not_run(papers, measured)
     return "\n".join(lines).rstrip("\n") + "\n"
 
 
-def _summary(papers: Any) -> Iterator[str]:
-    """The answers in one sentence each."""
-    yield from ("## What was found", "")
-    for about in (*papers["ours"], *papers["systems"]):
-        if "summary" in about:
-            yield f"* **{_name(about)}**: {about['summary']}"
-    yield ""
+def _findings(papers: Any, measured: dict[str, Any]) -> Iterator[str]:
+    """A paragraph for each paper and for each study of our own, with its figures; the papers first."""
+    yield from ("## Findings", "")
+    for about in (*papers["systems"], *papers["ours"]):
+        if "finding" in about:
+            name = _name(about)
+            yield from (f"**{name}{'' if name.endswith('?') else '.'}** {about['finding'].strip()}", "")
+        for figure in figures(about):
+            if figure.measured(measured):
+                yield from (f"![{figure.title}]({figure.name}.svg)", "")
 
 
-def _sections(papers: Any, measured: dict[str, Any], level: int, run: bool = True) -> Iterator[str]:
-    """The tables that have measured numbers, or those that have none, under headings of a level and the next."""
+def _sections(papers: Any, measured: dict[str, Any]) -> Iterator[str]:
+    """The tables that have measured numbers."""
     for title, tables in read(papers):
-        chosen = [table for table in tables if any(e.experiment in measured for e in table.entries) == run]
+        chosen = [table for table in tables if any(e.experiment in measured for e in table.entries)]
         if chosen:
-            yield from (f"{'#' * level} {title}", "")
+            yield from (f"## {title}", "")
         for table in chosen:
-            yield from (f"{'#' * (level + 1)} {table.title}", "")
+            yield from (f"### {table.title}", "")
             yield from _table(table, measured)
+
+
+def _not_run(papers: Any, measured: dict[str, Any]) -> Iterator[str]:
+    """The experiments without measured numbers, each with the tables that it would fill."""
+    later: dict[str, dict[str, list[str]]] = {}
+    for title, tables in read(papers):
+        for table in tables:
+            for experiment in {entry.experiment: None for entry in table.entries if entry.experiment not in measured}:
+                later.setdefault(experiment, {}).setdefault(title, []).append(table.title)
+    if later:
+        yield from ("## Experiments that nobody has run", "")
+        yield from ("Their overlays are in `experiments/`, and the papers' numbers in `experiments/papers.yaml`.", "")
+        for name, systems in sorted(later.items()):
+            texts = (f"{title}: {', '.join(titles)}" for title, titles in systems.items())
+            yield f"* `{name}`: {'; '.join(texts)}"
+        yield ""
+
+
+def draw(figure: Drawn, measured: dict[str, Any]) -> str:
+    """The figure as SVG text."""
+    sheet = Figure(figsize=(6.5, 3.4), layout="constrained")
+    axis, said = sheet.subplots(), []
+    for i, (name, points) in enumerate(figure.lines.items()):
+        seeds = [entry.values(measured[entry.experiment]["metrics"]) for _, entry in points]
+        means = [mean_of_seeds(values) for values in seeds]
+        x, y, half = [x for x, _ in points], [m["mean"] for m in means], [m.get("half", 0.0) for m in means]
+        colour, marker = CYCLE[i % len(CYCLE)], "osD^v"[i % 5]
+        axis.errorbar(x, y, half, label=name, color=colour, marker=marker, markersize=4, capsize=2)
+        said.append(f"{name}: {', '.join(f'{b:.4g} at {a:g}' for a, b in zip(x, y, strict=True))}")
+    axis.set(xscale="log", yscale="log" if figure.log_y else "linear", xlabel=figure.x, ylabel=figure.y)
+    ticks = sorted({x for points in figure.lines.values() for x, _ in points})
+    axis.set_xticks(ticks, [f"{tick:,.4g}" if tick < 1e4 else f"{tick / 1e6:.3g} M" for tick in ticks], minor=False)
+    axis.minorticks_off()
+    if axis.get_ylim()[0] < 0 < axis.get_ylim()[1]:
+        axis.axhline(0, color=QUIET, linewidth=1)
+    axis.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    return svg(sheet, figure.title, "; ".join(said) + ".")
 
 
 def _table(table: Table, measured: dict[str, Any]) -> Iterator[str]:
@@ -175,12 +249,13 @@ def _table(table: Table, measured: dict[str, Any]) -> Iterator[str]:
 
 def _runs(measured: dict[str, Any]) -> Iterator[str]:
     """Of which commit the measured numbers are, and over how many images."""
-    yield from ("## Runs", "", "| experiment | commit | test images |", "|---|---|---|")
+    yield from ("## Runs", "", "*Data*: sha256 of the manifest, which has the digest of every image.", "")
+    yield from ("| experiment | commit | test images | data |", "|---|---|---|---|")
     for name, run in sorted(measured.items()):
         others = "".join(f", {other} {n:,}" for other, n in sorted(run["n_other"].items()))
-        yield f"| {name} | {run['commit']} | {run['n']:,}{others} |"
+        yield f"| {name} | {run['commit']} | {run['n']:,}{others} | {run.get('data', '')[:16]} |"
     if not measured:
-        yield "| none yet | | |"
+        yield "| none yet | | | |"
     yield ""
 
 
@@ -253,7 +328,10 @@ def record(run: str, folder: Path, papers: Any) -> dict[str, Any]:
     Raises:
         SparsightError: a run that papers.yaml does not name, that is not finished, or that lacks a metric.
     """
-    entries = [e for _, tables in read(papers) for table in tables for e in table.entries if e.experiment == run]
+    abouts = (*papers["systems"], *papers["ours"])
+    drawn = [e for about in abouts for figure in figures(about) for points in figure.lines.values() for _, e in points]
+    every = [e for _, tables in read(papers) for table in tables for e in table.entries] + drawn
+    entries = [entry for entry in every if entry.experiment == run]
     named = {key for entry in entries for key in entry.keys}
     if not named:
         raise SparsightError(f"{run}: experiments/papers.yaml does not name this experiment; add it there")
@@ -270,6 +348,7 @@ def record(run: str, folder: Path, papers: Any) -> dict[str, Any]:
         kept |= found
     return {
         "commit": commit,
+        "data": hashlib.sha256((folder / "images" / "manifest.parquet").read_bytes()).hexdigest(),
         "n": _test_images(folder / "images" / "manifest.parquet"),
         "n_other": {path.parent.name: _test_images(path) for path in (folder / "images").glob("*/manifest.parquet")},
         "metrics": kept,
@@ -315,6 +394,10 @@ def main(words: list[str]) -> None:
         measured |= {run: record(run, ROOT / "results" / run, papers) for run in words[1:]}
         MEASURED.write_text(json.dumps(measured, indent=1, sort_keys=True) + "\n")
     (ROOT / "docs" / "papers.md").write_text(page(papers, measured))
+    for about in (*papers["systems"], *papers["ours"]):
+        for figure in figures(about):
+            if figure.measured(measured):
+                (ROOT / "docs" / f"{figure.name}.svg").write_text(draw(figure, measured))
 
 
 if __name__ == "__main__":

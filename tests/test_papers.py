@@ -1,6 +1,7 @@
 """The page of the papers' numbers beside ours."""
 
 import copy
+import hashlib
 import json
 from pathlib import Path
 from types import ModuleType
@@ -28,6 +29,9 @@ def papers() -> ModuleType:
 def test_page_is_up_to_date(papers: ModuleType) -> None:
     measured = json.loads((ROOT / "experiments" / "measured.json").read_text())
     assert (ROOT / "docs" / "papers.md").read_text() == papers.page(PAPERS, measured), "run python docs/papers.py"
+    for about in (*PAPERS["systems"], *PAPERS["ours"]):
+        for figure in (figure for figure in papers.figures(about) if figure.measured(measured)):
+            assert (ROOT / "docs" / f"{figure.name}.svg").read_text() == papers.draw(figure, measured)
 
 
 def test_every_number_is_of_a_section_that_its_experiment_has(papers: ModuleType) -> None:
@@ -93,22 +97,41 @@ def test_a_recorded_run_stands_beside_the_paper_as_the_mean_over_its_seeds(paper
     assert "| A | x | % | 60.00 | 59.00 (58.00 to 60.00) | -1.00 |" in page
     assert "| B | x | % | 61.50 | not run |  |" in page
     assert "| y | share | 0.2500 |" in page
-    assert "| run | abc | 4, birds 3 |" in page
+    digest = hashlib.sha256((tmp_path / "run/images/manifest.parquet").read_bytes()).hexdigest()
+    assert f"| run | abc | 4, birds 3 | {digest[:16]} |" in page
 
 
-def test_measured_tables_come_before_those_that_nobody_has_run(papers: ModuleType, tmp_path: Path) -> None:
+def test_findings_come_first_and_what_nobody_has_run_last(papers: ModuleType, tmp_path: Path) -> None:
     some = copy.deepcopy(SOME)
     system = some["systems"][0]
     later = {**system["tables"][0], "title": "Later", "columns": system["tables"][0]["columns"][1:]}
     later["rows"] = [{"what": "x", "metric": "steering.x-s*.<images>.accuracy", "paper": [61.5]}]
-    system |= {"summary": "It holds.", "tables": [later, *system["tables"]]}
+    system |= {"finding": "It holds.", "tables": [later, *system["tables"]]}
     page = papers.page(some, {"run": papers.record("run", results(tmp_path / "run", METRICS), some)})
-    order = ["* **S (P)**: It holds.", "\n### run\n", "\n## S (P)\n", "\n### T\n", "\n## Runs\n"]
-    order += ["\n## Tables that nobody has run yet\n", "\n### S (P)\n", "\n#### Later\n"]
+    order = ["**S (P).** It holds.", "\n### run\n", "\n## S (P)\n", "\n### T\n", "\n## Runs\n"]
+    order += ["\n## Experiments that nobody has run\n", "\n* `later`: S (P): Later, T\n"]
     places = [page.index(text) for text in order]
-    assert places == sorted(places)
-    run = {"run": papers.record("run", results(tmp_path / "again", METRICS), SOME)}
-    assert "nobody" not in papers.page(SOME, run), "every table has a measured number"
+    assert places == sorted(places) and "### Later" not in page
+    every = copy.deepcopy(SOME)
+    del every["systems"][0]["tables"][0]["columns"][1]
+    every["systems"][0]["tables"][0]["rows"][0]["paper"] = [60]
+    run = {"run": papers.record("run", results(tmp_path / "again", METRICS), every)}
+    assert "nobody" not in papers.page(every, run).split("## Findings")[1], "every table has a measured number"
+
+
+def test_a_figure_is_drawn_once_all_of_its_numbers_are_recorded(papers: ModuleType, tmp_path: Path) -> None:
+    some = copy.deepcopy(SOME)
+    points = [[1000, "sae.y-s*.fvu", "sae.y-s*.fvu_pca_k"], [4_000_000, "sae.z-s*.fvu", ""]]
+    line = {"name": "one", "points": points}
+    figure = {"name": "f", "title": "A figure", "experiment": "run", "x": "tokens", "y": "change", "unit": "%"}
+    some["systems"][0]["figures"] = [{**figure, "lines": [line]}]
+    assert "](f.svg)" not in papers.page(some, {})
+    metrics = {**METRICS, "sae.z-s0.fvu": 0.1, "sae.z-s1.fvu": 0.3}
+    measured = {"run": papers.record("run", results(tmp_path / "run", metrics), some)}
+    assert "sae.z-s1.fvu" in measured["run"]["metrics"] and "![A figure](f.svg)" in papers.page(some, measured)
+    (drawn,) = papers.figures(some["systems"][0])
+    text = papers.draw(drawn, measured)
+    assert "<desc>one: -16.67 at 1000, 20 at 4e+06.</desc>" in text and ">4 M<" in text and ">1,000<" in text
 
 
 def test_the_answer_on_steered_heads_stands_with_its_intervals(papers: ModuleType, tmp_path: Path) -> None:
