@@ -21,6 +21,7 @@ from sparsight.common.work import Work
 from sparsight.images.manifest import Manifest, write_manifest
 from sparsight.images.split import Split
 from sparsight.sae import SAE
+from sparsight.sae import evaluate as sae_evaluate
 from sparsight.sae.evaluate import chain_errors, evaluate, evaluate_chain, redundancies
 from sparsight.sae.metrics.measure import measure
 from sparsight.sae.metrics.splice import Clean, Replacement, spliced
@@ -288,3 +289,34 @@ def test_a_chain_of_perfect_saes_changes_nothing_whatever_the_way_back(split: Sp
     later = json.loads((tmp_path / "out" / SITES[1] / "metrics.json").read_text())
     assert later["n"] == len(split) * 17 and later["fvu_residual"] < 1e-9
     assert len(tables.read(tmp_path / "out" / SITES[1] / "latents.parquet")) == 2 * D
+
+
+def test_the_reconstruction_of_a_chain_alone_is_what_all_metrics_say_of_it(
+    split: Split, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backbone, splits = make_backbone(classes=2), dict.fromkeys(SPLITS, split)
+    store = real_store(backbone, split, tmp_path)
+    chain = random_chain(store)
+    for one in chain.saes.values():
+        one.about["tokens"] = "all"
+
+    def evaluated(name: str, alone: bool) -> Path:
+        with Work(tmp_path / f"work-{name}", "key") as work:
+            stores = dict.fromkeys(SPLITS, store)
+            evaluate_chain(chain, backbone, stores, splits, 0, work, {}, reconstruction_only=alone)
+            work.finish(tmp_path / name)
+        return tmp_path / name
+
+    whole, alone = evaluated("whole", False), evaluated("alone", True)
+    for place in ("", *SITES):
+        ours, theirs = (json.loads((folder / place / "metrics.json").read_text()) for folder in (alone, whole))
+        missing = {key for key in theirs.keys() - ours.keys() if not key.startswith(("probing", "bits", "monosem"))}
+        assert missing <= {"fvu_quantised", "fvu_random", "fvu_kmeans", "fvu_neurons", "dead_train", "embedding"}
+        for key in ours.keys() - {"record"}:
+            assert ours[key] == pytest.approx(theirs[key], rel=1e-6), (place, key)
+    assert tables.read(alone / SITES[0] / "probing.parquet") == []
+    monkeypatch.setattr(sae_evaluate, "_IN_MODEL", 8)
+    few = json.loads((evaluated("few", True) / "metrics.json").read_text())
+    right = backbone(backbone.normalize(split.batch(slice(0, 8), backbone.preprocess))).argmax(dim=1).numpy()
+    assert few["n"] == 8 and few["accuracy_untouched"] == (right == split.labels[:8]).mean()
+    assert few["fvu"] == json.loads((alone / "metrics.json").read_text())["fvu"]

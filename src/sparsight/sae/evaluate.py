@@ -32,6 +32,7 @@ from sparsight.sae.metrics.splice import Clean, Replacement, spliced
 from sparsight.sae.moments import Moments, by_group
 from sparsight.sae.resae import ReSAE
 
+_IN_MODEL = 5000  # images of test that a chain is run on at most, if only its reconstruction is measured
 _AVERAGED = (
     "fvu", "fvu_unchained", "fvu_residual", "fvu_affine", "l0", "bits", "probing_sae_1", "probing_sae_5",
     "redundancy", "redundancy_transported", "redundancy_random",
@@ -132,12 +133,13 @@ def evaluate_chain(
         "online": lambda _: lambda m, group, h, before: chain.replace(m, h, before, group),
         "mean_instead": lambda _: means,
     }
-    metrics: dict[str, float] = {"n": len(test)}
+    n_images = min(_IN_MODEL, len(test)) if reconstruction_only else len(test)
+    metrics: dict[str, float] = {"n": n_images}
     for key in _AVERAGED:
         if values := [row[key] for row in by_site.values() if key in row]:
             metrics[key] = float(np.mean(values))
     positions = _positions(stores["test"], chain.sites[0], tokens, backbone)
-    in_model = spliced(backbone, test, chain.sites, positions, modes)
+    in_model = spliced(backbone, test, chain.sites, positions, modes, n_images)
     metrics |= in_model.metrics({mode: mode for mode in modes})
     write_json(work.out / "metrics.json", {**metrics, "record": record})
     log(_line(metrics))

@@ -4,7 +4,6 @@ Shapes: B batch, T tokens, D width (d_in), N rows = B x tokens of a group, C cla
 """
 
 import dataclasses
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
@@ -16,6 +15,7 @@ from sparsight.backbones.backbone import Backbone
 from sparsight.common import sites
 from sparsight.common.intervals import paired, wilson
 from sparsight.common.progress import followed
+from sparsight.common.slices import row_slices
 from sparsight.images.split import Split
 
 _IMAGES = 125
@@ -86,7 +86,7 @@ class Spliced:
 @torch.no_grad()
 def spliced(
     backbone: Backbone, split: Split, names: Sequence[str], positions: Mapping[str, Sequence[int]],
-    modes: Mapping[str, Callable[[Clean], Replacement]],
+    modes: Mapping[str, Callable[[Clean], Replacement]], n_images: int | None = None,
 ) -> Spliced:  # fmt: skip
     """Predictions of a model with replaced activations, and without.
 
@@ -99,7 +99,10 @@ def spliced(
         names: sites in the order of the model.
         positions: positions of each token group whose activations are replaced, along the model's token axis.
         modes: by name, a function from the clean activations of a batch to the replacement.
+        n_images: use the first images alone, at most so many; None takes all.
     """
+    n_images = len(split) if n_images is None else min(n_images, len(split))
+    windows, labels = list(row_slices(n_images, _IMAGES)), split.labels[:n_images]
     places = [sites.parse(name) for name in names]
     if not positions or not backbone.n_classes or any(part not in ("input", "output") for _, part in places):
         return Spliced({}, {}, {})
@@ -122,8 +125,8 @@ def spliced(
                     x_BTD[:, tokens] = value.unflatten(0, (len(x_BTD), -1))
         return backbone.classify(backbone.run_blocks(x_BTD, block, backbone.n_blocks)[0]), arrived
 
-    batches = split.batches(backbone.preprocess, _IMAGES, backbone.decoding_threads)
-    for pixels in followed(batches, math.ceil(len(split) / _IMAGES), "batches"):
+    batches = split.stream(windows, backbone.preprocess, backbone.decoding_threads)
+    for pixels in followed(batches, len(windows), "batches"):
         tokens_BTD = backbone.tokens(backbone.normalize(pixels))
         x_BTD, _ = backbone.run_blocks(tokens_BTD, 0, starts[0])  # once for all modes
         logits, clean = forward(x_BTD, None)
@@ -134,6 +137,6 @@ def spliced(
             log_p, log_q = logits.double().log_softmax(dim=1), changed.double().log_softmax(dim=1)
             kl[name] = kl[name] + (log_p.exp() * (log_p - log_q)).sum()
     predicted = {name: torch.cat(blocks).cpu().numpy() for name, blocks in answers.items()}
-    right = {name: (classes == split.labels)[split.labels >= 0] for name, classes in predicted.items()}
+    right = {name: (classes == labels)[labels >= 0] for name, classes in predicted.items()}
     different = {name: predicted[name] != predicted["untouched"] for name in modes}
-    return Spliced(right, different, {name: float(total) / len(split) for name, total in kl.items()})
+    return Spliced(right, different, {name: float(total) / n_images for name, total in kl.items()})
