@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from sparsight import config, sae
 from sparsight.backbones.backbone import Backbone
+from sparsight.bench.at_site import AtSite
 from sparsight.bench.attribution import curves, evaluate, statistics
 from sparsight.bench.attribution.features import active, steps_of
-from sparsight.bench.disentangling.model import AtSite
 from sparsight.common import tables
 from sparsight.common.errors import SparsightError
 from sparsight.common.work import Work

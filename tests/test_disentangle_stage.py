@@ -16,9 +16,9 @@ from snakemake.utils import update_config
 
 from sparsight import config, sae
 from sparsight.backbones.backbone import Backbone
+from sparsight.bench.at_site import AtSite
+from sparsight.bench.attribute import Attribute
 from sparsight.bench.disentangling import evaluate as stage
-from sparsight.bench.disentangling.attributes import Attribute
-from sparsight.bench.disentangling.model import AtSite
 from sparsight.common import tables
 from sparsight.common.errors import SparsightError
 from sparsight.common.work import Work

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from sparsight import sae
-from sparsight.bench.disentangling.attributes import draw_pairs, usable
 from sparsight.bench.disentangling.das import Subspace, train_subspaces
 from sparsight.bench.disentangling.interchange import Coordinates, Features, Latents, neurons, principal
-from sparsight.bench.disentangling.model import Readout
+from sparsight.bench.disentangling.pairs import draw_pairs, usable
+from sparsight.bench.disentangling.readout import Readout
 from sparsight.bench.disentangling.scores import Key, Outcome, best_rules, outcomes, table
 from sparsight.bench.disentangling.selection import RULES, Rule, Separation, ranked
 from sparsight.bench.disentangling.statistics import Fitted, Name, fit

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from sparsight import config, sae
 from sparsight.backbones.backbone import Backbone
-from sparsight.bench.disentangling.attributes import Attribute
+from sparsight.bench.attribute import Attribute
 from sparsight.bench.spurious import evaluate
 from sparsight.bench.spurious.cells import Cells, balanced
 from sparsight.bench.spurious.edits import Key, WithoutDirection, predictions
@@ -43,7 +43,7 @@ SHAPE = (2, 2)
 
 
 class MadeUpRows:
-    """As :class:`sparsight.bench.disentangling.statistics.Rows`, of made-up activations; the embedding is the same."""
+    """As :class:`sparsight.bench.site_rows.SiteRows`, of made-up activations; the embedding is the same."""
 
     tokens = 1
 

@@ -6,13 +6,14 @@ S steps, A ablated features of an image.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from sparsight import config
+from sparsight.bench.at_site import Classifier
 from sparsight.bench.attribution.features import Active, active, steps_of
 from sparsight.common.progress import followed
 from sparsight.common.slices import row_slices
@@ -24,21 +25,6 @@ METHODS = (SAE, *ORDERS, *CONTROLS)
 """Curves: the SAE's latents by attribution, in random order and by activation; a control's features by attribution."""
 DIRECTIONS = ("deletion", "insertion")
 _PASSES, _ROWS = 256, 4096  # at most so many images, and edited rows, in a pass
-
-
-class Model(Protocol):
-    """What is needed of a model and its images (:class:`sparsight.bench.disentangling.model.AtSite`)."""
-
-    rows_per_image: int
-
-    def stream(self, images: np.ndarray) -> Tensor:
-        """The stream at the site for the images of these numbers, (B, ...)."""
-
-    def rows(self, stream: Tensor) -> Tensor:
-        """The rows of the stream that are edited, (R, D)."""
-
-    def logits(self, stream: Tensor, rows_RD: Tensor) -> Tensor:
-        """Class logits (B, C) of the stream with edited rows."""
 
 
 @dataclass
@@ -64,7 +50,7 @@ class Found:
 class _Batch:
     """Images, and what the untouched model says of them."""
 
-    model: Model
+    model: Classifier
     numbers: np.ndarray
     stream: Tensor
     x_RD: Tensor
@@ -99,7 +85,7 @@ def centred(logits: Tensor, classes_B: Tensor) -> Tensor:
 
 
 def measure(
-    model: Model, n_images: int, saes: Mapping[str, Mapping[str, Method]], section: config.Attribution, seed: int
+    model: Classifier, n_images: int, saes: Mapping[str, Mapping[str, Method]], section: config.Attribution, seed: int
 ) -> tuple[dict[str, Found], np.ndarray, np.ndarray]:
     """Curves, ablations and effects for the first ``n_images`` images.
 
@@ -131,7 +117,7 @@ def measure(
     return found, np.concatenate(classes), np.concatenate(probabilities)
 
 
-def _clean(model: Model, numbers: np.ndarray) -> _Batch:
+def _clean(model: Classifier, numbers: np.ndarray) -> _Batch:
     stream = model.stream(numbers)
     x_RD = model.rows(stream).detach().requires_grad_(True)
     logits = model.logits(stream, x_RD)

@@ -13,9 +13,9 @@ from torch import Tensor
 from sparsight import config
 from sparsight.activations.store import ActivationStore
 from sparsight.backbones.backbone import Backbone
+from sparsight.bench.at_site import AtSite
 from sparsight.bench.attribution import statistics
 from sparsight.bench.attribution.curves import measure
-from sparsight.bench.disentangling.model import AtSite
 from sparsight.common import tables
 from sparsight.common.errors import SparsightError
 from sparsight.common.files import write_json

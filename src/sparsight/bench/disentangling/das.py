@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparsight.bench.disentangling.model import Model, Readout
+from sparsight.bench.at_site import Embedder
+from sparsight.bench.disentangling.readout import Readout
 from sparsight.common.progress import followed
 from sparsight.common.slices import row_slices
 from sparsight.training import schedules
@@ -30,7 +31,7 @@ class Subspace(NamedTuple):
 
 
 def train_subspaces(
-    model: Model, pairs_P2: np.ndarray, values_An: np.ndarray, readouts: Sequence[Readout],
+    model: Embedder, pairs_P2: np.ndarray, values_An: np.ndarray, readouts: Sequence[Readout],
     subspaces: Sequence[Subspace], batch_size: int, lr: float,
 ) -> list[Tensor]:  # fmt: skip
     """For each subspace orthonormal columns (D, K), whose interchange changes one attribute and keeps the other.

@@ -18,14 +18,16 @@ from safetensors.torch import load_file, save_file
 from sparsight import config
 from sparsight.activations.store import ActivationStore
 from sparsight.backbones.backbone import Backbone
+from sparsight.bench.at_site import AtSite
+from sparsight.bench.attribute import Attribute
 from sparsight.bench.disentangling import statistics
-from sparsight.bench.disentangling.attributes import Attribute, draw_pairs, usable
 from sparsight.bench.disentangling.das import Subspace, train_subspaces
 from sparsight.bench.disentangling.interchange import Coordinates, Features, Latents
-from sparsight.bench.disentangling.model import AtSite
+from sparsight.bench.disentangling.pairs import draw_pairs, usable
 from sparsight.bench.disentangling.scores import Key, best_rules, outcomes, table
 from sparsight.bench.disentangling.selection import RULES, ranked
-from sparsight.bench.disentangling.statistics import Fitted, Name, Rows
+from sparsight.bench.disentangling.statistics import Fitted, Name
+from sparsight.bench.site_rows import SiteRows
 from sparsight.common import tables
 from sparsight.common.files import write_atomic, write_json
 from sparsight.common.intervals import wilson
@@ -79,7 +81,7 @@ def evaluate(
         part: Images(images[part], stores[part], np.stack([one.numbers(images[part]) for one in attributes]))
         for part in ("train", "val", "test")
     }
-    rows = {part: Rows(one.store, site, tokens, device, first.d_sae) for part, one in splits.items()}
+    rows = {part: SiteRows(one.store, site, tokens, device, first.d_sae) for part, one in splits.items()}
     dictionaries = {Name("sae", sae): of_sae(one) for sae, one in saes.items()}
     for sae, one in saes.items():
         drawn = derive_seed(seed, "disentangle", "random", sae)

@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from sparsight.bench.at_site import Embedder
 from sparsight.bench.disentangling.interchange import Features
-from sparsight.bench.disentangling.model import Model, Readout
+from sparsight.bench.disentangling.readout import Readout
 from sparsight.common.intervals import bootstrap
 from sparsight.common.progress import followed
 from sparsight.common.slices import row_slices
@@ -48,7 +49,7 @@ class Outcome:
 
 @torch.no_grad()
 def outcomes(
-    model: Model, pairs_P2: np.ndarray, values_An: np.ndarray, readouts: Sequence[Readout],
+    model: Embedder, pairs_P2: np.ndarray, values_An: np.ndarray, readouts: Sequence[Readout],
     edits: Mapping[Key, tuple[Features, np.ndarray]],
 ) -> dict[Key, Outcome]:  # fmt: skip
     """The outcome of every edit.

@@ -5,63 +5,23 @@ All of it comes from sums over the rows of the store, which is read in windows o
 Shapes: I images, D width (d_in), E width of the embedding.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from sparsight.activations.store import ActivationStore
 from sparsight.bench.disentangling.interchange import Coordinates, neurons, principal
-from sparsight.bench.disentangling.model import Readout
+from sparsight.bench.disentangling.readout import Readout
 from sparsight.bench.disentangling.selection import Separation
-from sparsight.common.progress import followed
+from sparsight.bench.site_rows import SiteRows
 from sparsight.common.slices import row_slices
-from sparsight.common.tokens import EMBEDDING
-from sparsight.sae.inputs import SaeInputs
 from sparsight.sae.metrics.absorption import Absorption
 from sparsight.sae.metrics.baselines import Method
 from sparsight.sae.metrics.firing import ByClass
 from sparsight.sae.metrics.probing import DenseMoments, SparseProbe
 from sparsight.sae.metrics.sparse_codes import pooled
-
-_ENTRIES = 2**25
-"""Largest number of entries of dense codes at a time."""
-
-
-class Rows:
-    """A split's rows at the site, with its embeddings.
-
-    Args:
-        store: the split's activations.
-        site: the site.
-        tokens: the tokens that the SAE reads.
-        device: device of the rows.
-        width: the largest number of features, which decides how many images are read at a time.
-    """
-
-    def __init__(self, store: ActivationStore, site: str, tokens: str, device: torch.device, width: int) -> None:
-        self._inputs = SaeInputs(store, site, device, tokens=tokens)
-        self._embedding = store.rows(EMBEDDING)
-        self.tokens, self.n_images = self._inputs.tokens, len(self._embedding)
-        self._at_once = max(1, min(8192, _ENTRIES // width) // self.tokens)
-
-    def head(self, rows: int) -> Tensor:
-        """About the first ``rows`` rows, of whole images, (B, D)."""
-        return self._inputs.images(slice(0, min(self.n_images, max(1, rows // self.tokens))))
-
-    def windows(self) -> Iterator[tuple[slice, Tensor, np.ndarray]]:
-        """All images in order: their numbers, their rows (I T, D), and the mean of each image's, float64 (I, D)."""
-        windows = list(row_slices(self.n_images, self._at_once))
-        for window in followed(windows, len(windows), "windows"):
-            x = self._inputs.images(window)
-            yield window, x, x.unflatten(0, (-1, self.tokens)).double().mean(dim=1).cpu().numpy()
-
-    def embeddings(self, window: slice) -> np.ndarray:
-        """Embeddings of some images, float64 (I, E)."""
-        return self._embedding.images(window.start, window.stop).astype(np.float64)
 
 
 class Name(NamedTuple):
@@ -88,7 +48,7 @@ class Fitted:
     """By method."""
 
 
-def fit(rows: Rows, values_An: np.ndarray, sizes: Sequence[int], dictionaries: Mapping[Name, Method]) -> Fitted:
+def fit(rows: SiteRows, values_An: np.ndarray, sizes: Sequence[int], dictionaries: Mapping[Name, Method]) -> Fitted:
     """Read train once.
 
     Args:
@@ -133,7 +93,7 @@ def _readout(moments: DenseMoments, device: torch.device) -> Readout:
     return Readout(weight, bias)
 
 
-def read_right(rows: Rows, values_An: np.ndarray, readouts: Sequence[Readout]) -> list[np.ndarray]:
+def read_right(rows: SiteRows, values_An: np.ndarray, readouts: Sequence[Readout]) -> list[np.ndarray]:
     """Whether each attribute is read rightly from the stored embedding of each image, bool (n,) per attribute."""
     right = [np.zeros(rows.n_images, bool) for _ in readouts]
     for window in row_slices(rows.n_images, 8192):
@@ -144,7 +104,7 @@ def read_right(rows: Rows, values_An: np.ndarray, readouts: Sequence[Readout]) -
 
 
 def absorption(
-    rows: Rows, values_An: np.ndarray, dictionaries: Mapping[Name, Method], fitted: Fitted
+    rows: SiteRows, values_An: np.ndarray, dictionaries: Mapping[Name, Method], fitted: Fitted
 ) -> dict[Name, list[Absorption]]:
     """Absorption on the images of ``rows``, by dictionary and attribute."""
     counts = {

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from sparsight.bench.disentangling.attributes import Attribute
+from sparsight.bench.attribute import Attribute
 from sparsight.common.errors import SparsightError
 from sparsight.images.split import Split
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sparsight.bench.attribution.curves import Model
+from sparsight.bench.at_site import Classifier
 from sparsight.common.progress import followed
 from sparsight.common.slices import row_slices
 from sparsight.sae.metrics.baselines import Method
@@ -90,7 +90,7 @@ class Erased:
 
 
 @torch.no_grad()
-def predictions(model: Model, n_images: int, edits: Mapping[Key, Edit]) -> dict[Key, np.ndarray]:
+def predictions(model: Classifier, n_images: int, edits: Mapping[Key, Edit]) -> dict[Key, np.ndarray]:
     """The class that the model predicts for each image after each edit, int (n,).
 
     Args:

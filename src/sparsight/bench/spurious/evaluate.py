@@ -13,9 +13,8 @@ import pyarrow as pa
 from sparsight import config
 from sparsight.activations.store import ActivationStore
 from sparsight.backbones.backbone import Backbone
-from sparsight.bench.attribution.curves import Model
-from sparsight.bench.disentangling.model import AtSite
-from sparsight.bench.disentangling.statistics import Rows
+from sparsight.bench.at_site import AtSite, Classifier
+from sparsight.bench.site_rows import SiteRows
 from sparsight.bench.spurious.cells import Cells, balanced
 from sparsight.bench.spurious.edits import Edit, Erased, Key, Nothing, WithoutDirection, WithoutLatents, predictions
 from sparsight.bench.spurious.fit import Fitted, fit
@@ -37,7 +36,7 @@ _TYPES = {"sae": pa.string(), "worst_val": pa.float64(), "mean_val": pa.float64(
 class Part:
     """A split on which the model is run."""
 
-    model: Model
+    model: Classifier
     embeddings: np.ndarray
     """(n, E)."""
     labels: np.ndarray
@@ -75,7 +74,7 @@ def evaluate(
         )
     cells = Cells.of(section.group, images["train"])
     where, device = place(first, backbone), first.W_dec.device
-    rows = {part: Rows(one, where.site, where.tokens, device, first.d_sae) for part, one in stores.items()}
+    rows = {part: SiteRows(one, where.site, where.tokens, device, first.d_sae) for part, one in stores.items()}
     numbers = {part: cells.numbers(one) for part, one in images.items()}
     methods = {sae: of_sae(one) for sae, one in saes.items()}
     even = balanced(numbers["train"], derive_seed(seed, "spurious", "balanced"))

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sparsight.bench.disentangling.statistics import Rows
+from sparsight.bench.site_rows import SiteRows
 from sparsight.sae.metrics.baselines import Method
 from sparsight.sae.metrics.firing import ByClass
 from sparsight.sae.metrics.probing import DenseMoments
@@ -41,7 +41,7 @@ class Fitted:
 
 
 def fit(
-    rows: Rows, cells_n: np.ndarray, shape: tuple[int, int], balanced: np.ndarray, methods: Mapping[str, Method]
+    rows: SiteRows, cells_n: np.ndarray, shape: tuple[int, int], balanced: np.ndarray, methods: Mapping[str, Method]
 ) -> Fitted:
     """Read train once.
 

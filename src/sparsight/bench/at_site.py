@@ -1,9 +1,8 @@
-"""The frozen model from a site on, and linear readouts of attributes from its embedding.
+"""The frozen model from a site on, as interchanges and removals of features need it.
 
-Shapes: B images, T tokens, R edited rows, D width (d_in), E width of the embedding, C values.
+Shapes: B images, T tokens, R edited rows, D width (d_in), E width of the embedding, C classes.
 """
 
-from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -17,7 +16,7 @@ from sparsight.steering.intervention import Place
 
 
 class Model(Protocol):
-    """What an interchange needs of a model and the images of a split."""
+    """What is needed of a model and the images of a split (:class:`AtSite`)."""
 
     rows_per_image: int
 
@@ -27,8 +26,19 @@ class Model(Protocol):
     def rows(self, stream: Tensor) -> Tensor:
         """The rows of the stream that are edited, (R, D)."""
 
+
+class Embedder(Model, Protocol):
+    """A model that is asked for embeddings."""
+
     def embedding(self, stream: Tensor, rows_RD: Tensor) -> Tensor:
         """The embedding (B, E) that the rest of the model makes of the stream with edited rows."""
+
+
+class Classifier(Model, Protocol):
+    """A model that is asked for classes."""
+
+    def logits(self, stream: Tensor, rows_RD: Tensor) -> Tensor:
+        """Class logits (B, C) of the stream with edited rows."""
 
 
 class AtSite:
@@ -67,26 +77,9 @@ class AtSite:
         return self._backbone.tower.pool(self._last(stream, rows_RD))
 
     def logits(self, stream: Tensor, rows_RD: Tensor) -> Tensor:
-        """Class logits (B, C) of the stream with edited rows."""
         return self._backbone.classify(self._last(stream, rows_RD))
 
     def _last(self, stream: Tensor, rows_RD: Tensor) -> Tensor:
         """The stream after the last block, (B, T, D)."""
         x_BTD = self._where.write(stream, rows_RD)
         return self._backbone.run_blocks(x_BTD, self._where.start, self._backbone.n_blocks)[0]
-
-
-@dataclass(frozen=True)
-class Readout:
-    """A linear readout of an attribute: the value of the largest score (ridge regression to membership of a value)."""
-
-    weight_EC: Tensor
-    bias_C: Tensor
-
-    def scores(self, embedding_BE: Tensor) -> Tensor:
-        """(B, C); about 1 for the image's value and 0 for the others."""
-        return embedding_BE @ self.weight_EC + self.bias_C
-
-    def __call__(self, embedding_BE: Tensor) -> np.ndarray:
-        """Predicted values, int (B,)."""
-        return self.scores(embedding_BE).argmax(dim=1).cpu().numpy()
