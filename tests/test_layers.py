@@ -137,7 +137,7 @@ def test_the_gate_asks_every_site(backbone: Backbone, stores: Stores, manifest: 
         alone = run(tmp_path / str(i), backbone, stores, manifest, [one], **options)
         found = vs2.Calibration.load(alone / "s.safetensors", torch.device("cpu"))
         gates = [found]
-        (fvu,) = Runner([one], backbone, "cls").sample_fvu(manifest.split("test"), gates)
+        _, (fvu,) = Runner([one], backbone, "cls").run([], [{}], manifest.split("test"), gates)
         below.append(fvu <= found.threshold(0.6))
     (line,) = (line for line in json.loads((out / "s.json").read_text())["gate"] if line["split"] == "test")
     assert line["steered"] == pytest.approx(np.mean(below[0] & below[1])) and len(line["thresholds"]) == 2

@@ -103,15 +103,15 @@ def steer(
         for labels in edit.labels
         for strength in (section.strengths if edit.strength is None else (edit.strength,))
     ]
-    outcomes = {first: runner.run([NONE, RECONSTRUCT, *rows], first_edits, splits[first])}
+    outcomes, fvu = {}, {}
+    outcomes[first], fvu[first] = runner.run([NONE, RECONSTRUCT, *rows], first_edits, splits[first], gates)
     chosen = _choose(rows, outcomes["val"]) if choosable else []
     if choosable:
-        outcomes["test"] = runner.run([NONE, RECONSTRUCT, *chosen], edits("test"), test)
+        outcomes["test"], fvu["test"] = runner.run([NONE, RECONSTRUCT, *chosen], edits("test"), test, gates)
     vectors.save({at.site: own for at, own in zip(places, tensors(), strict=True)}, work.out / f"{name}.safetensors")
     curve = []
     if gates:
         steered = [row for row in chosen or rows if row.method == rows[0].method]
-        fvu = {split: runner.sample_fvu(splits[split], gates) for split in outcomes}
         curves = {
             split: [gate_curve(section.quantiles, gates, row, outcomes[split], fvu[split]) for row in steered]
             for split in outcomes

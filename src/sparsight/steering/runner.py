@@ -98,13 +98,27 @@ class Runner:
         self.classifies = bool(backbone.n_classes)
 
     @torch.no_grad()
-    def run(self, rows: Sequence[Row], edits: Edits, split: Split) -> dict[Row, Outcome]:
-        """Predictions for each image of a split under each row; without a classifier, changes of the embedding."""
+    def run(
+        self, rows: Sequence[Row], edits: Edits, split: Split, gates: Sequence[vs2.Calibration] = ()
+    ) -> tuple[dict[Row, Outcome], list[np.ndarray]]:
+        """Predictions for each image of a split under each row; without a classifier, changes of the embedding.
+
+        Returns:
+            The outcome of each row; and for each site's gate, the FVU of every image in the unsteered stream, (n,).
+        """
         judged = (split.labels >= 0) & self.classifies
         outcomes = {row: Outcome.empty(judged) for row in rows}
+        fvu: list[list[Tensor]] = [[] for _ in gates]
+
+        def measured(m: int, rows_RD: Tensor) -> Tensor:
+            if gates:
+                at = self.where.places[m]
+                fvu[m].append(vs2.sample_fvu(at.sae, rows_RD.unflatten(0, (-1, at.n_tokens)), gates[m].mean))
+            return rows_RD
+
         for images, x_BTD in self.where.streams(split):
             truth_B = sent(torch.from_numpy(split.labels[images]).long(), x_BTD.device)
-            last_BTD = self.where.rest(x_BTD)
+            last_BTD = self.where.rest(x_BTD, measured)
             plain = {"logits": self._read(last_BTD)}
             if any(edit.at == "embedding" for edit in edits[0].values()):
                 plain["embedding"] = self.backbone.tower.pool(last_BTD)
@@ -121,7 +135,7 @@ class Runner:
                     out = edited if edit.at == "logits" else self.backbone.classify_embedding(edited)
                 votes = row.method in edits[0] and edits[0][row.method].at == "logits"
                 self._write(outcome, images, out, plain["logits"], truth_B, votes)
-        return outcomes
+        return outcomes, [torch.cat(blocks).cpu().numpy() for blocks in fvu]
 
     def _read(self, last_BTD: Tensor) -> Tensor:
         """Class logits (B, C) from the stream after the last block; without a classifier the embedding (B, E)."""
@@ -151,20 +165,6 @@ class Runner:
         arrays = (outcome.predicted, outcome.hits, outcome.top5, outcome.kl)
         for array, values in zip(arrays, numbers, strict=False):
             array[images] = values
-
-    @torch.no_grad()
-    def sample_fvu(self, split: Split, found: Sequence[vs2.Calibration]) -> list[np.ndarray]:
-        """For each site, the FVU of every image in the unsteered stream, (n,)."""
-        blocks: list[list[Tensor]] = [[] for _ in found]
-
-        def measure(m: int, rows_RD: Tensor) -> Tensor:
-            at = self.where.places[m]
-            blocks[m].append(vs2.sample_fvu(at.sae, rows_RD.unflatten(0, (-1, at.n_tokens)), found[m].mean))
-            return rows_RD
-
-        for _, x_BTD in self.where.streams(split):
-            self.where.to_last_site(x_BTD, measure)
-        return [torch.cat(own).cpu().numpy() for own in blocks]
 
 
 def check_images(backbone: Backbone, split: Split, name: str) -> None:

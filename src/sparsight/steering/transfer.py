@@ -58,10 +58,11 @@ def steer_elsewhere(
     places = runner.where.places
     further = (None, *(at.site for at in places[1:]))
     calibration = [vs2.Calibration.load(vectors, sae.W_dec.device, site) for site in further]
-    outcomes = runner.run([NONE, RECONSTRUCT, *chosen], vs2.edits_by_site(places, calibration), test)
+    rows_run = [NONE, RECONSTRUCT, *chosen]
+    outcomes, fvu = runner.run(rows_run, vs2.edits_by_site(places, calibration), test, calibration)
     original_gate = [line for line in home["gate"] if line["split"] == "test"]
     quantiles = [line["quantile"] for line in original_gate]
-    curve, gated = gate_curve(quantiles, calibration, chosen[0], outcomes, runner.sample_fvu(test, calibration))
+    curve, gated = gate_curve(quantiles, calibration, chosen[0], outcomes, fvu)
     (best,) = (line["quantile"] for line in original_gate if line["chosen"])
     outcomes[chosen[0]._replace(method=f"{chosen[0].method}-gated")] = gated[best]
     rows = [{**row._asdict(), "split": "test", **outcome.measures(outcomes[NONE])} for row, outcome in outcomes.items()]
