@@ -341,7 +341,7 @@ def test_the_steering_stage(
     def stage(device: torch.device, work: Work) -> None:
         one = random_sae(0).to(device)
         one.about["training"] = {"prototype_weight": 0.0}
-        steer(section, one, two_classes().to(device), stores, stores, manifest, "s", 0, work, {})
+        steer(section, {"s": [one]}, two_classes().to(device), stores, stores, manifest, 0, work, {})
 
     assert_alike(stage, tmp_path)
 

@@ -91,7 +91,7 @@ def at_home(home: Manifest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     zarr.open_group(path, mode="r+")[SITE][:] = x
     store = ActivationStore.open(path)
     with Work(folder / "w", "key") as work:
-        steer(SECTION, make_sae(backbone, home), backbone, {"train": store}, {}, home, "vs2-s0", 0, work, {})
+        steer(SECTION, {"vs2-s0": [make_sae(backbone, home)]}, backbone, {"train": store}, {}, home, 0, work, {})
         work.finish(folder / "out")
     return folder / "out"
 
@@ -149,7 +149,7 @@ def test_a_head_knows_the_classes_of_home_alone(
     zarr.open_group(path, mode="r+")[SITE][:] = x
     with Work(tmp_path / "w", "key") as work:
         stores = {"train": ActivationStore.open(path)}
-        steer(SECTION, make_sae(make_vit(), home), make_vit(), stores, {}, home, "vs2-s0", 0, work, {})
+        steer(SECTION, {"vs2-s0": [make_sae(make_vit(), home)]}, make_vit(), stores, {}, home, 0, work, {})
         work.finish(tmp_path / "home")
     summary, vectors = json.loads((tmp_path / "home/vs2-s0.json").read_text()), tmp_path / "home/vs2-s0.safetensors"
     half = write_images(tmp_path_factory.mktemp("half"), {"bright": 10, "grey": 5}, 20, 240)

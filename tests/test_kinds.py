@@ -145,7 +145,7 @@ def test_steering(
     one = saes["sae-s0"]
     for name, section in STEERED.items():
         with Work(tmp_path / "work", name) as work:
-            steer(section, one, backbone, stores, stores, manifest, name, 0, work, {})
+            steer(section, {name: [one]}, backbone, stores, stores, manifest, 0, work, {})
             work.finish(tmp_path / name)
         rows = tables.read(tmp_path / name / f"{name}.parquet")
         assert finite(rows, "accuracy", "lo", "hi", "delta", "delta_lo", "delta_hi")

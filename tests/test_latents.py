@@ -116,7 +116,7 @@ def test_options_reach_the_tables(
     section = config.Steering(sae="topk", latents=M, strengths=(0.0, 30.0), **options)
     stores: Any = {"train": Store()}
     with Work(tmp_path / "w", "key") as work:
-        steer(section, make_sae(), backbone, stores, {}, manifest, "s", 0, work, {})
+        steer(section, {"s": [make_sae()]}, backbone, stores, {}, manifest, 0, work, {})
         work.finish(tmp_path / "out")
     found = class_latents.ClassLatents.load(tmp_path / "out" / "s.safetensors", torch.device("cpu"))
     ranking: Any = options["ranking"]

@@ -6,6 +6,7 @@ Shapes: B batch, D width (d_in), F latents (d_sae).
 import copy
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -24,6 +25,7 @@ from sparsight.common import tables
 from sparsight.common.errors import SparsightError
 from sparsight.common.work import Work
 from sparsight.images.manifest import Manifest
+from sparsight.images.split import Split
 from sparsight.pipeline.run import load_run
 from sparsight.sae import SAE
 from sparsight.steering import controls, vs2
@@ -65,7 +67,7 @@ def make_saes(tokens: str = "all") -> list[SAE]:
 def run(folder: Path, backbone: Backbone, stores: Stores, manifest: Manifest, saes: list[SAE], **options: Any) -> Path:
     section = config.Steering(**{"sae": "a", "layers": ("b", "c")[: len(saes) - 1], "strengths": (2.0,), **options})
     with Work(folder / "work", "key") as work:
-        steer(section, saes[0], backbone, stores, stores, manifest, "s", 0, work, {}, saes[1:])
+        steer(section, {"s": saes}, backbone, stores, stores, manifest, 0, work, {})
         work.finish(folder / "out")
     return folder / "out"
 
@@ -126,6 +128,40 @@ def test_every_method_edits_every_site_in_one_pass(
 
 def _none() -> Any:
     return mock.Mock(apply=lambda batch, strength: batch.x)
+
+
+@pytest.mark.parametrize("kind", ["class-latents", "vs2", "vs2++"])
+def test_seeds_that_steer_together_get_the_files_that_each_gets_alone(
+    kind: Any, backbone: Backbone, stores: Stores, manifest: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    streams, read = [0], Intervention.streams
+
+    def counted(self: Intervention, split: Split) -> Iterator[tuple[slice, Tensor]]:
+        streams[0] += 1
+        return read(self, split)
+
+    monkeypatch.setattr(Intervention, "streams", counted)
+    options: dict[str, Any] = {"class-latents": {"latents": 4}, "vs2": {}, "vs2++": {"neighbours": 5}}[kind]
+    section = config.Steering(sae="a", layers=("b",), kind=kind, strengths=(0.5, 2.0), tokens="patches", **options)
+    seeds: dict[str, list[SAE]] = {}
+    for seed in range(3):
+        seeds[f"s-s{seed}"] = make_saes()[:2]
+        for one in seeds[f"s-s{seed}"]:
+            one.W_enc.copy_(one.W_enc.roll(seed, dims=0))
+
+    def made(saes: dict[str, list[SAE]], name: str) -> Path:
+        with Work(tmp_path / "work", name) as work:
+            steer(section, saes, backbone, stores, stores, manifest, 0, work, {})
+            work.finish(tmp_path / name)
+        return tmp_path / name
+
+    together = made(seeds, "together")
+    assert streams == [2], "val and test, once for all seeds"
+    for name, saes in seeds.items():
+        for file in made({name: saes}, name).iterdir():
+            assert file.read_bytes() == (together / file.name).read_bytes(), file.name
+    first, second = ((together / f"s-s{seed}.parquet").read_bytes() for seed in range(2))
+    assert first != second and len(list(together.iterdir())) == 3 * 4
 
 
 def test_the_gate_asks_every_site(backbone: Backbone, stores: Stores, manifest: Manifest, tmp_path: Path) -> None:
@@ -208,7 +244,7 @@ def test_a_dropped_layer_drops_what_steers_with_it() -> None:
     values["saes"] |= {"early": {**EARLIER}, "gone": None}
     values["steering"]["vs2"] |= {"sae": "early", "layers": ["final"]}
     run = load_run(values)
-    assert run.layer_names["vs2-s1"] == ["final-s1"] and run.layer_names["neighbours-s1"] == []
+    assert run.steering["vs2"].layers == ("final",) and run.steering["neighbours"].layers == ()
     values["steering"]["vs2"]["layers"] = ["gone"]
     assert "vs2" not in load_run(values).steering
 
@@ -220,7 +256,7 @@ def test_the_workflow_waits_for_the_saes_of_every_layer(tmp_path: Path) -> None:
     overlay.write_text(text.replace("vs2: {strengths", "vs2: {sae: early, layers: [final], strengths"))
     plan = snakemake(workspace(tmp_path / "w", overlay), "--dry-run", "--printshellcmds", "--forceall")
     assert plan.returncode == 0, plan.stderr
-    (command,) = re.findall(r"python \S*steering.py .*--name vs2-s0.*", plan.stdout + plan.stderr)
-    assert "--from-sae results/tiny/saes/early-s0/sae.safetensors" in command
+    (command,) = re.findall(r"python \S*steering.py .*--name vs2 .*", plan.stdout + plan.stderr)
+    assert "--from-saes results/tiny/saes/early-s0/sae.safetensors" in command
     assert "--from-layers results/tiny/saes/final-s0/sae.safetensors --name" in command
     assert "--layers=final" in command

@@ -171,7 +171,7 @@ def test_strength_zero_changes_no_bit(backbone: Backbone, stores: Stores, manife
 def run(folder: Path, backbone: Backbone, stores: Stores, manifest: Manifest, **options: Any) -> Path:
     section = config.Steering(**{"sae": "sae", "kind": "vs2++", "neighbours": 5, "strengths": (0.5, 2.0), **options})
     with Work(folder / "work", "key") as work:
-        steer(section, make_sae(), backbone, stores, stores, manifest, "n-s0", 0, work, {})
+        steer(section, {"n-s0": [make_sae()]}, backbone, stores, stores, manifest, 0, work, {})
         work.finish(folder / "out")
     return folder / "out"
 

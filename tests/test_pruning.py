@@ -180,7 +180,7 @@ def test_in_stream_steering_equals_editing_the_input_of_the_last_block(manifest:
     stores: Any = {"train": Store()}
 
     with Work(tmp_path / "w", "key") as work:
-        steer(section, one, backbone, stores, {}, manifest, "s", 0, work, {})
+        steer(section, {"s": [one]}, backbone, stores, {}, manifest, 0, work, {})
         work.finish(tmp_path / "out")
     table = tables.read(tmp_path / "out" / "s.parquet")
     found = class_latents.ClassLatents.load(tmp_path / "out" / "s.safetensors", torch.device("cpu"))

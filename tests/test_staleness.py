@@ -203,7 +203,7 @@ def test_a_section_that_comes_or_goes_is_seen_in_copied_results(small: Path, tmp
 
 
 FOLLOWS_SAE = {
-    "sae-topk", "evaluate-topk", "steering-class-latents-s0", "attribution-topk", "summary", "report",
+    "sae-topk", "evaluate-topk", "steering-class-latents", "attribution-topk", "summary", "report",
 }  # fmt: skip
 
 

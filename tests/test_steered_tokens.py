@@ -93,7 +93,7 @@ def run(
     section = config.Steering(**{"sae": "s", "strengths": (0.0, 20.0), **options})
     first, *layers = saes
     with Work(folder / "work", "key") as work:
-        steer(section, first, backbone, stores, stores, manifest, "s", 0, work, {}, layers)
+        steer(section, {"s": [first, *layers]}, backbone, stores, stores, manifest, 0, work, {})
         work.finish(folder / "out")
     return tables.read(folder / "out" / "s.parquet")
 

@@ -144,7 +144,7 @@ def test_without_labels_of_train_or_of_test_there_are_no_probes(
 def steered(manifest: Manifest, stores: Stores, backbone: Backbone, folder: Path, **options: Any) -> Path:
     section = config.Steering(**{"sae": "sae", "kind": "vs2", "strengths": (0.5, 4.0), **options})
     with Work(folder / "w", "key") as work:
-        steer(section, make_sae(), backbone, stores, stores, manifest, "s-s0", 0, work, {})
+        steer(section, {"s-s0": [make_sae()]}, backbone, stores, stores, manifest, 0, work, {})
         work.finish(folder / "out")
     return folder / "out"
 

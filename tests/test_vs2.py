@@ -121,7 +121,7 @@ def test_a_gate_at_quantile_q_steers_a_share_q_of_what_it_was_calibrated_on(
 def run(folder: Path, store: ActivationStore, manifest: Manifest, one: SAE, **options: Any) -> Path:
     section = config.Steering(**{**vars(SECTION), **options})
     with Work(folder / "work", "key") as work:
-        steer(section, one, make_backbone(classes=2), {"train": store}, {}, manifest, "vs2-s0", 0, work, {})
+        steer(section, {"vs2-s0": [one]}, make_backbone(classes=2), {"train": store}, {}, manifest, 0, work, {})
         work.finish(folder / "out")
     return folder / "out"
 

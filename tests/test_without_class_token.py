@@ -83,7 +83,7 @@ def run(
 ) -> list[dict[str, Any]]:
     section = config.Steering(**{"sae": "sae", "strengths": (0.5, 20.0), **options})
     with Work(folder / "work", "key") as work:
-        steer(section, one, backbone, stores, stores, manifest, "s", 0, work, {})
+        steer(section, {"s": [one]}, backbone, stores, stores, manifest, 0, work, {})
         work.finish(folder)
     return tables.read(folder / "s.parquet")
 

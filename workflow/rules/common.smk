@@ -29,21 +29,9 @@ def policy_section(wildcards):
 STEERED = {name for section in RUN.steering.values() for name in (section.sae, *section.layers)}
 
 
-def steered_sae(wildcards):
-    """The SAE that a steering result uses."""
-    return RUN.steering_names[f"{wildcards.steering}-s{wildcards.seed}"]
-
-
-def layers_of_steering(wildcards):
-    """The weights of the SAEs that steer at further sites."""
-    layers = RUN.layer_names[f"{wildcards.steering}-s{wildcards.seed}"]
-    return expand(f"{R}/saes/{{sae}}/sae.safetensors", sae=layers)
-
-
 def sae_section(wildcards):
-    """The section of SAEs of a job: its own, or that of the SAE which its steering result uses."""
-    own = getattr(wildcards, "section", None)
-    return RUN.saes[own] if own else RUN.sae_names[steered_sae(wildcards)]
+    """The section of SAEs of a job: its own, or that of the SAEs which its steering section uses."""
+    return RUN.saes[getattr(wildcards, "section", None) or steering_section(wildcards).sae]
 
 
 def train_store(wildcards):
@@ -58,19 +46,6 @@ def evaluation_stores(wildcards):
 
 def stores_of(backbone, splits):
     return expand(f"{R}/activations/{{backbone}}/{{split}}.json", backbone=backbone, split=splits)
-
-
-def stores_of_steering(wildcards):
-    """VS2++ reads the embeddings of all splits; the other kinds read only the train split."""
-    splits = ["train", "val", "test"] if RUN.steering[wildcards.steering].kind == "vs2++" else ["train"]
-    return stores_of(sae_section(wildcards).backbone, splits)
-
-
-def stores_of_finder(wildcards):
-    """The stores in which VS2++ finds neighbours; none for other kinds."""
-    section = RUN.steering[wildcards.steering]
-    backbone = section.neighbour_backbone or sae_section(wildcards).backbone
-    return stores_of(backbone, ["train", "val", "test"]) if section.kind == "vs2++" else []
 
 
 def backbone_of_sae(wildcards):
@@ -102,13 +77,3 @@ def variants(section):
 
 def code_of_sae(script, *extra):
     return lambda wildcards: code(script, *variants(sae_section(wildcards)), *extra)
-
-
-def code_of_steering(script):
-    """As :func:`code_of_sae`, with the variants of a steering section's layers."""
-
-    def files(wildcards):
-        layers = {file for name in steering_section(wildcards).layers for file in variants(RUN.saes[name])}
-        return code_of_sae(script, *sorted(layers - {*variants(sae_section(wildcards))}))(wildcards)
-
-    return files

@@ -1,42 +1,52 @@
+include: "steered.smk"
+
+
 wildcard_constraints:
     steering=one_of(RUN.steering),
     seed=r"\d+",
     other=one_of(RUN.other_images),
 
 
-rule steering:
-    input:
-        images=f"{R}/images/manifest.parquet",
-        backbone=backbone_of_sae,
-        stores=stores_of_steering,
-        finder=stores_of_finder,
-        sae=lambda wildcards: f"{R}/saes/{steered_sae(wildcards)}/sae.safetensors",
-        layers=layers_of_steering,
-        mark=mark("steering-{steering}-s{seed}", code_of_steering("steering.py"), steering_section),
-    output:
-        vectors=f"{R}/steering/{{steering}}-s{{seed}}.safetensors",
-        table=f"{R}/steering/{{steering}}-s{{seed}}.parquet",
-        classes=f"{R}/steering/{{steering}}-s{{seed}}-classes.parquet",
-        summary=f"{R}/steering/{{steering}}-s{{seed}}.json",
-        record=f"{R}/records/steering-{{steering}}-s{{seed}}.json",
-    log:
-        f"{R}/logs/steering-{{steering}}-s{{seed}}.log",
-    benchmark:
-        f"{R}/benchmarks/steering-{{steering}}-s{{seed}}.jsonl"
-    priority: 2
-    threads: THREADS
-    resources:
-        **needs(),
-    params:
-        out=subpath(output[0], parent=True),
-        work=f"{R}/.work/steering-{{steering}}-s{{seed}}",
-        flags=flags(code_of_steering("steering.py"), steering_section),
-    shell:
-        "python {SCRIPTS}/steering.py --from-images {input.images} --from-backbone {input.backbone}"
-        " --from-stores {input.stores} --from-finder {input.finder} --from-sae {input.sae}"
-        " --from-layers {input.layers} --name {wildcards.steering}-s{wildcards.seed}"
-        " --out {params.out} --work {params.work} --record {output.record}"
-        " {params.flags} > {log} 2>&1"
+OF_A_STEERING = [".safetensors", ".parquet", "-classes.parquet", ".json"]
+
+# Sections with the same seeds share their rule. One job steers with all SAEs of a section, because the model runs once for
+# them up to their site.
+for NUMBER, (SEEDS, SECTIONS) in enumerate(RUN.steering_seeds.items(), 1):
+
+    rule:
+        name:
+            f"steering_{NUMBER}"
+        input:
+            images=f"{R}/images/manifest.parquet",
+            backbone=backbone_of_sae,
+            stores=stores_of_steering,
+            finder=stores_of_finder,
+            saes=steering_saes,
+            layers=layers_of_steering,
+            mark=mark("steering-{steering}", code_of_steering("steering.py"), steering_section, read_by_steering),
+        output:
+            expand(f"{R}/steering/{{{{steering}}}}-s{{seed}}{{of}}", seed=SEEDS, of=OF_A_STEERING),
+            record=f"{R}/records/steering-{{steering}}.json",
+        log:
+            f"{R}/logs/steering-{{steering}}.log",
+        benchmark:
+            f"{R}/benchmarks/steering-{{steering}}.jsonl"
+        wildcard_constraints:
+            steering=one_of(SECTIONS),
+        priority: 2
+        threads: THREADS
+        resources:
+            **needs(),
+        params:
+            out=subpath(output[0], parent=True),
+            work=f"{R}/.work/steering-{{steering}}",
+            flags=flags(code_of_steering("steering.py"), steering_section),
+        shell:
+            "python {SCRIPTS}/steering.py --from-images {input.images} --from-backbone {input.backbone}"
+            " --from-stores {input.stores} --from-finder {input.finder} --from-saes {input.saes}"
+            " --from-layers {input.layers} --name {wildcards.steering}"
+            " --out {params.out} --work {params.work} --record {output.record}"
+            " {params.flags} > {log} 2>&1"
 
 
 # The same vectors, strengths and thresholds on a data set that the SAE was not trained on.
@@ -44,10 +54,10 @@ rule steering_elsewhere:
     input:
         images=rules.other_images.output.manifest,
         backbone=backbone_of_sae,
-        sae=lambda wildcards: f"{R}/saes/{steered_sae(wildcards)}/sae.safetensors",
+        sae=steering_saes,
         layers=layers_of_steering,
-        vectors=rules.steering.output.vectors,
-        home=rules.steering.output.summary,
+        vectors=f"{R}/steering/{{steering}}-s{{seed}}.safetensors",
+        home=f"{R}/steering/{{steering}}-s{{seed}}.json",
         mark=mark("steering-{steering}-s{seed}-{other}", code_of_steering("steering_elsewhere.py")),
     output:
         table=f"{R}/steering/{{steering}}-s{{seed}}/{{other}}.parquet",

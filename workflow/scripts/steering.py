@@ -1,4 +1,4 @@
-"""Steer the unpruned model with an SAE and with controls: steering vectors and accuracy tables."""
+"""Steer the unpruned model with the SAEs of a section and with controls: steering vectors and accuracy tables."""
 
 from sparsight.config import Steering
 from sparsight.pipeline import stage
@@ -13,15 +13,14 @@ def main(job: stage.Stage) -> None:
 
     device = job.device
     backbone, _ = open_folder(job.inputs["backbone"].parent)
-    one, *layers = (load(weights.parent).to(device) for weights in (job.inputs["sae"], *job.inputs["layers"]))
+    loaded = [load(weights.parent).to(device) for weights in (*job.inputs["saes"], *job.inputs["layers"])]
+    names = [f"{job.name}-s{path.parent.name.rpartition('-s')[2]}" for path in job.inputs["saes"]]
+    saes = {name: loaded[i :: len(names)] for i, name in enumerate(names)}  # every layer has as many seeds
     stores, finder = (
         {path.stem: ActivationStore.open(path) for path in job.inputs[name]} for name in ("stores", "finder")
     )
     manifest = Manifest(job.inputs["images"])
-    steer(
-        job.config, one, backbone.to(device), stores, finder, manifest, job.name, job.seed, job.work, job.record(),
-        layers,
-    )  # fmt: skip
+    steer(job.config, saes, backbone.to(device), stores, finder, manifest, job.seed, job.work, job.record())
 
 
 if __name__ == "__main__":
@@ -33,6 +32,6 @@ if __name__ == "__main__":
         backbone="model.safetensors of the backbone stage",
         stores=["train.json of the backbone; for kind vs2++ also val.json and test.json"],
         finder=["for kind vs2++: train.json, val.json and test.json of the model that finds neighbours"],
-        sae="sae.safetensors of the sae stage",
-        layers=["sae.safetensors of every SAE that steers at a further site"],
+        saes=["sae.safetensors of every seed"],
+        layers=["sae.safetensors of the same seeds of every section that steers at a further site"],
     )

@@ -137,12 +137,12 @@ class Run:
         }
 
     @cached_property
-    def layer_names(self) -> dict[str, list[str]]:
-        """Every steering result (<section>-s<seed>) and the SAE folders of its layers."""
-        return {
-            name: [f"{layer}-s{name.rpartition('-s')[2]}" for layer in self.steering[name.rpartition("-s")[0]].layers]
-            for name in self.steering_names
-        }
+    def steering_seeds(self) -> dict[tuple[int, ...], list[str]]:
+        """The sections of ``steering`` by the seeds of their SAEs."""
+        by_seeds: dict[tuple[int, ...], list[str]] = {}
+        for name, section in self.steering.items():
+            by_seeds.setdefault(self.saes[section.sae].seeds, []).append(name)
+        return by_seeds
 
     @cached_property
     def steered(self) -> list[str]:

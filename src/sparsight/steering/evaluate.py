@@ -6,6 +6,7 @@ unknown, because it has no labels or the model no classifier, nothing can be cho
 Shapes: D width (d_in), n images.
 """
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -31,7 +32,19 @@ from sparsight.sae.base import SAE
 from sparsight.steering import class_latents, controls, intervention, vectors, vs2
 from sparsight.steering.edits import Edits
 from sparsight.steering.intervention import Place
-from sparsight.steering.runner import ACCURACIES, EFFECTS, NONE, RECONSTRUCT, Outcome, Row, Runner, check_images
+from sparsight.steering.runner import (
+    ACCURACIES,
+    EFFECTS,
+    NONE,
+    RECONSTRUCT,
+    Outcome,
+    Planned,
+    Ran,
+    Row,
+    Runner,
+    check_images,
+    run_together,
+)
 from sparsight.steering.vs2pp import NeighbourSteering
 
 Stores = Mapping[str, ActivationStore]
@@ -44,15 +57,18 @@ _OF_CLASSES = {
 
 
 def steer(
-    section: config.Steering, sae: SAE, backbone: Backbone, stores: Stores, finder: Stores, manifest: Manifest,
-    name: str, seed: int, work: Work, record: dict[str, Any], layers: Sequence[SAE] = (),
+    section: config.Steering, saes: Mapping[str, Sequence[SAE]], backbone: Backbone, stores: Stores, finder: Stores,
+    manifest: Manifest, seed: int, work: Work, record: dict[str, Any],
 ) -> None:  # fmt: skip
-    """Write ``<name>.safetensors`` (the vectors), ``.parquet``, ``-classes.parquet`` and ``.json``.
+    """Write ``<name>.safetensors`` (the vectors), ``.parquet``, ``-classes.parquet`` and ``.json`` of every result.
+
+    Each result is the same as if it were made alone.
 
     Args:
+        saes: by name of the result, <section>-s<seed>, the SAE, and SAEs of later sites that steer in the same pass.
         stores: stores of the backbone by split: train, for kind ``vs2++`` also val and test.
         finder: for kind ``vs2++``, stores by split of the model whose embeddings find the neighbours.
-        layers: SAEs of later sites that steer in the same pass.
+        seed: the run's seed.
 
     Raises:
         SparsightError: an SAE that cannot steer these tokens (:func:`sparsight.steering.intervention.place`); images
@@ -60,64 +76,115 @@ def steer(
             needs it.
     """
     splits = {split: manifest.split(split) for split in ("train", "val", "test")}
-    own_section = f"steering.{name.rpartition('-s')[0]}"
+    own_section = f"steering.{next(iter(saes)).rpartition('-s')[0]}"
     need_labels(manifest, needs(own_section, section))
     for split, images in splits.items():
         check_images(backbone, images, split)
-    runner = Runner([sae, *layers], backbone, section.tokens)
-    places = runner.where.places
-    if section.kind != "vs2" and not runner.classifies:
+    runners = {name: Runner(one, backbone, section.tokens) for name, one in saes.items()}
+    classifies = bool(backbone.n_classes)
+    if section.kind != "vs2" and not classifies:
         raise SparsightError(
             f"{own_section}: kind {section.kind} reads the model's predictions, and {backbone.name} has no classifier "
             f"here; set {own_section} to null, or take kind vs2 or a model with a classifier"
         )
     if missing := unlabelled({split: splits[split] for split in ("val", "test")}):
         log(f"{missing} have no label: accuracy is of labelled images alone, or left out without any")
-    seed = derive_seed(seed, "steering", name)
-    seeds = [derive_seed(seed, place.site) if m else seed for m, place in enumerate(places)]
-    gates: list[vs2.Calibration] = []
+    n_classes, seeds = len(manifest.classes), {name: derive_seed(seed, "steering", name) for name in saes}
+    found = [
+        _prepare(section, name, runner, stores, finder, splits, n_classes, seeds[name])
+        for name, runner in runners.items()
+    ]
+    choosable = classifies and bool((splits["val"].labels >= 0).any())
+    first = "val" if choosable else "test"
+    plans = [one.planned(first, None, section.strengths) for one in found]
+    rows = [list(plan.rows[2:]) for plan in plans]
+    ran = {first: run_together(plans, splits[first])}
+    del plans  # with vectors for every image
+    chosen = [_choose(*of_one) if choosable else [] for of_one in zip(rows, ran[first], strict=True)]
+    if choosable:
+        again = [one.planned("test", best, section.strengths) for one, best in zip(found, chosen, strict=True)]
+        ran["test"] = run_together(again, splits["test"])
+    about = {
+        "format_version": 1,
+        "sae": section.sae,
+        "layers": list(section.layers),
+        "tokens": section.tokens,
+        "kind": section.kind,
+        "classifies": classifies,
+        "unlabelled": missing,
+    }
+    for i, one in enumerate(found):
+        own = {split: of_split[i] for split, of_split in ran.items()}
+        _write(section, one, rows[i], chosen[i], own, manifest, work, about, record)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Prepared:
+    """What steers with one SAE, and its layers."""
+
+    name: str
+    runner: Runner
     edits: Callable[[str], Edits]
+    """By split."""
     tensors: Callable[[], Sequence[Mapping[str, Tensor]]]
+    """Of every site; to be called once all splits have run."""
+    gates: Sequence[vs2.Calibration] = ()
+
+    def planned(self, split: str, rows: Sequence[Row] | None, strengths: Sequence[float]) -> Planned:
+        """The plan for a split: these rows, or every method at every strength."""
+        edits = self.edits(split)
+        if rows is None:
+            rows = [
+                Row(method, strength, labels)
+                for method, edit in edits[0].items()
+                for labels in edit.labels
+                for strength in (strengths if edit.strength is None else (edit.strength,))
+            ]
+        return Planned(self.runner, [NONE, RECONSTRUCT, *rows], edits, self.gates)
+
+
+def _prepare(
+    section: config.Steering, name: str, runner: Runner, stores: Stores, finder: Stores, splits: Mapping[str, Split],
+    n_classes: int, seed: int,
+) -> _Prepared:  # fmt: skip
+    """What is fitted on train for one SAE."""
+    places = runner.where.places
+    seeds = [derive_seed(seed, place.site) if m else seed for m, place in enumerate(places)]
     if section.kind == "class-latents":
-        found = _rank(section, runner, stores["train"], splits["train"], len(manifest.classes), seeds)
+        found = _rank(section, runner, stores["train"], splits["train"], n_classes, seeds)
         by_site = [controls.edits(at.sae, own, section.edit) for at, own in zip(places, found, strict=True)]
-        edits, tensors = lambda split: by_site, lambda: [vars(own) for own in found]
-    elif section.kind == "vs2":
+        return _Prepared(name, runner, lambda split: by_site, lambda: [vars(own) for own in found])
+    if section.kind == "vs2":
         gates = [
             vs2.Calibration.of(at.sae, stores["train"].rows(at.site, at.tokens), own)
             for at, own in zip(places, seeds, strict=True)
         ]
         vs2_by_site = vs2.edits_by_site(places, gates)
-        edits, tensors = lambda split: vs2_by_site, lambda: [vars(own) for own in gates]
-    else:
-        labels = {split: images.labels for split, images in splits.items()}
-        neighbours = NeighbourSteering(section.neighbours, places, backbone, stores, finder, labels, seeds)
-        edits, tensors = neighbours.edits, neighbours.tensors
-    val, test = splits["val"], splits["test"]
-    choosable = runner.classifies and bool((val.labels >= 0).any())
-    first = "val" if choosable else "test"
-    first_edits = edits(first)
-    rows = [
-        Row(method, strength, labels)
-        for method, edit in first_edits[0].items()
-        for labels in edit.labels
-        for strength in (section.strengths if edit.strength is None else (edit.strength,))
-    ]
-    outcomes, fvu = {}, {}
-    outcomes[first], fvu[first] = runner.run([NONE, RECONSTRUCT, *rows], first_edits, splits[first], gates)
-    chosen = _choose(rows, outcomes["val"]) if choosable else []
-    if choosable:
-        outcomes["test"], fvu["test"] = runner.run([NONE, RECONSTRUCT, *chosen], edits("test"), test, gates)
-    vectors.save({at.site: own for at, own in zip(places, tensors(), strict=True)}, work.out / f"{name}.safetensors")
+        return _Prepared(name, runner, lambda split: vs2_by_site, lambda: [vars(own) for own in gates], gates)
+    labels = {split: images.labels for split, images in splits.items()}
+    neighbours = NeighbourSteering(section.neighbours, places, runner.backbone, stores, finder, labels, seeds)
+    return _Prepared(name, runner, neighbours.edits, neighbours.tensors)
+
+
+def _write(
+    section: config.Steering, one: _Prepared, rows: list[Row], chosen: list[Row], ran: Mapping[str, Ran],
+    manifest: Manifest, work: Work, about: dict[str, Any], record: dict[str, Any],
+) -> None:  # fmt: skip
+    """The files of one result."""
+    name, places = one.name, one.runner.where.places
+    outcomes = {split: of_split.outcomes for split, of_split in ran.items()}
+    vectors.save(
+        {at.site: own for at, own in zip(places, one.tensors(), strict=True)}, work.out / f"{name}.safetensors"
+    )
     curve = []
-    if gates:
+    if one.gates:
         steered = [row for row in chosen or rows if row.method == rows[0].method]
         curves = {
-            split: [gate_curve(section.quantiles, gates, row, outcomes[split], fvu[split]) for row in steered]
+            split: [gate_curve(section.quantiles, one.gates, row, outcomes[split], ran[split].fvu) for row in steered]
             for split in outcomes
         }
         best = None
-        if choosable:
+        if chosen:
             ((_, on_val),) = curves["val"]
             best = max(section.quantiles, key=lambda q: (_accuracy(on_val[q]), -q))
             for split, ((_, gated),) in curves.items():
@@ -128,7 +195,7 @@ def steer(
             for lines, _ in of_split
             for line in lines
         ]
-    on_test = outcomes["test"]
+    on_test, labels = outcomes["test"], manifest.split("test").labels
     outcome_rows, class_rows = [], []
     for split, by_row in outcomes.items():
         for row, outcome in by_row.items():
@@ -136,24 +203,18 @@ def steer(
     for row, outcome in on_test.items():
         for c, class_name in enumerate(manifest.classes):
             key = {**row._asdict(), "split": "test", "class": c, "class_name": class_name}
-            in_class = outcome.judged & (test.labels == c)
+            in_class = outcome.judged & (labels == c)
             if in_class.any():  # an official split need not have every class
                 hits = outcome.hits[in_class]
                 class_rows.append({**key, **wilson(hits), **paired(hits, on_test[NONE].hits[in_class])})
     tables.write(work.out / f"{name}.parquet", outcome_rows, MEASURES)
     tables.write(work.out / f"{name}-classes.parquet", class_rows, _OF_CLASSES)
     summary = {
-        "format_version": 1,
-        "sae": section.sae,
-        "layers": list(section.layers),
-        "tokens": section.tokens,
-        "kind": section.kind,
-        "classifies": runner.classifies,
-        "unlabelled": missing,
+        **about,
         "chosen_on_val": [row._asdict() for row in chosen],
         "gate": curve,
         "against_controls": against_controls(chosen, on_test) if on_test[NONE].judged.any() else [],
-        "cost": cost(places, backbone),
+        "cost": cost(places, one.runner.backbone),
         "record": record,
     }
     write_json(work.out / f"{name}.json", summary)
@@ -161,7 +222,7 @@ def steer(
         if line["split"] == "test":
             shown = {key: line[key] for key in ("accuracy", "changed", "kl", "cosine") if line[key] is not None}
             numbers = ", ".join(f"{key} {value:.4f}" for key, value in shown.items())
-            log(f"{line['method']} x{line['strength']:g} ({line['labels']} labels): {numbers}")
+            log(f"{name}: {line['method']} x{line['strength']:g} ({line['labels']} labels): {numbers}")
 
 
 def _rank(
@@ -191,13 +252,13 @@ def cost(places: Sequence[Place], backbone: Backbone) -> dict[str, float]:
     return {"edit_macs": edit, "encoder_macs": whole, "share": edit / whole}
 
 
-def _choose(rows: Sequence[Row], on_val: Mapping[Row, Outcome]) -> list[Row]:
+def _choose(rows: Sequence[Row], on_val: Ran) -> list[Row]:
     """Per method and kind of label, the row with the highest accuracy on val. Ties go to the lowest strength."""
     keys = dict.fromkeys((row.method, row.labels) for row in rows)
     return [
         max(
             (row for row in rows if (row.method, row.labels) == key),
-            key=lambda row: (_accuracy(on_val[row]), -row.strength),
+            key=lambda row: (_accuracy(on_val.outcomes[row]), -row.strength),
         )
         for key in keys
     ]

@@ -3,7 +3,7 @@
 Shapes: B batch, T tokens, R edited rows, D width (d_in), C classes, n images.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -97,47 +97,37 @@ class Runner:
         self.backbone, self.where = backbone, Intervention(saes, backbone, tokens)
         self.classifies = bool(backbone.n_classes)
 
-    @torch.no_grad()
-    def run(
-        self, rows: Sequence[Row], edits: Edits, split: Split, gates: Sequence[vs2.Calibration] = ()
-    ) -> tuple[dict[Row, Outcome], list[np.ndarray]]:
-        """Predictions for each image of a split under each row; without a classifier, changes of the embedding.
+    def run(self, rows: Sequence[Row], edits: Edits, split: Split, gates: Sequence[vs2.Calibration] = ()) -> "Ran":
+        """:func:`run_together` with these SAEs alone."""
+        return run_together([Planned(self, rows, edits, gates)], split)[0]
 
-        Returns:
-            The outcome of each row; and for each site's gate, the FVU of every image in the unsteered stream, (n,).
+    def fill(
+        self, outcomes: Mapping[Row, Outcome], edits: Edits, images: slice, x_BTD: Tensor, plain: Mapping[str, Tensor],
+        truth_B: Tensor,
+    ) -> None:  # fmt: skip
+        """Run each row on a batch and write down what the model makes of it.
+
+        Args:
+            images: positions of the batch in the split.
+            x_BTD: the stream at the first site.
+            plain: what the unsteered model gives: ``logits`` and, if an edit needs it, ``embedding``.
+            truth_B: true classes, -1 without a label.
         """
-        judged = (split.labels >= 0) & self.classifies
-        outcomes = {row: Outcome.empty(judged) for row in rows}
-        fvu: list[list[Tensor]] = [[] for _ in gates]
+        classes = {"none": None, "predicted": plain["logits"].argmax(dim=1), "oracle": truth_B}
+        for row, outcome in outcomes.items():
+            if row == NONE:
+                out = plain["logits"]
+            elif row == RECONSTRUCT:
+                out = self.read(self.where.rest(x_BTD, lambda m, rows_RD: self.where.places[m].sae(rows_RD)))
+            elif (edit := edits[0][row.method]).at == "site":
+                out = self._steered(x_BTD, row, edits, classes[row.labels], images)
+            else:
+                edited = edit.apply(Batch(plain[edit.at], classes[row.labels], row.labels, images), row.strength)
+                out = edited if edit.at == "logits" else self.backbone.classify_embedding(edited)
+            votes = row.method in edits[0] and edits[0][row.method].at == "logits"
+            self._write(outcome, images, out, plain["logits"], truth_B, votes)
 
-        def measured(m: int, rows_RD: Tensor) -> Tensor:
-            if gates:
-                at = self.where.places[m]
-                fvu[m].append(vs2.sample_fvu(at.sae, rows_RD.unflatten(0, (-1, at.n_tokens)), gates[m].mean))
-            return rows_RD
-
-        for images, x_BTD in self.where.streams(split):
-            truth_B = sent(torch.from_numpy(split.labels[images]).long(), x_BTD.device)
-            last_BTD = self.where.rest(x_BTD, measured)
-            plain = {"logits": self._read(last_BTD)}
-            if any(edit.at == "embedding" for edit in edits[0].values()):
-                plain["embedding"] = self.backbone.tower.pool(last_BTD)
-            classes = {"none": None, "predicted": plain["logits"].argmax(dim=1), "oracle": truth_B}
-            for row, outcome in outcomes.items():
-                if row == NONE:
-                    out = plain["logits"]
-                elif row == RECONSTRUCT:
-                    out = self._read(self.where.rest(x_BTD, lambda m, rows_RD: self.where.places[m].sae(rows_RD)))
-                elif (edit := edits[0][row.method]).at == "site":
-                    out = self._steered(x_BTD, row, edits, classes[row.labels], images)
-                else:
-                    edited = edit.apply(Batch(plain[edit.at], classes[row.labels], row.labels, images), row.strength)
-                    out = edited if edit.at == "logits" else self.backbone.classify_embedding(edited)
-                votes = row.method in edits[0] and edits[0][row.method].at == "logits"
-                self._write(outcome, images, out, plain["logits"], truth_B, votes)
-        return outcomes, [torch.cat(blocks).cpu().numpy() for blocks in fvu]
-
-    def _read(self, last_BTD: Tensor) -> Tensor:
+    def read(self, last_BTD: Tensor) -> Tensor:
         """Class logits (B, C) from the stream after the last block; without a classifier the embedding (B, E)."""
         return self.backbone.classify(last_BTD) if self.classifies else self.backbone.tower.pool(last_BTD)
 
@@ -149,7 +139,7 @@ class Runner:
             classes_R = None if classes_B is None else classes_B.repeat_interleave(n_tokens)
             return edits[m][row.method].apply(Batch(rows_RD, classes_R, row.labels, images, n_tokens), row.strength)
 
-        return self._read(self.where.rest(x_BTD, apply))
+        return self.read(self.where.rest(x_BTD, apply))
 
     def _write(self, outcome: Outcome, images: slice, out: Tensor, plain: Tensor, truth_B: Tensor, votes: bool) -> None:
         """Fill in a batch: ``out`` is what :meth:`_read` gives with the edit (or votes), ``plain`` without it."""
@@ -165,6 +155,62 @@ class Runner:
         arrays = (outcome.predicted, outcome.hits, outcome.top5, outcome.kl)
         for array, values in zip(arrays, numbers, strict=False):
             array[images] = values
+
+
+class Ran(NamedTuple):
+    """What came of a plan."""
+
+    outcomes: dict[Row, Outcome]
+    """By row."""
+    fvu: list[np.ndarray]
+    """For each site's gate, the FVU of every image in the unsteered stream, (n,)."""
+
+
+class Planned(NamedTuple):
+    """What is to be run with the SAEs of a runner."""
+
+    runner: Runner
+    rows: Sequence[Row]
+    edits: Edits
+    gates: Sequence[vs2.Calibration] = ()
+
+
+@torch.no_grad()
+def run_together(plans: Sequence[Planned], split: Split) -> list[Ran]:
+    """Predictions for each image of a split under each row; without a classifier, changes of the embedding.
+
+    The blocks before the first site, and the unsteered model, run once for all plans. Each plan has the results that it
+    has alone.
+
+    Args:
+        plans: of runners of one backbone, sites and tokens.
+        split: the images.
+    """
+    first = plans[0].runner
+    judged = (split.labels >= 0) & first.classifies
+    outcomes = [{row: Outcome.empty(judged) for row in plan.rows} for plan in plans]
+    fvu: list[list[list[Tensor]]] = [[[] for _ in plan.gates] for plan in plans]
+
+    def measured(m: int, rows_RD: Tensor) -> Tensor:
+        for plan, blocks in zip(plans, fvu, strict=True):
+            if plan.gates:
+                at = plan.runner.where.places[m]
+                x_BSD = rows_RD.unflatten(0, (-1, at.n_tokens))
+                blocks[m].append(vs2.sample_fvu(at.sae, x_BSD, plan.gates[m].mean))
+        return rows_RD
+
+    for images, x_BTD in first.where.streams(split):
+        truth_B = sent(torch.from_numpy(split.labels[images]).long(), x_BTD.device)
+        last_BTD = first.where.rest(x_BTD, measured)
+        plain = {"logits": first.read(last_BTD)}
+        if any(edit.at == "embedding" for plan in plans for edit in plan.edits[0].values()):
+            plain["embedding"] = first.backbone.tower.pool(last_BTD)
+        for plan, own in zip(plans, outcomes, strict=True):
+            plan.runner.fill(own, plan.edits, images, x_BTD, plain, truth_B)
+    return [
+        Ran(own, [torch.cat(of_site).cpu().numpy() for of_site in blocks])
+        for own, blocks in zip(outcomes, fvu, strict=True)
+    ]
 
 
 def check_images(backbone: Backbone, split: Split, name: str) -> None:
