@@ -97,13 +97,12 @@ def at_home(home: Manifest, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def elsewhere(folder: Path, backbone: Backbone, at_home: Path, home: Manifest, away: Manifest) -> Path:
-    summary = json.loads((at_home / "vs2-s0.json").read_text())
     about: dict[str, Any] = {"template_choice": []}
-    vectors = at_home / "vs2-s0.safetensors"
+    saes, homes = {"vs2-s0": [make_sae(make_clip(), home)]}, {"vs2-s0": at_home / "vs2-s0.json"}
     with Work(folder / "w", "key") as work:
-        steer_elsewhere(make_sae(make_clip(), home), backbone, about, summary, vectors, away, "away", work, {})
+        steer_elsewhere(saes, backbone, about, homes, away, "away", work, {})
         work.finish(folder / "out")
-    return folder / "out"
+    return folder / "out" / "vs2-s0"
 
 
 def test_other_images_fall_back_to_the_plain_model(
@@ -151,15 +150,18 @@ def test_a_head_knows_the_classes_of_home_alone(
         stores = {"train": ActivationStore.open(path)}
         steer(SECTION, {"vs2-s0": [make_sae(make_vit(), home)]}, make_vit(), stores, {}, home, 0, work, {})
         work.finish(tmp_path / "home")
-    summary, vectors = json.loads((tmp_path / "home/vs2-s0.json").read_text()), tmp_path / "home/vs2-s0.safetensors"
+    at_home = tmp_path / "home/vs2-s0.json"
+    summary = json.loads(at_home.read_text())
     half = write_images(tmp_path_factory.mktemp("half"), {"bright": 10, "grey": 5}, 20, 240)
     for manifest, known in ((away, 0), (half, 4)):
         with Work(tmp_path / "w", f"{known}") as work:
-            one = make_sae(make_vit(), home)
-            steer_elsewhere(one, make_vit(), {}, summary, vectors, manifest, "away", work, {})
+            saes = {f"vs2-s{seed}": [make_sae(make_vit(), home)] for seed in range(2)}
+            steer_elsewhere(saes, make_vit(), {}, dict.fromkeys(saes, at_home), manifest, "away", work, {})
             work.finish(tmp_path / f"{known}")
-        rows = {row["method"]: row for row in tables.read(tmp_path / f"{known}/away.parquet")}
-        about = json.loads((tmp_path / f"{known}/away.json").read_text())
+        of_both = [tmp_path / f"{known}/vs2-s{seed}/away.parquet" for seed in range(2)]
+        assert of_both[0].read_bytes() == of_both[1].read_bytes(), "the same SAE twice"
+        rows = {row["method"]: row for row in tables.read(of_both[0])}
+        about = json.loads(of_both[0].with_suffix(".json").read_text())
         test = manifest.split("test")
         assert about["n_labelled"] == known == rows["vs2"]["n"] and rows["vs2"]["images"] == len(test)
         logits = make_vit()(make_vit().normalize(test.batch(slice(None), make_vit().preprocess))).argmax(dim=1).numpy()

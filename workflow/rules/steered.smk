@@ -2,9 +2,8 @@
 
 
 def seeds_of_steering(wildcards):
-    """The seeds of the SAEs that steer: that of the job, or all of the section."""
-    seed = getattr(wildcards, "seed", None)
-    return RUN.saes[steering_section(wildcards).sae].seeds if seed is None else [seed]
+    """The seeds of the SAEs that steer."""
+    return RUN.saes[steering_section(wildcards).sae].seeds
 
 
 def steering_saes(wildcards):
@@ -51,4 +50,16 @@ def read_by_steering(wildcards):
         *stores_of_finder(wildcards),
         *steering_saes(wildcards),
         *layers_of_steering(wildcards),
+    ]
+
+
+def read_by_steering_elsewhere(wildcards):
+    """As :func:`read_by_steering`, for other images."""
+    homes = expand(f"{R}/steering/{wildcards.steering}-s{{seed}}.json", seed=seeds_of_steering(wildcards))
+    return [
+        f"{R}/images/{wildcards.other}/manifest.parquet",
+        backbone_of_sae(wildcards),
+        *steering_saes(wildcards),
+        *layers_of_steering(wildcards),
+        *homes,
     ]

@@ -49,37 +49,41 @@ for NUMBER, (SEEDS, SECTIONS) in enumerate(RUN.steering_seeds.items(), 1):
             " {params.flags} > {log} 2>&1"
 
 
-# The same vectors, strengths and thresholds on a data set that the SAE was not trained on.
-rule steering_elsewhere:
-    input:
-        images=rules.other_images.output.manifest,
-        backbone=backbone_of_sae,
-        sae=steering_saes,
-        layers=layers_of_steering,
-        vectors=f"{R}/steering/{{steering}}-s{{seed}}.safetensors",
-        home=f"{R}/steering/{{steering}}-s{{seed}}.json",
-        mark=mark("steering-{steering}-s{seed}-{other}", code_of_steering("steering_elsewhere.py")),
-    output:
-        table=f"{R}/steering/{{steering}}-s{{seed}}/{{other}}.parquet",
-        summary=f"{R}/steering/{{steering}}-s{{seed}}/{{other}}.json",
-        record=f"{R}/records/steering-{{steering}}-s{{seed}}-{{other}}.json",
-    log:
-        f"{R}/logs/steering-{{steering}}-s{{seed}}-{{other}}.log",
-    benchmark:
-        f"{R}/benchmarks/steering-{{steering}}-s{{seed}}-{{other}}.jsonl"
-    threads: THREADS
-    resources:
-        **needs(),
-    params:
-        out=subpath(output[0], parent=True),
-        work=f"{R}/.work/steering-{{steering}}-s{{seed}}-{{other}}",
-        flags=flags(code_of_steering("steering_elsewhere.py")),
-    shell:
-        "python {SCRIPTS}/steering_elsewhere.py --from-images {input.images} --from-backbone {input.backbone}"
-        " --from-sae {input.sae} --from-layers {input.layers} --from-vectors {input.vectors} --from-home {input.home}"
-        " --name {wildcards.other}"
-        " --out {params.out} --work {params.work} --record {output.record}"
-        " {params.flags} > {log} 2>&1"
+    # The same vectors, strengths and thresholds on a data set that the SAEs were not trained on.
+    rule:
+        name:
+            f"steering_elsewhere_{NUMBER}"
+        input:
+            images=rules.other_images.output.manifest,
+            backbone=backbone_of_sae,
+            saes=steering_saes,
+            layers=layers_of_steering,
+            vectors=expand(f"{R}/steering/{{{{steering}}}}-s{{seed}}.safetensors", seed=SEEDS),
+            homes=expand(f"{R}/steering/{{{{steering}}}}-s{{seed}}.json", seed=SEEDS),
+            mark=mark(
+                "steering-{steering}@{other}", code_of_steering("steering_elsewhere.py"), reads=read_by_steering_elsewhere
+            ),
+        output:
+            expand(f"{R}/steering/{{{{steering}}}}-s{{seed}}/{{{{other}}}}.{{of}}", seed=SEEDS, of=["parquet", "json"]),
+            record=f"{R}/records/steering-{{steering}}@{{other}}.json",
+        log:
+            f"{R}/logs/steering-{{steering}}@{{other}}.log",
+        benchmark:
+            f"{R}/benchmarks/steering-{{steering}}@{{other}}.jsonl"
+        wildcard_constraints:
+            steering=one_of(SECTIONS),
+        threads: THREADS
+        resources:
+            **needs(),
+        params:
+            out=subpath(output[0], ancestor=2),
+            work=f"{R}/.work/steering-{{steering}}@{{other}}",
+            flags=flags(code_of_steering("steering_elsewhere.py")),
+        shell:
+            "python {SCRIPTS}/steering_elsewhere.py --from-images {input.images} --from-backbone {input.backbone}"
+            " --from-saes {input.saes} --from-layers {input.layers} --from-homes {input.homes} --name {wildcards.other}"
+            " --out {params.out} --work {params.work} --record {output.record}"
+            " {params.flags} > {log} 2>&1"
 
 
 include: "disentangle.smk"

@@ -1,7 +1,5 @@
 """Evaluate VS2 and its gate on another data set (--name), with the strengths and thresholds of the run's own."""
 
-import json
-
 from sparsight.pipeline import stage
 
 
@@ -13,12 +11,11 @@ def main(job: stage.Stage) -> None:
 
     device = job.device
     backbone, about = open_folder(job.inputs["backbone"].parent)
-    one, *layers = (load(weights.parent).to(device) for weights in (job.inputs["sae"], *job.inputs["layers"]))
-    home, manifest = json.loads(job.inputs["home"].read_text()), Manifest(job.inputs["images"])
-    steer_elsewhere(
-        one, backbone.to(device), about, home, job.inputs["vectors"], manifest, job.name, job.work, job.record(),
-        layers,
-    )  # fmt: skip
+    loaded = [load(weights.parent).to(device) for weights in (*job.inputs["saes"], *job.inputs["layers"])]
+    homes = {path.stem: path for path in job.inputs["homes"]}
+    saes = {result: loaded[i :: len(homes)] for i, result in enumerate(homes)}  # every layer has as many seeds
+    manifest = Manifest(job.inputs["images"])
+    steer_elsewhere(saes, backbone.to(device), about, homes, manifest, job.name, job.work, job.record())
 
 
 if __name__ == "__main__":
@@ -27,8 +24,7 @@ if __name__ == "__main__":
         __doc__,
         images="manifest.parquet of the other images",
         backbone="model.safetensors of the backbone stage",
-        sae="sae.safetensors of the sae stage",
-        layers=["sae.safetensors of every SAE that steers at a further site"],
-        vectors="safetensors of the steering stage, of kind vs2",
-        home="json of the steering stage",
+        saes=["sae.safetensors of every seed"],
+        layers=["sae.safetensors of the same seeds of every section that steers at a further site"],
+        homes=["json of the steering stage, of kind vs2, of every seed; its vectors are beside it"],
     )
