@@ -18,7 +18,7 @@ from sparsight.common import tables
 from sparsight.common.errors import SparsightError
 from sparsight.common.work import Work
 from sparsight.images.manifest import Manifest
-from sparsight.pruning import evaluate, outcomes, per_class
+from sparsight.pruning import evaluate, last_block, outcomes, per_class
 from sparsight.pruning.last_block import last_block_inputs
 from sparsight.pruning.masks import unpack
 from sparsight.pruning.selection import points
@@ -32,7 +32,12 @@ def manifest(tmp_path: Path) -> Manifest:
     return two_class_images(tmp_path)
 
 
-def test_class_configurations_follow_val_and_are_counted_on_all_test_images(manifest: Manifest) -> None:
+@pytest.mark.parametrize("at_least", [1000, 5])
+def test_class_configurations_follow_val_and_are_counted_on_images_of_all_classes(
+    at_least: int, manifest: Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(per_class, "_ON_ALL", 0)
+    monkeypatch.setattr(per_class, "_AT_LEAST", at_least)
     study = Study(manifest)
     val = last_block_inputs(study.backbone, study.policy, manifest.split("val"), 7)
     routes = evaluate._routes(study.probe, val)
@@ -58,6 +63,8 @@ def test_class_configurations_follow_val_and_are_counted_on_all_test_images(mani
     none = study.run([NONE])[NONE]
     made = per_class.evaluate(study.strategies, chosen, study.test, none, study.routes, ["a", "b"], SECTION, 0)
     labels = study.test.labels
+    first = np.arange(len(labels)) < at_least
+    assert first.all() == (at_least == 1000)
     for subset, counted in zip(made.subsets, made.false_positives, strict=True):
         c = subset["class"]
         row = Row(**{key: subset[key] for key in Row._fields})
@@ -66,9 +73,10 @@ def test_class_configurations_follow_val_and_are_counted_on_all_test_images(mani
         own = labels == c
         assert subset["accuracy"] == counted["recall"] == expected.hits[own].mean()
         assert subset["usage_last"] == pytest.approx(expected.usage[own].mean())
-        assert counted["false_positives"] == ((expected.predicted == c) & ~own).sum()
-        assert counted["false_positives_none"] == ((none.predicted == c) & ~own).sum()
-        assert counted["accuracy"] == expected.hits.mean()
+        assert counted["n_others"] == (first & ~own).sum()
+        assert counted["false_positives"] == ((expected.predicted == c) & ~own & first).sum()
+        assert counted["false_positives_none"] == ((none.predicted == c) & ~own & first).sum()
+        assert counted["accuracy"] == expected.hits[first].mean()
         kept = unpack(expected.codes[own], 6).mean(axis=0) >= 0.5
         assert subset["heads"] == ", ".join(f"h{h}" for h in range(6) if kept[h])
     assert any(one.selected for own in chosen.values() for one in own.values())
@@ -82,6 +90,33 @@ def test_class_configurations_follow_val_and_are_counted_on_all_test_images(mani
             for i, row in enumerate(own[c].point.rows):
                 hits[i, route == c] = found[row].hits[route == c]
         assert line["accuracy"] == pytest.approx(hits.mean())
+
+
+@pytest.mark.parametrize("tabulated", [True, False])
+def test_images_that_are_not_asked_for_cost_no_pass(
+    tabulated: bool, manifest: Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study, n_run = Study(manifest), [0]
+    test = study.test if tabulated else dataclasses.replace(study.test, table=None)
+    edited = last_block._BlockRunner._edited
+
+    def counted(self: Any, x_BTD: Tensor, fixed: Any, images_P: Tensor, *arguments: Any) -> np.ndarray:
+        n_run[0] += len(images_P)
+        return edited(self, x_BTD, fixed, images_P, *arguments)
+
+    monkeypatch.setattr(last_block._BlockRunner, "_edited", counted)
+    rows = [row for row in study.rows if row.strategy in ("class-latents-in-stream", "logit-bias")]
+    wanted = np.arange(len(test)) % 4 == 0
+    every: dict[Any, Any] = {}
+    some: dict[Any, Any] = {}
+    for found, mask in ((every, None), (some, wanted)):
+        n_run[0], jobs = 0, [outcomes.Job(0, rows, study.routes, mask)]
+        found |= {row: outcome for _, row, outcome in outcomes.run_several(study.strategies, jobs, test)}
+        found["runs"] = n_run[0]
+    assert 0 < some.pop("runs") < every.pop("runs") / 2
+    for row, outcome in every.items():
+        assert np.array_equal(some[row].predicted[wanted], outcome.predicted[wanted])
+        assert np.array_equal(some[row].usage[wanted], outcome.usage[wanted])
 
 
 def test_tables_of_the_evaluation_follow_the_contract(manifest: Manifest, tmp_path: Path) -> None:

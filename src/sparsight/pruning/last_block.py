@@ -8,7 +8,7 @@ per image.
 Shapes: N images, B batch, P images of a batch, T tokens, D width (d_in), L blocks, H heads, M masks, S rows of a table.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -59,15 +59,22 @@ class LastBlockInputs:
             return self.runs.masked(codes_SN)
         return np.take_along_axis(self.table, codes_SN.T, axis=1).T
 
-    def predict_edited(self, codes_SN: np.ndarray, edits_S: list[Edit]) -> np.ndarray:
+    def predict_edited(
+        self, codes_SN: np.ndarray, edits_S: list[Edit], wanted_S: Sequence[np.ndarray | None] = ()
+    ) -> np.ndarray:
         """Predicted classes (S, N) under masks, with edits in the stream of what the policy reads at the block's input.
 
         An edit of the mean over patches is added to every patch. Images that an edit leaves as they are, which are most
         images if it is of another class, are looked up if there is a table.
+
+        Args:
+            wanted_S: bool (N,), the images that are asked for, None for all; what others get says nothing.
         """
+        every = np.ones(len(self), bool)
+        wanted = [torch.from_numpy(every if mask is None else mask) for mask in wanted_S or [None] * len(edits_S)]
         if self.table is None:
-            return self.runs.edited(codes_SN, edits_S, [torch.ones(len(self), dtype=torch.bool) for _ in edits_S])
-        changed_S = [edit.images.cpu() for edit in edits_S]
+            return self.runs.edited(codes_SN, edits_S, wanted)
+        changed_S = [edit.images.cpu() & mask for edit, mask in zip(edits_S, wanted, strict=True)]
         predicted_SN, runs_SN = self.predict(codes_SN), self.runs.edited(codes_SN, edits_S, changed_S)
         return np.where(torch.stack(changed_S).numpy(), runs_SN, predicted_SN)
 

@@ -1,8 +1,9 @@
 """One configuration per class: the heads that it keeps, and its effect on the class's own and on all other images.
 
 For every strategy that takes a label, each class gets the strength and number of latents chosen on val for its own
-images. A mask can push an image towards a class. So every configuration is also run on all images: images of other
-classes that it assigns to the class are its false positives.
+images. A mask can push an image towards a class. So every configuration is also run on images of all classes: images of
+other classes that it assigns to the class are its false positives. These are all images, or of many images and classes
+the first, which are in random order: their product would decide the time of the stage.
 
 A class is selected if, on val, its configuration halves the usage of the class's images and costs no more accuracy than
 the tolerance. Deployed means that the images that a kind of label assigns to a selected class get its configuration,
@@ -21,9 +22,12 @@ from sparsight.common.intervals import bootstrap, loss_bound, paired, wilson
 from sparsight.common.progress import followed
 from sparsight.pruning.last_block import LastBlockInputs
 from sparsight.pruning.masks import unpack
-from sparsight.pruning.outcomes import Outcome, run_several
+from sparsight.pruning.outcomes import Job, Outcome, run_several
 from sparsight.pruning.selection import Point, points, rank
 from sparsight.pruning.strategies import IN_STREAM, NONE, Row, Strategies
+
+_ON_ALL = 200_000  # images times classes for false positives, but at least as many images as follow
+_AT_LEAST = 1000
 
 
 @dataclass(frozen=True)
@@ -70,7 +74,7 @@ class ClassTables:
     subsets: list[dict[str, Any]]
     """Per strategy, SAE and class, on the class's own images: kept heads, usage and accuracy."""
     false_positives: list[dict[str, Any]]
-    """The same configurations on all images."""
+    """The same configurations on images of all classes."""
     deployed: list[dict[str, Any]]
     """Per strategy and kind of label, over all images, with the selected classes steered; means over SAEs."""
 
@@ -95,14 +99,18 @@ def evaluate(
     strategies: Strategies, chosen: dict[str, dict[int, Configuration]], test: LastBlockInputs, none: Outcome,
     routes: dict[str, np.ndarray], classes: list[str], section: config.Pruning, seed: int,
 ) -> ClassTables:  # fmt: skip
-    """Run every configuration on every test image."""
+    """Run every configuration on the test images of its class, those routed to it, and images of all classes."""
     tables = ClassTables([], [], [])
+    first = np.arange(len(test)) < max(_AT_LEAST, _ON_ALL // len(classes))
     steered: dict[tuple[str, str], dict[int, _Routed]] = {}
     rows_C = [
         {row: by_class[c] for by_class in chosen.values() if c in by_class for row in by_class[c].point.rows}
         for c in range(len(classes))
     ]
-    jobs = ((c, list(rows), {"oracle": np.full(len(test), c)}) for c, rows in enumerate(rows_C))
+    jobs = (
+        Job(c, list(rows), {"oracle": np.full(len(test), c)}, _wanted(first, test.labels, routes, c))
+        for c, rows in enumerate(rows_C)
+    )
     outcomes = run_several(strategies, jobs, test)
     for c, row, outcome in followed(outcomes, sum(map(len, rows_C)), "configurations"):
         key = {**row._asdict(), "class": c, "class_name": classes[c], "selected": rows_C[c][row].selected}
@@ -110,7 +118,7 @@ def evaluate(
         images = np.flatnonzero(test.labels == c)
         if len(images):  # an official split need not have every class
             tables.subsets.append({**key, **_subset(outcome, none, images, test.n_heads, section.margin)})
-            tables.false_positives.append({**key, **_on_all(outcome, none, test.labels, c)})
+            tables.false_positives.append({**key, **_on_all(outcome, none, test.labels, c, first)})
     for table in (tables.subsets, tables.false_positives):
         table.sort(key=lambda line: (line["class"], line["strategy"] == IN_STREAM))  # which comes last, see run_several
     for strategy, by_class in chosen.items():
@@ -122,6 +130,11 @@ def evaluate(
                  **_deployed([_merge(none, outcomes, route, selected) for outcomes in by_sae], none, section, seed)}
             )  # fmt: skip
     return tables
+
+
+def _wanted(first: np.ndarray, labels: np.ndarray, routes: dict[str, np.ndarray], c: int) -> np.ndarray | None:
+    """Bool (N,), the images on which the configuration of a class is run; None for all."""
+    return None if first.all() else np.any([first, labels == c, *(route == c for route in routes.values())], axis=0)
 
 
 def _subset(outcome: Outcome, none: Outcome, images: np.ndarray, n_heads: int, margin: float) -> dict[str, Any]:
@@ -141,17 +154,19 @@ def _subset(outcome: Outcome, none: Outcome, images: np.ndarray, n_heads: int, m
     }
 
 
-def _on_all(outcome: Outcome, none: Outcome, labels: np.ndarray, c: int) -> dict[str, Any]:
+def _on_all(outcome: Outcome, none: Outcome, labels: np.ndarray, c: int, first: np.ndarray) -> dict[str, Any]:
+    """Effects on the class, and on the images ``first``, bool (N,)."""
     in_class = labels == c
+    others = first & ~in_class
     return {
         "n_own": int(in_class.sum()),
         "recall": float(outcome.hits[in_class].mean()),
         "recall_none": float(none.hits[in_class].mean()),
-        "n_others": int((~in_class).sum()),
-        "false_positives": int((outcome.predicted[~in_class] == c).sum()),
-        "false_positives_none": int((none.predicted[~in_class] == c).sum()),
-        "accuracy": float(outcome.hits.mean()),
-        "usage_last": float(outcome.usage.mean()),
+        "n_others": int(others.sum()),
+        "false_positives": int((outcome.predicted[others] == c).sum()),
+        "false_positives_none": int((none.predicted[others] == c).sum()),
+        "accuracy": float(outcome.hits[first].mean()),
+        "usage_last": float(outcome.usage[first].mean()),
     }
 
 
