@@ -34,7 +34,6 @@ How to read the tables:
 * *ours* is the mean over SAE seeds on the test split, with the range over the seeds in brackets. All choices were made
   on val.
 * A change against a control is computed seed by seed. Its brackets hold the 95 % interval over seeds (Student's t).
-* *not run*: no result of this experiment is recorded.
 
 `python docs/papers.py` writes this page from `experiments/papers.yaml` and, for our numbers,
 `experiments/measured.json`. To add a run: `snakemake --cores 8 --configfile experiments/<experiment>.yaml`, then
@@ -260,23 +259,25 @@ def _runs(measured: dict[str, Any]) -> Iterator[str]:
 
 
 def _lines(entries: list[Entry], measured: dict[str, Any]) -> Iterator[str]:
+    """The rows that have measured numbers."""
     columns = any(entry.column for entry in entries)
     compared = any(entry.paper is not None for entry in entries)
     head = [*([""] if columns else []), "what", "unit", *(["paper", "ours", "difference"] if compared else ["ours"])]
     yield "| " + " | ".join(head) + " |"
     yield "|" + "---|" * len(head)
     for entry in entries:
-        digits, run = UNITS[entry.unit][1], measured.get(entry.experiment)
-        values = entry.values(run["metrics"]) if run else []
-        mean = sum(values) / len(values) if values else None
-        ours = "not run" if mean is None else f"{mean:.{digits}f}"
-        if mean is not None and len(values) > 1:
+        if entry.experiment not in measured:
+            continue
+        digits, values = UNITS[entry.unit][1], entry.values(measured[entry.experiment]["metrics"])
+        mean = sum(values) / len(values)
+        ours = f"{mean:.{digits}f}"
+        if len(values) > 1:
             half = mean_of_seeds(values)["half"]
             ends = (mean - half, mean + half) if len(entry.keys) > 1 else (min(values), max(values))
             ours += f" ({ends[0]:.{digits}f} to {ends[1]:.{digits}f})"
         cells = [entry.column, entry.what, entry.unit] if columns else [entry.what, entry.unit]
         paper = "" if entry.paper is None else f"{entry.paper:.{digits}f}"
-        difference = "" if mean is None or entry.paper is None else f"{mean - entry.paper:+.{digits}f}"
+        difference = "" if entry.paper is None else f"{mean - entry.paper:+.{digits}f}"
         cells += [paper, ours, difference] if compared else [ours]
         yield "| " + " | ".join(cells) + " |"
 

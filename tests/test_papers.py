@@ -95,7 +95,7 @@ def test_a_recorded_run_stands_beside_the_paper_as_the_mean_over_its_seeds(paper
     assert run["metrics"].keys() == {"steering.x-s0.birds.accuracy", "steering.x-s1.birds.accuracy", "sae.y-s2.fvu"}
     page = papers.page(SOME, {"run": run})
     assert "| A | x | % | 60.00 | 59.00 (58.00 to 60.00) | -1.00 |" in page
-    assert "| B | x | % | 61.50 | not run |  |" in page
+    assert "| B | x |" not in page and "* `later`: S (P): T" in page
     assert "| y | share | 0.2500 |" in page
     digest = hashlib.sha256((tmp_path / "run/images/manifest.parquet").read_bytes()).hexdigest()
     assert f"| run | abc | 4, birds 3 | {digest[:16]} |" in page
