@@ -1,7 +1,7 @@
 """From a folder of photographs to a trained SAE: the whole way, beside the peers that vision users would pick.
 
-    uv run --with saev==0.1.0 --with sae-lens==6.54.12 --with vit-prisma==0.1.4 --with wandb \\
-        python benchmarks/end_to_end.py --images data/photographs --weights data/weights/dinov2.safetensors
+    uv run --with saev==0.1.0 --with sae-lens==6.54.12 --with vit-prisma==0.1.4 --with wandb python
+    benchmarks/end_to_end.py --images FOLDER --weights FILE      all contestants
     python benchmarks/end_to_end.py ... --peers-python PATH      peers from another environment than this one
     python benchmarks/end_to_end.py ... --only sparsight saev    some of the contestants
 
@@ -45,8 +45,8 @@ OURS = {"sparsight": "fp32", "sparsight, bf16": "bf16"}
 MODULES = {"sae-lens": "sae_lens", "saev": "saev", "vit-prisma": "vit_prisma"}
 HELD_OUT = 500
 CANNOT = {
-    "sparsight": "",
-    "sparsight, bf16": "activations in bf16; training in fp32",
+    "sparsight": "starts Snakemake, and a process for each stage",
+    "sparsight, bf16": "the same; forward passes of the ViT in bf16",
     "timm and PyTorch": "no resume, no checks of the stored files, no provenance",
     "sae-lens": "no activations of ViTs (those of timm and PyTorch), so no resume before training, no checks",
     "saev": "no TopK: ReLU and L1; widths are multiples of d_in; no resume, no checks; scaling not saved with the SAE",
@@ -83,11 +83,12 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(2)
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
+        folder, place = Path(name), Path(name, "out")
         n_train, n_held = link_images(arguments.images, arguments.n, folder / "images")
         task = Task(
-            images=str(folder / "images" / "train"), weights=str(arguments.weights.resolve()), out="", size=arguments.size,
-            block=8, d_sae=arguments.d_sae, k=arguments.k, lr=arguments.lr, batch=1024, model_batch=64, workers=2,
+            images=str(folder / "images" / "train"), weights=str(arguments.weights.resolve()), out=str(place),
+            size=arguments.size, block=8, d_sae=arguments.d_sae, k=arguments.k, lr=arguments.lr, batch=1024,
+            model_batch=64, workers=2,
         )  # fmt: skip
         print(machine.describe())
         print(f"{n_train} images at {task.size} px, {n_train * task.n_patches} patches, {n_held} images held out")
@@ -100,9 +101,8 @@ def main() -> None:
         for number in range(arguments.rounds):
             for contestant in arguments.only:
                 if contestant not in problems:
-                    place = folder / "out"
                     place.mkdir()
-                    result = run(contestant, dataclasses.replace(task, out=str(place)), arguments.peers_python, held_out)
+                    result = run(contestant, task, arguments.peers_python, held_out)
                     if isinstance(result, Turn):
                         turns[contestant].append(result)
                         print(f"round {number + 1}, {contestant}: {result}", flush=True)
@@ -143,8 +143,8 @@ def run(name: str, task: Task, python: str, held_out: torch.Tensor) -> Turn | st
         config = Path(task.out, "overlay.yaml")
         config.write_text(overlay(task, OURS[name]))
         command = [
-            sys.executable, "-m", "snakemake", "--snakefile", str(ROOT / "Snakefile"), "--directory", task.out, "--cores",
-            "2", "results/run/saes/topk-s0/sae.safetensors", "--configfile", str(config),
+            sys.executable, "-m", "snakemake", "--snakefile", str(ROOT / "Snakefile"), "--directory", task.out,
+            "--cores", "2", "results/run/saes/topk-s0/sae.safetensors", "--configfile", str(config),
         ]  # fmt: skip
     else:
         script = Path(__file__).with_name("end_to_end_contestants.py")
@@ -185,14 +185,16 @@ def measured(command: Sequence[str], folder: Path, log: Any) -> Turn | None:
 
 
 def memory_of_tree(pid: int) -> float:
-    """kB of a process and its descendants that cannot be dropped, shared pages divided among those that share them."""
+    """Memory of a process and its descendants that cannot be dropped, in kB; pages that they share count once."""
     total = 0.0
     try:
         for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
             if line.startswith(("Pss_Anon:", "Pss_Shmem:")):
                 total += int(line.split()[1])
         children = [
-            int(child) for task in Path(f"/proc/{pid}/task").iterdir() for child in (task / "children").read_text().split()
+            int(child)
+            for task in Path(f"/proc/{pid}/task").iterdir()
+            for child in (task / "children").read_text().split()
         ]
     except (OSError, ValueError):  # it has just ended
         return total
@@ -213,7 +215,8 @@ def table(turns: Mapping[str, Sequence[Turn]], problems: Mapping[str, str], task
             lines.append(f"| {name} | {problems.get(name, '')} |" + " |" * 10)
             continue
         times = [
-            f"{least(of_name, key):.1f} / {middle(of_name, key):.1f} | " + ratio(least(of_name, key), fastest[key], of_name)
+            f"{least(of_name, key):.1f} / {middle(of_name, key):.1f} | "
+            + ratio(least(of_name, key), fastest[key], of_name)
             for key in ("wall", "cpu")
         ]
         sae = [" ", " ", "no SAE"]
@@ -221,7 +224,9 @@ def table(turns: Mapping[str, Sequence[Turn]], problems: Mapping[str, str], task
             sae = [str(of_name[0].d_sae), f"{middle(of_name, 'l0'):.1f}", f"{middle(of_name, 'fvu'):.4f}"]
         n_lines = user_lines(name) if name in PEERS else sum(map(bool, map(str.strip, overlay(task, "").splitlines())))
         peak, disk = max(turn.memory_mb for turn in of_name), middle(of_name, "disk_mb")
-        lines.append(" | ".join([f"| {name}", *times, f"{peak:.0f} | {disk:.0f}", *sae, f"{n_lines}", f"{CANNOT[name]} |"]))
+        lines.append(
+            " | ".join([f"| {name}", *times, f"{peak:.0f} | {disk:.0f}", *sae, f"{n_lines}", f"{CANNOT[name]} |"])
+        )
     return "\n".join(lines)
 
 

@@ -1,6 +1,6 @@
 """The ways from a folder of images to an SAE that benchmarks/end_to_end.py compares, each as a user would write it.
 
-    python benchmarks/end_to_end_contestants.py saev '{"images": "...", ...}'     one contestant, as a process of its own
+    python benchmarks/end_to_end_contestants.py saev '{"images": "...", ...}'    one contestant, a process of its own
 
 ``USER_CODE`` says which of these functions a user has to write. What only gives every contestant the same weights, as
 model hubs need not be reachable, is in ``same_model_for_saev`` and in the lines on LayerScale, and is not counted.
@@ -243,7 +243,7 @@ backbones:
   vit:
     model: timm/{MODEL}
     weights: {task.weights}
-    architecture: {{img_size: {task.size}}}
+    architecture: {{img_size: {task.size}, patch_size: 14, in_chans: 3, embed_dim: 384, depth: 12, num_heads: 6}}
     training: none
     epochs: 0
     batch_size: 64

@@ -10,7 +10,7 @@ import dataclasses
 import io
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +31,8 @@ SAEV_SAMPLES = 2**19  # saev's n_random_samples
 class Plain:
     """x_hat = scale ((act(((x - mean) / scale - offset) W_enc + b_enc)) W_dec + b_dec) + mean."""
 
-    W_enc: Tensor
-    b_enc: Tensor
-    W_dec: Tensor
-    b_dec: Tensor
+    weights: Mapping[str, Tensor]
+    """W_enc (D, F), b_enc, W_dec (F, D) and b_dec."""
     k: int | None
     """None for ReLU without TopK."""
     subtracts: bool = True
@@ -45,13 +43,14 @@ class Plain:
     def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Codes (B, F) and reconstruction (B, D) of x (B, D)."""
         y = (x - self.mean) / self.scale
-        pre = (y - self.b_dec if self.subtracts else y) @ self.W_enc + self.b_enc
+        w = self.weights
+        pre = (y - w["b_dec"] if self.subtracts else y) @ w["W_enc"] + w["b_enc"]
         if self.k is None:
             z = pre.relu()
         else:
             values, indices = pre.topk(self.k, dim=1)
             z = torch.zeros_like(pre).scatter(1, indices, values.relu())
-        return z, (z @ self.W_dec + self.b_dec) * self.scale + self.mean
+        return z, (z @ w["W_dec"] + w["b_dec"]) * self.scale + self.mean
 
 
 def held_out(task: Task) -> Tensor:
@@ -73,7 +72,7 @@ def score(name: str, folder: Path, task: Task, x: Tensor) -> dict[str, Any]:
         own = base.load(folder / OURS).requires_grad_(False)
         again = _l0_and_fvu(lambda rows: ((z := own.encode(rows)).dense(), own.decode(z)), x)
         assert math.isclose(fvu, again[1], rel_tol=1e-3), f"FVU {fvu} here, {again[1]} by sparsight itself"
-    return {"d_sae": len(sae.W_dec), "l0": l0, "fvu": fvu}
+    return {"d_sae": len(sae.weights["W_dec"]), "l0": l0, "fvu": fvu}
 
 
 def _l0_and_fvu(sae: Callable[[Tensor], tuple[Tensor, Tensor]], x: Tensor) -> tuple[float, float]:
@@ -87,18 +86,18 @@ def _l0_and_fvu(sae: Callable[[Tensor], tuple[Tensor, Tensor]], x: Tensor) -> tu
 
 
 def _ours(folder: Path, task: Task) -> Plain:
-    return Plain(**load_file(folder / OURS / "sae.safetensors"), k=task.k)
+    return Plain(load_file(folder / OURS / "sae.safetensors"), k=task.k)
 
 
 def _plain(folder: Path, task: Task) -> Plain:
-    return Plain(**load_file(folder / "sae.safetensors"), k=task.k)
+    return Plain(load_file(folder / "sae.safetensors"), k=task.k)
 
 
 def _sae_lens(folder: Path, task: Task) -> Plain:
     settings = json.loads((folder / "sae" / "cfg.json").read_text())
     assert settings["normalize_activations"] == "none" and not settings["rescale_acts_by_decoder_norm"], settings
     weights = load_file(folder / "sae" / "sae_weights.safetensors")
-    return Plain(**weights, k=settings["k"], subtracts=settings["apply_b_dec_to_input"])
+    return Plain(weights, k=settings["k"], subtracts=settings["apply_b_dec_to_input"])
 
 
 def _saev(folder: Path, task: Task) -> Plain:
@@ -114,7 +113,7 @@ def _saev(folder: Path, task: Task) -> Plain:
     sample = torch.from_numpy(x[np.random.default_rng(42).permutation(len(x))[:SAEV_SAMPLES]])
     mean = sample.mean(dim=0)
     scale = float(torch.linalg.norm(sample - mean, dim=1).mean()) / math.sqrt(D_IN)
-    return Plain(**weights, k=None, mean=mean, scale=scale)
+    return Plain(weights, k=None, mean=mean, scale=scale)
 
 
 READERS = {"timm and PyTorch": _plain, "sae-lens": _sae_lens, "saev": _saev}
