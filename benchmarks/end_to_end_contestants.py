@@ -130,13 +130,16 @@ def plain(task: Task) -> None:
 
 def sae_lens(task: Task) -> None:
     """SAELens: it has no activations of ViTs, but its trainer takes any iterator of activations."""
-    from sae_lens import SAETrainer, SAETrainerConfig, TopKTrainingSAE, TopKTrainingSAEConfig
+    from sae_lens import SAETrainer, TopKTrainingSAE, TopKTrainingSAEConfig
+    from sae_lens.config import SAETrainerConfig
 
     model = vit(task)
     loader = pictures(task, model)
     x = stored(task, len(loader.dataset) * task.n_patches, patches(task, model, loader))
     sae = TopKTrainingSAE(TopKTrainingSAEConfig(d_in=D_IN, d_sae=task.d_sae, k=task.k))
-    config = SAETrainerConfig(total_training_samples=len(x), train_batch_size_samples=task.batch, lr=task.lr)
+    config = SAETrainerConfig(
+        total_training_samples=len(x), train_batch_size_samples=task.batch, lr=task.lr, lr_end=task.lr
+    )  # fmt: skip
     SAETrainer(config, sae, shuffled(x, task.batch)).fit().save_inference_model(Path(task.out, "sae"))
 
 
