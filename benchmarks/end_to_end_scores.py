@@ -95,8 +95,12 @@ def _plain(folder: Path, task: Task) -> Plain:
 
 def _sae_lens(folder: Path, task: Task) -> Plain:
     settings = json.loads((folder / "sae" / "cfg.json").read_text())
-    assert settings["normalize_activations"] == "none" and not settings["rescale_acts_by_decoder_norm"], settings
+    assert settings["normalize_activations"] == "none", settings
     weights = load_file(folder / "sae" / "sae_weights.safetensors")
+    if settings["rescale_acts_by_decoder_norm"]:  # h = norm (x W_enc + b_enc), x_hat = z W_dec / norm
+        norm = weights["W_dec"].norm(dim=1)
+        weights |= {"W_enc": weights["W_enc"] * norm, "b_enc": weights["b_enc"] * norm}
+        weights["W_dec"] = weights["W_dec"] / norm[:, None]
     return Plain(weights, k=settings["k"], subtracts=settings["apply_b_dec_to_input"])
 
 
