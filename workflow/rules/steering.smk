@@ -48,7 +48,6 @@ for NUMBER, (SEEDS, SECTIONS) in enumerate(RUN.steering_seeds.items(), 1):
             " --out {params.out} --work {params.work} --record {output.record}"
             " {params.flags} > {log} 2>&1"
 
-
     # The same vectors, strengths and thresholds on a data set that the SAEs were not trained on.
     rule:
         name:
@@ -61,7 +60,9 @@ for NUMBER, (SEEDS, SECTIONS) in enumerate(RUN.steering_seeds.items(), 1):
             vectors=expand(f"{R}/steering/{{{{steering}}}}-s{{seed}}.safetensors", seed=SEEDS),
             homes=expand(f"{R}/steering/{{{{steering}}}}-s{{seed}}.json", seed=SEEDS),
             mark=mark(
-                "steering-{steering}@{other}", code_of_steering("steering_elsewhere.py"), reads=read_by_steering_elsewhere
+                "steering-{steering}@{other}",
+                code_of_steering("steering_elsewhere.py"),
+                reads=read_by_steering_elsewhere,
             ),
         output:
             expand(f"{R}/steering/{{{{steering}}}}-s{{seed}}/{{{{other}}}}.{{of}}", seed=SEEDS, of=["parquet", "json"]),
