@@ -33,7 +33,7 @@ from sparsight.steering.class_latents import ClassLatents
 from sparsight.steering.edits import Batch, Edits
 from sparsight.steering.evaluate import steer
 from sparsight.steering.intervention import Intervention, attribution
-from sparsight.steering.runner import Row, Runner
+from sparsight.steering.runner import Planned, Row, Runner, run_together
 from sparsight.steering.vs2pp import NeighbourSteering
 
 PARAMS = yaml.safe_load((ROOT / "params.yaml").read_text())
@@ -173,7 +173,9 @@ def test_the_gate_asks_every_site(backbone: Backbone, stores: Stores, manifest: 
         alone = run(tmp_path / str(i), backbone, stores, manifest, [one], **options)
         found = vs2.Calibration.load(alone / "s.safetensors", torch.device("cpu"))
         gates = [found]
-        _, (fvu,) = Runner([one], backbone, "cls").run([], [{}], manifest.split("test"), gates)
+        ((_, (fvu,)),) = run_together(
+            [Planned(Runner([one], backbone, "cls"), [], [{}], gates)], manifest.split("test")
+        )
         below.append(fvu <= found.threshold(0.6))
     (line,) = (line for line in json.loads((out / "s.json").read_text())["gate"] if line["split"] == "test")
     assert line["steered"] == pytest.approx(np.mean(below[0] & below[1])) and len(line["thresholds"]) == 2

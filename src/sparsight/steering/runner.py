@@ -97,10 +97,6 @@ class Runner:
         self.backbone, self.where = backbone, Intervention(saes, backbone, tokens)
         self.classifies = bool(backbone.n_classes)
 
-    def run(self, rows: Sequence[Row], edits: Edits, split: Split, gates: Sequence[vs2.Calibration] = ()) -> "Ran":
-        """:func:`run_together` with these SAEs alone."""
-        return run_together([Planned(self, rows, edits, gates)], split)[0]
-
     def fill(
         self, outcomes: Mapping[Row, Outcome], edits: Edits, images: slice, x_BTD: Tensor, plain: Mapping[str, Tensor],
         truth_B: Tensor,
@@ -142,7 +138,7 @@ class Runner:
         return self.read(self.where.rest(x_BTD, apply))
 
     def _write(self, outcome: Outcome, images: slice, out: Tensor, plain: Tensor, truth_B: Tensor, votes: bool) -> None:
-        """Fill in a batch: ``out`` is what :meth:`_read` gives with the edit (or votes), ``plain`` without it."""
+        """Fill in a batch: ``out`` is what :meth:`read` gives with the edit (or votes), ``plain`` without it."""
         if not self.classifies:
             outcome.cosine[images] = torch.cosine_similarity(out.double(), plain.double(), dim=1).cpu().numpy()
             return
