@@ -128,7 +128,7 @@ class Runner:
         return self.backbone.classify(last_BTD) if self.classifies else self.backbone.tower.pool(last_BTD)
 
     def _steered(self, x_BTD: Tensor, row: Row, edits: Edits, classes_B: Tensor | None, images: slice) -> Tensor:
-        """What :meth:`_read` gives under a method that edits the stream at every site."""
+        """What :meth:`read` gives under a method that edits the stream at every site."""
 
         def apply(m: int, rows_RD: Tensor) -> Tensor:
             n_tokens = self.where.places[m].n_tokens
