@@ -13,10 +13,12 @@ def ask(sae: MainSae) -> Question:
     measured = sae.has("bits")  # not with metrics: reconstruction
     groups = [[sae.against(BITS, ("bits", "bits_pca"), "PCA (all components)", n, says)]] if measured else []
     test, dense = (sae.mean(key) for key in ("dead_test", "dense_test"))
-    on_train = f"{sae.mean('dead_train'):.0f} never fire on train, " if measured else ""
+    silent = f"{test:.0f} never fire on test"
+    if measured:
+        silent = f"{sae.mean('dead_train'):.0f} never fire on train, {test:.0f} never on test"
     d_sae = sae.about["d_sae"]
     facts = [
         f"{sae.mean('l0'):.1f} of {d_sae:,} latents are active at a time.",
-        f"{on_train}{test:.0f} never fire on test, and {dense:.0f} fire on more than 10 % of test.",
+        f"{silent}, and {dense:.0f} fire on more than 10 % of test.",
     ]
     return Question("Sparse and alive?", "saes", groups, facts)
