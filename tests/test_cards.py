@@ -256,6 +256,21 @@ def test_a_run_has_a_card_for_each_question_with_its_strongest_control(tmp_path:
     assert f"for all {len(judged)} comparisons" in text
 
 
+def test_a_run_of_reconstructions_alone_says_what_was_not_measured(tmp_path: Path) -> None:
+    run = MadeUp(tmp_path).sae("topk")
+    kept = {"n", "fvu", "fvu_pca_k", "l0", "dead_test", "dense_test"}
+    for path in run.inputs["saes"]:
+        path.write_text(json.dumps({key: value for key, value in json.loads(path.read_text()).items() if key in kept}))
+    cards = run.cards()
+    faithful, sparse, interpretable = (cards[title] for title in ("Faithful?", "Sparse and alive?", "Interpretable?"))
+    assert faithful.headline is not None and faithful.headline.text == "better than PCA (8 components)"
+    assert "116 never fire on test, and 3 fire" in " ".join(sparse.question.facts) and sparse.headline is None
+    assert interpretable.question.unanswered == (
+        "Of topk only the reconstruction was measured (metrics: reconstruction)."
+    )
+    assert "no labels" not in rendered(run.screen())
+
+
 def test_equal_usage_is_said_only_of_equal_usages(tmp_path: Path) -> None:
     for name, usage, judged in (("near", 0.405, True), ("far", 0.447, False)):
         run = MadeUp(tmp_path / name).sae("topk").steering("steered", "topk", 0.0)

@@ -10,6 +10,9 @@ FEATURES = 5
 
 def ask(sae: MainSae, n_test: int) -> Question:
     """Monosemanticity and sparse probes beside those of random features, k-means, neurons and components."""
+    if sae.reconstruction_only:
+        why = f"Of {sae.name} only the reconstruction was measured (metrics: reconstruction)."
+        return Question("Interpretable?", "saes", [], [], why)
     comparisons = []
     if sae.has("monosemanticity"):
         for key, name in {"kmeans": "k-means", "random": "a random dictionary", "neurons": "neurons"}.items():

@@ -49,6 +49,11 @@ class MainSae:
         """Mean of a metric over the seeds."""
         return float(np.mean([metrics[key] for metrics in self.metrics]))
 
+    @property
+    def reconstruction_only(self) -> bool:
+        """Whether nothing but the reconstruction was measured (``metrics: reconstruction``)."""
+        return not self.has("bits")
+
     def has(self, key: str) -> bool:
         """Whether every seed has a metric."""
         return all(key in metrics for metrics in self.metrics)

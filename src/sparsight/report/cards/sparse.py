@@ -10,11 +10,12 @@ def ask(sae: MainSae) -> Question:
     """Bits of the quantised codes beside those of all principal components at the same error."""
     says = f"At equal error the codes of {sae.name} take {{}} bits per activation, those of PCA {{}}"
     n = counted(sae.metrics[0]["n"], "activation")
-    measured = sae.has("bits")  # not with metrics: reconstruction
-    groups = [[sae.against(BITS, ("bits", "bits_pca"), "PCA (all components)", n, says)]] if measured else []
+    groups = []
+    if not sae.reconstruction_only:
+        groups.append([sae.against(BITS, ("bits", "bits_pca"), "PCA (all components)", n, says)])
     test, dense = (sae.mean(key) for key in ("dead_test", "dense_test"))
     silent = f"{test:.0f} never fire on test"
-    if measured:
+    if not sae.reconstruction_only:
         silent = f"{sae.mean('dead_train'):.0f} never fire on train, {test:.0f} never on test"
     d_sae = sae.about["d_sae"]
     facts = [
