@@ -14,6 +14,7 @@ from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 os.environ.setdefault("GOMP_SPINCOUNT", "20000")  # as the stages do
+os.environ.update(OMP_DYNAMIC="FALSE", MKL_DYNAMIC="FALSE", MKL_CBWR="AUTO")  # as the stages do: read at torch's import
 os.environ.setdefault("TRITON_INTERPRET", "1")  # the kernels of the CUDA backend, on CPU tensors
 
 import numpy as np
