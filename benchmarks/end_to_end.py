@@ -115,6 +115,8 @@ def main() -> None:
 def link_images(source: Path, n: int, folder: Path) -> tuple[int, int]:
     """Link ``n`` images, chosen at random, into train, and test for those held out; val, which we need, is test.
 
+    They are of one class: nobody here reads labels, and of many classes a draw may leave some without training images.
+
     Returns:
         Numbers of images to train on and held out.
     """
@@ -123,8 +125,7 @@ def link_images(source: Path, n: int, folder: Path) -> tuple[int, int]:
     chosen = random.Random(0).sample(files, n)
     n_held = min(HELD_OUT, n // 10)
     for i, path in enumerate(chosen):
-        parts = path.relative_to(source).parts
-        link = folder / ("test" if i < n_held else "train") / parts[0] / f"{i:06d}{path.suffix}"
+        link = folder / ("test" if i < n_held else "train") / "images" / f"{i:06d}{path.suffix}"
         link.parent.mkdir(parents=True, exist_ok=True)
         link.symlink_to(path.resolve())
     (folder / "val").symlink_to(folder / "test")

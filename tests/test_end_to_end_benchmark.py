@@ -45,6 +45,8 @@ def test_images_held_out_are_not_trained_on(task: Any) -> None:
     root = Path(task.images).parent
     train, test = ({p.resolve() for p in root.glob(f"{split}/*/*")} for split in ("train", "test"))
     assert (len(train), len(test)) == (18, 2) and not train & test
+    assert len({path.parent.name for path in train | test}) > 1, "drawn from several classes"
+    assert [path.name for path in (root / "train").iterdir()] == ["images"], "which need not all be in train"
 
 
 def test_our_overlay_has_one_site_and_one_sae(bench: ModuleType, task: Any) -> None:
