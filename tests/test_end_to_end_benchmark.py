@@ -32,7 +32,7 @@ def task(bench: ModuleType, tmp_path: Path) -> Any:
         (tmp_path / "pictures" / name).mkdir(parents=True)
         for i in range(10):
             Image.new("RGB", (8, 8), (i, 0, 0)).save(tmp_path / "pictures" / name / f"{i}.png")
-    bench.link_images(tmp_path / "pictures", 20, tmp_path / "images")
+    bench.link_images(tmp_path / "pictures", 20, tmp_path / "images", seed=0)
     weights = tmp_path / "vit.safetensors"
     save_file({"x": torch.zeros(1)}, weights)
     return bench.Task(
