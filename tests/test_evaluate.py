@@ -201,6 +201,33 @@ def test_spliced_values_are_those_of_a_hooked_forward_pass(split: Split) -> None
     assert spliced(backbone, split, ["blocks.1.mlp"], {"cls": [0]}, modes).metrics({"same": "same"}) == {}
 
 
+@pytest.mark.parametrize("positions", [{"cls": [0]}, {"cls": [0], "patches": list(range(1, 17))}])
+def test_fixed_replacements_of_every_token_need_the_model_from_the_last_site_on_alone(
+    split: Split, positions: dict[str, list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backbone, run, blocks = make_backbone(classes=2), Backbone.run_blocks, []
+    generator = torch.Generator().manual_seed(0)
+    given = {
+        (m, group): torch.randn(len(split) * len(tokens), D, generator=generator)
+        for m in range(len(SITES))
+        for group, tokens in positions.items()
+    }
+
+    def counted(self: Backbone, x: Tensor, first: int, last: int, *rest: Any, **more: Any) -> Any:
+        blocks.append(last - first)
+        return run(self, x, first, last, *rest, **more)
+
+    monkeypatch.setattr(Backbone, "run_blocks", counted)
+    modes = {"given": lambda clean: lambda m, group, h, before: given[m, group]}
+    slow = spliced(backbone, split, SITES, positions, modes)
+    n_slow = sum(blocks)
+    fast = spliced(backbone, split, SITES, positions, modes, fixed=["given"])
+    assert fast.kl == slow.kl and fast.kl["given"] > 0
+    assert all(np.array_equal(fast.right[name], slow.right[name]) for name in slow.right)
+    between = 1  # blocks between the two sites
+    assert n_slow - (sum(blocks) - n_slow) == (between if len(positions) == 2 else 0)
+
+
 def test_replacements_see_the_clean_pass_what_arrives_and_what_was_put_before(split: Split) -> None:
     backbone = make_backbone(classes=2)
     seen: list[tuple[int, str, Tensor, Tensor | None]] = []

@@ -139,7 +139,7 @@ def evaluate_chain(
         if values := [row[key] for row in by_site.values() if key in row]:
             metrics[key] = float(np.mean(values))
     positions = _positions(stores["test"], chain.sites[0], tokens, backbone)
-    in_model = spliced(backbone, test, chain.sites, positions, modes, n_images)
+    in_model = spliced(backbone, test, chain.sites, positions, modes, n_images, modes.keys() - {"online"})
     metrics |= in_model.metrics({mode: mode for mode in modes})
     write_json(work.out / "metrics.json", {**metrics, "record": record})
     log(_line(metrics))

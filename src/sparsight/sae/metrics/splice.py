@@ -4,7 +4,7 @@ Shapes: B batch, T tokens, D width (d_in), N rows = B x tokens of a group, C cla
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -86,7 +86,7 @@ class Spliced:
 @torch.no_grad()
 def spliced(
     backbone: Backbone, split: Split, names: Sequence[str], positions: Mapping[str, Sequence[int]],
-    modes: Mapping[str, Callable[[Clean], Replacement]], n_images: int | None = None,
+    modes: Mapping[str, Callable[[Clean], Replacement]], n_images: int | None = None, fixed: Collection[str] = (),
 ) -> Spliced:  # fmt: skip
     """Predictions of a model with replaced activations, and without.
 
@@ -100,6 +100,8 @@ def spliced(
         positions: positions of each token group whose activations are replaced, along the model's token axis.
         modes: by name, a function from the clean activations of a batch to the replacement.
         n_images: use the first images alone, at most so many; None takes all.
+        fixed: modes whose replacements do not depend on ``h`` and ``before``, but for their shapes. If every token is
+            replaced, what they do before the last site changes nothing, so the model runs from there alone.
     """
     n_images = len(split) if n_images is None else min(n_images, len(split))
     windows, labels = list(row_slices(n_images, _IMAGES)), split.labels[:n_images]
@@ -111,17 +113,17 @@ def spliced(
     answers: dict[str, list[Tensor]] = {name: [] for name in ("untouched", *modes)}
     kl: dict[str, Tensor | float] = dict.fromkeys(modes, 0.0)
 
-    def forward(x_BTD: Tensor, replace: Replacement | None) -> tuple[Tensor, list[dict[str, Tensor]]]:
-        """Run the model from the first site on: logits (B, C), and the rows that arrived at each site."""
-        block, arrived, before = starts[0], [], dict.fromkeys(positions)
-        for m, start in enumerate(starts):
+    def forward(x_BTD: Tensor, replace: Replacement | None, first: int = 0) -> tuple[Tensor, list[dict[str, Tensor]]]:
+        """Run the model from site number ``first`` on: logits (B, C), and the rows that arrived at each site."""
+        block, arrived, before = starts[first], [], dict.fromkeys(positions)
+        for m, start in enumerate(starts[first:], first):
             x_BTD, _ = backbone.run_blocks(x_BTD, block, start)
             block = start
             arrived.append({group: x_BTD[:, tokens].flatten(0, 1) for group, tokens in positions.items()})
             if replace is not None:
                 x_BTD = x_BTD.clone()
                 for group, tokens in positions.items():
-                    before[group] = value = replace(m, group, arrived[m][group], before[group])
+                    before[group] = value = replace(m, group, arrived[-1][group], before[group])
                     x_BTD[:, tokens] = value.unflatten(0, (len(x_BTD), -1))
         return backbone.classify(backbone.run_blocks(x_BTD, block, backbone.n_blocks)[0]), arrived
 
@@ -129,10 +131,11 @@ def spliced(
     for pixels in followed(batches, len(windows), "batches"):
         tokens_BTD = backbone.tokens(backbone.normalize(pixels))
         x_BTD, _ = backbone.run_blocks(tokens_BTD, 0, starts[0])  # once for all modes
+        whole = sum(map(len, positions.values())) == x_BTD.shape[1]
         logits, clean = forward(x_BTD, None)
         answers["untouched"].append(logits.argmax(dim=1))
         for name, mode in modes.items():
-            changed, _ = forward(x_BTD, mode(clean))
+            changed, _ = forward(x_BTD, mode(clean), len(starts) - 1 if whole and name in fixed else 0)
             answers[name].append(changed.argmax(dim=1))
             log_p, log_q = logits.double().log_softmax(dim=1), changed.double().log_softmax(dim=1)
             kl[name] = kl[name] + (log_p.exp() * (log_p - log_q)).sum()
