@@ -42,8 +42,8 @@ How to read the tables:
 Every number is of the commit that [Runs](#runs) names for its experiment. `steered-heads-cifar10` was run again after
 three things changed that move numbers ([changelog](../CHANGELOG.md)): the warm-up of backbones and head policies, the
 stream on which pruning fits its methods and controls, and the rows on which quantisation steps are chosen. Those on
-Tiny-ImageNet and CUB, `coloured-digits` and `coloured-shapes` came after these changes. The others are older; the second
-change concerns none of them.
+Tiny-ImageNet and CUB, `coloured-digits` and `coloured-shapes` came after these changes. The others are older; the
+second change concerns none of them.
 """
 UNITS = {"%": (100, 2), "share": (1, 4), "points": (100, 2), "cosine": (1, 3), "nats": (1, 4)}
 """Per unit, the factor on a metric and the digits shown."""
