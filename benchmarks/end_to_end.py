@@ -48,8 +48,8 @@ RATES = {
     "sparsight": 6e-3, "sparsight, bf16": 6e-3, "timm and PyTorch": 6e-3, "sae-lens": 3e-3, "saev": 4e-4,
     "vit-prisma": 0.0,
 }  # fmt: skip
-"""Learning rates. Of TopK SAEs the best of 1e-3, 2e-3, 3e-3, 4e-3, 6e-3 and 8e-3 on other images (``--seed 1 --lr
-RATE``); saev's default; ViT-Prisma trains no SAE."""
+"""Learning rates. Of TopK SAEs the best of 1e-3, 2e-3, 3e-3, 4e-3, 6e-3 and 8e-3 on the images of ``--seed 1``; saev's
+default; ViT-Prisma trains no SAE."""
 CANNOT = {
     "sparsight": "starts Snakemake, and a process for each stage",
     "sparsight, bf16": "the same; forward passes of the ViT in bf16",
