@@ -14,10 +14,11 @@ The dense product recomputes the rows that screening does not settle:
 
 * rows with too many candidates;
 * rows whose bound is not above 0 (only above 0 do screened values compare like integers);
-* rows whose k-th and (k+1)-th fp32 values are so close that the dense product's rounding may swap them.
+* rows whose k-th and (k+1)-th fp32 values are so close that the dense product's rounding may swap them. Of these it
+  needs the candidates alone.
 
 Shapes: B batch, D width (d_in), F latents (d_sae), K active latents (k), M candidates, G groups of latents,
-N candidates of all rows.
+N candidates of all rows, P pairs of a row and a group that has candidates.
 """
 
 from collections.abc import Callable
@@ -71,23 +72,33 @@ def select(
     pre_BM = (dots(x_BD, W_FD, indices_BM, active_BM) + b_F[indices_BM]).masked_fill(~active_BM, -torch.inf)
     best, order = pre_BM.topk(k + 1, dim=1)
     pre_BK, indices_BK = best[:, :k], indices_BM.gather(1, order[:, :k])
-    settled_B &= best[:, k - 1] - best[:, k] > tie_B
     unsettled = (~settled_B).nonzero().squeeze(1)
     if len(unsettled):
         pre_BK[unsettled], indices_BK[unsettled] = dense(x_BD[unsettled], W_enc_DF, b_enc_F, k)
+    tied_B = settled_B & (best[:, k - 1] - best[:, k] <= tie_B)
+    tied = tied_B.nonzero().squeeze(1)
+    if len(tied):  # their candidates are few
+        columns = latents_N[tied_B[rows_N]].unique()
+        bias = None if b_enc_F is None else b_enc_F[columns]
+        pre_BK[tied], places = dense(x_BD[tied], W_FD[columns].T, bias, k)
+        indices_BK[tied] = columns[places]
     return pre_BK, indices_BK
 
 
 def _bounds(x_BD: Tensor, W_FD: Tensor, b_F: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """bf16 operands (B, D + 2) and (F, D + 2), the error bound e and the distance below which values tie, (B,) both.
 
-    The bias enters the product as two columns: its bf16 value and the remainder. The weights are rounded in every
-    call, because no cheap check proves that a rounded copy from an earlier call is still up to date.
+    The bias enters the product as two columns: its bf16 value and the remainder. Rows of zeros fill the last group of
+    latents; their screened values are 0, and candidates are above 0. The weights are rounded in every call, because no
+    cheap check proves that a rounded copy from an earlier call is still up to date.
     """
     d_in = W_FD.shape[1]
     low_x = x_BD.new_ones(len(x_BD), d_in + 2, dtype=torch.bfloat16)
     low_x[:, :d_in] = x_BD
-    low_W = torch.empty(len(W_FD), d_in + 2, dtype=torch.bfloat16, device=W_FD.device)
+    padding = -len(W_FD) % _GROUP
+    padded_W = torch.empty(len(W_FD) + padding, d_in + 2, dtype=torch.bfloat16, device=W_FD.device)
+    low_W, _ = padded_W.split([len(W_FD), padding])
+    padded_W[len(W_FD) :] = 0
     low_W[:, d_in] = b_F
     low_W[:, d_in + 1] = b_F - low_W[:, d_in]
     sizes, errors = [], []
@@ -103,33 +114,25 @@ def _bounds(x_BD: Tensor, W_FD: Tensor, b_F: Tensor) -> tuple[Tensor, Tensor, Te
     bound_B = rounding_B * size + (norm_B + rounding_B) * error + bias + sums_B
     # Errors of sums of D terms grow as sqrt(D) (Higham and Mary 2019); 4 is many standard deviations.
     tie_B = 4 * _U32 * (d_in**0.5 * norm_B * size + largest)
-    return low_x, low_W, _SLACK * bound_B, tie_B
+    return low_x, padded_W, _SLACK * bound_B, tie_B
 
 
 def _candidates(low_x: Tensor, low_W: Tensor, bound_B: Tensor, tie_B: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Rows and latents of the candidates, (N,) both, sorted; they include every settled row's top-k and its ties."""
+    """Rows and latents of the candidates, (N,) both, sorted by row; with every settled row's top-k and its ties."""
     n_latents = len(low_W)
     n_groups = n_latents // _GROUP
     screened = torch.empty(min(_ROWS, len(low_x)), n_latents, dtype=torch.bfloat16, device=low_x.device)
-    positions = []
+    found = []
     for start in range(0, len(low_x), _ROWS):
         rows = slice(start, start + _ROWS)
         x = low_x[rows]
-        s = torch.mm(x, low_W.T, out=screened[: len(x)]).view(torch.int16)
-        maxima = s[:, : n_groups * _GROUP].view(len(x), _GROUP, n_groups).amax(dim=1)
+        s = torch.mm(x, low_W.T, out=screened[: len(x)]).view(torch.int16).view(len(x), _GROUP, n_groups)
+        maxima = s.amax(dim=1)
         m = maxima.topk(k, dim=1, sorted=False).values.amin(dim=1).view(torch.bfloat16).float()
-        floor = m - _SLACK * _U16 * m - 2 * bound_B[rows] - tie_B[rows]
-        floor = floor.masked_fill(~((floor > 0) & (m < torch.inf)), torch.inf).bfloat16()
-        positions.append(_positions(s >= floor.view(torch.int16).unsqueeze(1)) + start * n_latents)
-    places_N = torch.cat(positions)
-    return places_N // n_latents, places_N % n_latents
-
-
-def _positions(mask: Tensor) -> Tensor:
-    """Flat positions of the true entries of a mostly false mask; eight entries are tested as one 64-bit word."""
-    flat = mask.flatten()
-    if len(flat) % 8:
-        return flat.nonzero().squeeze(1)
-    words = flat.view(torch.int64).nonzero().squeeze(1)
-    word, byte = flat.view(-1, 8)[words].nonzero(as_tuple=True)
-    return words[word] * 8 + byte
+        floor = (m - _SLACK * _U16 * m - 2 * bound_B[rows] - tie_B[rows]).bfloat16()
+        floor = floor.masked_fill(~((floor > 0) & (m < torch.inf)), torch.inf).view(torch.int16).unsqueeze(1)
+        row_P, group_P = (maxima >= floor).nonzero(as_tuple=True)  # the other groups have no candidate
+        pair_N, place_N = (s[row_P, :, group_P] >= floor[row_P]).nonzero(as_tuple=True)
+        found.append((row_P[pair_N] + start, place_N * n_groups + group_P[pair_N]))
+    rows_N, latents_N = zip(*found, strict=True)
+    return torch.cat(rows_N), torch.cat(latents_N)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError
 
 import sparsight
+from sparsight.common.allocator import keep_freed_memory
 from sparsight.common.digests import digest, file_digest
 from sparsight.common.errors import SparsightError, reason
 from sparsight.common.files import write_json
@@ -179,7 +180,9 @@ def set_threads(threads: int) -> None:
 
 
 def prepare_torch(compute: Compute) -> "torch.device":
-    """Set torch to deterministic algorithms, full fp32 and the configured threads; returns the device.
+    """Set torch to deterministic algorithms, full fp32 and the configured threads, and keep freed memory.
+
+    Returns the device.
 
     On a GPU, full fp32 means that neither products nor convolutions round their inputs to TF32. Products in bf16 add
     up in fp32.
@@ -189,6 +192,7 @@ def prepare_torch(compute: Compute) -> "torch.device":
     """
     import torch
 
+    keep_freed_memory()
     torch.set_num_threads(compute.threads)
     torch.set_deterministic_debug_mode("error")  # use_deterministic_algorithms, without 3 s of imports
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # a pass over every array
