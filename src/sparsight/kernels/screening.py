@@ -75,7 +75,7 @@ def select(
     unsettled = (~settled_B).nonzero().squeeze(1)
     if len(unsettled):
         pre_BK[unsettled], indices_BK[unsettled] = dense(x_BD[unsettled], W_enc_DF, b_enc_F, k)
-    tied_B = settled_B & (best[:, k - 1] - best[:, k] <= tie_B)
+    tied_B = settled_B & ~(best[:, k - 1] - best[:, k] > tie_B)  # also where the difference is NaN
     tied = tied_B.nonzero().squeeze(1)
     if len(tied):  # their candidates are few
         columns = latents_N[tied_B[rows_N]].unique()
