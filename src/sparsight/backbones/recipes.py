@@ -153,7 +153,9 @@ class LinearProbeRecipe(Recipe):
         if head is None:
             raise SparsightError(f"training: {backbone.name} has no linear class head to probe with")
         super().__init__(section, backbone, head.requires_grad_(True), train, val, n_parallel)
-        self.embeddings_ND, self.val_ND = (_embeddings(backbone, split, section.batch_size) for split in (train, val))
+        self.embeddings_ND, self.val_ND = (
+            _embeddings(backbone, split, section.batch_size, self.parts) for split in (train, val)
+        )
 
     def inputs(self, rows: np.ndarray, generator: torch.Generator) -> Tensor:
         return self.embeddings_ND[sent(torch.from_numpy(rows), self.embeddings_ND.device)]
@@ -164,12 +166,16 @@ class LinearProbeRecipe(Recipe):
         return float(share(self.trained(self.val_ND), labels))
 
 
-def _embeddings(backbone: Backbone, split: Split, batch_size: int) -> Tensor:
+def _embeddings(backbone: Backbone, split: Split, batch_size: int, parts: MicroBatches) -> Tensor:
     """The classifier's input for each image, (N, D)."""
+
+    def embed(images_BCHW: Tensor) -> Tensor:
+        return backbone.taps(images_BCHW, ["embedding"])["embedding"]
+
     embeddings = []
     with Progress(len(split), "images") as progress:
         for pixels in split.batches(backbone.preprocess, batch_size, backbone.decoding_threads):
-            embeddings.append(backbone.taps(backbone.normalize(pixels), ["embedding"])["embedding"])
+            embeddings.append(parts.forward(embed, backbone.normalize(pixels)))
             progress(len(pixels))
     return torch.cat(embeddings)
 
