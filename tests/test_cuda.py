@@ -30,7 +30,7 @@ from sparsight.pipeline.stage import prepare_torch
 from sparsight.pruning import evaluate as pruning
 from sparsight.pruning import train as policies
 from sparsight.sae import Trainer
-from sparsight.sae.evaluate import evaluate, evaluate_chain
+from sparsight.sae.evaluate import evaluate, evaluate_chains
 from sparsight.sae.fit import fit
 from sparsight.sae.resae import load_chain
 from sparsight.steering.evaluate import steer
@@ -318,7 +318,7 @@ def test_the_evaluation_stage_of_a_chain(manifest: Manifest, stores: Stores, tmp
         chain = load_chain(tmp_path / "chain" / "x-s0")
         for one in chain.saes.values():
             one.requires_grad_(False)
-        evaluate_chain(chain.to(device), two_classes().to(device), stores, images, 0, work, {})
+        evaluate_chains({"x-s0": chain.to(device)}, two_classes().to(device), stores, images, 0, work, {})
 
     assert_alike(stage, tmp_path)
 

@@ -1,7 +1,7 @@
 """What the evaluation says of SAEs and chains, against numpy and plain forward passes with hooks."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from sparsight.images.manifest import Manifest, write_manifest
 from sparsight.images.split import Split
 from sparsight.sae import SAE
 from sparsight.sae import evaluate as sae_evaluate
-from sparsight.sae.evaluate import chain_errors, evaluate, evaluate_chain, redundancies
+from sparsight.sae.evaluate import chain_errors, evaluate, evaluate_chains, redundancies
 from sparsight.sae.metrics.measure import measure
 from sparsight.sae.metrics.splice import Clean, Replacement, spliced
 from sparsight.sae.moments import by_group, fit_moments
@@ -294,6 +294,26 @@ def test_saes_evaluated_together_get_the_files_that_each_gets_alone(split: Split
         assert found["kl_recovered"] == 1 - found["kl_spliced"] / found["kl_mean_instead"]
 
 
+def test_chains_evaluated_together_get_the_files_that_each_gets_alone(split: Split, tmp_path: Path) -> None:
+    backbone, splits = make_backbone(classes=2), dict.fromkeys(SPLITS, split)
+    store = real_store(backbone, split, tmp_path)
+    first = random_chain(store)
+    chains = {"s0": first, "s1": ReSAE(SITES, {site: random_sae(i + 7) for i, site in enumerate(SITES)}, first.maps)}
+
+    def evaluated(names: Sequence[str]) -> dict[str, bytes]:
+        chosen, out = {name: chains[name] for name in names}, tmp_path / "-".join(names)
+        with Work(out / "work", "key") as work:
+            evaluate_chains(chosen, backbone, dict.fromkeys(SPLITS, store), splits, 0, work, {})
+            work.finish(out / "out")
+        made = [path for path in (out / "out").rglob("*") if path.is_file()]
+        return {path.relative_to(out / "out").as_posix(): path.read_bytes() for path in made}
+
+    together, apart = evaluated(["s0", "s1"]), evaluated(["s0"]) | evaluated(["s1"])
+    assert together.keys() == apart.keys() and len(apart) == 2 * (1 + 4 * len(SITES))
+    assert [name for name in apart if together[name] != apart[name]] == []
+    assert json.loads(apart["s0/metrics.json"])["kl_online"] != json.loads(apart["s1/metrics.json"])["kl_online"]
+
+
 def test_a_chain_of_perfect_saes_changes_nothing_whatever_the_way_back(split: Split, tmp_path: Path) -> None:
     """d_sae = 2 d_in with a decoder of +-unit vectors and k = d_in rebuilds everything."""
     backbone = make_backbone(classes=2)
@@ -306,16 +326,18 @@ def test_a_chain_of_perfect_saes_changes_nothing_whatever_the_way_back(split: Sp
         one.about = {"tokens": "all"}
         chain.saes[site] = one
     with Work(tmp_path / "work", "key") as work:
-        evaluate_chain(chain, backbone, dict.fromkeys(SPLITS, store), dict.fromkeys(SPLITS, split), 0, work, {})
+        evaluate_chains(
+            {"chain": chain}, backbone, dict.fromkeys(SPLITS, store), dict.fromkeys(SPLITS, split), 0, work, {}
+        )
         work.finish(tmp_path / "out")
-    whole = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    whole = json.loads((tmp_path / "out" / "chain" / "metrics.json").read_text())
     assert whole["fvu"] < 1e-9 and whole["redundancy"] == pytest.approx(1)
     for mode in ("forced", "unchained", "online"):
         assert whole[f"kl_{mode}"] < 1e-9 and whole[f"accuracy_{mode}"] == whole["accuracy_untouched"]
     assert whole["kl_mean_instead"] > 1e-3
-    later = json.loads((tmp_path / "out" / SITES[1] / "metrics.json").read_text())
+    later = json.loads((tmp_path / "out" / "chain" / SITES[1] / "metrics.json").read_text())
     assert later["n"] == len(split) * 17 and later["fvu_residual"] < 1e-9
-    assert len(tables.read(tmp_path / "out" / SITES[1] / "latents.parquet")) == 2 * D
+    assert len(tables.read(tmp_path / "out" / "chain" / SITES[1] / "latents.parquet")) == 2 * D
 
 
 def test_the_reconstruction_of_a_chain_alone_is_what_all_metrics_say_of_it(
@@ -330,9 +352,9 @@ def test_the_reconstruction_of_a_chain_alone_is_what_all_metrics_say_of_it(
     def evaluated(name: str, alone: bool) -> Path:
         with Work(tmp_path / f"work-{name}", "key") as work:
             stores = dict.fromkeys(SPLITS, store)
-            evaluate_chain(chain, backbone, stores, splits, 0, work, {}, reconstruction_only=alone)
+            evaluate_chains({"chain": chain}, backbone, stores, splits, 0, work, {}, reconstruction_only=alone)
             work.finish(tmp_path / name)
-        return tmp_path / name
+        return tmp_path / name / "chain"
 
     whole, alone = evaluated("whole", False), evaluated("alone", True)
     for place in ("", *SITES):

@@ -21,7 +21,7 @@ from sparsight.images.manifest import Manifest
 from sparsight.pruning import evaluate as pruning
 from sparsight.report.latents.gather import details, images_of_latents
 from sparsight.sae import SAE
-from sparsight.sae.evaluate import evaluate, evaluate_chain
+from sparsight.sae.evaluate import evaluate, evaluate_chains
 from sparsight.sae.inputs import SaeInputs
 from sparsight.sae.metrics.stability import write_stability
 from sparsight.sae.moments import by_group, fit_moments
@@ -125,9 +125,11 @@ def test_chains(
         fit_moments(by_group(stores["train"], SITES, torch.device("cpu")), SITES),
     )
     with Work(tmp_path / "work", "key") as work:
-        evaluate_chain(chain, backbone, stores, {name: manifest.split(name) for name in SPLITS}, 0, work, {})
+        evaluate_chains(
+            {"chain": chain}, backbone, stores, {name: manifest.split(name) for name in SPLITS}, 0, work, {}
+        )
         work.finish(tmp_path / "out")
-    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    metrics = json.loads((tmp_path / "out" / "chain" / "metrics.json").read_text())
     assert finite([metrics], "fvu", "redundancy", "redundancy_random", "kl_online", "accuracy_forced")
 
 

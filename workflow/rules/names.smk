@@ -30,16 +30,13 @@ WORDS = [RUN.report.words] if RUN.report.words else []
 
 def read_by_evaluation(wildcards):
     """Every file that the stage reads; whether latents get names follows from other sections than its own."""
-    seed = getattr(wildcards, "seed", None)
-    saes = [
-        sae for sae in RUN.grids[wildcards.section] if seed is None or sae.startswith(f"{wildcards.section}-s{seed}/")
-    ]
+    seeds = sae_section(wildcards).seeds if sae_section(wildcards).sites else []
     return [
         f"{R}/images/manifest.parquet",
         backbone_of_sae(wildcards),
         *evaluation_stores(wildcards),
-        *expand(SAE_WEIGHTS, sae=saes),
-        *([] if seed is None else expand(MAPS, chain=f"{wildcards.section}-s{seed}")),
+        *expand(SAE_WEIGHTS, sae=RUN.grids[wildcards.section]),
+        *expand(MAPS, chain=expand(f"{wildcards.section}-s{{seed}}", seed=seeds)),
         *namer(wildcards),
         *embeddings(wildcards),
         *judge(wildcards),

@@ -3,7 +3,7 @@
 Shapes: N rows, D width (d_in), F latents (d_sae).
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -71,7 +71,7 @@ def evaluate(
     if reconstruction_only:
         results = measure_reconstruction(list(saes.values()), site, stores, labels, tokens=tokens)
         for name, result in zip(saes, _named(results, [], site, stores, None, seed), strict=True):
-            _write(work.out / name, result, result.metrics, record)
+            _write(work.out, name, result, result.metrics, record)
         return
     results = measure(list(saes.values()), site, stores, labels, len(test.classes), seed, tokens=tokens, judge=judge)
     results = _named(results, list(saes.values()), site, stores, words, seed, tokens=tokens)
@@ -83,15 +83,15 @@ def evaluate(
         metrics = {**result.metrics, **in_model.metrics({name: "spliced", "mean_instead": "mean_instead"})}
         if metrics.get("kl_mean_instead"):
             metrics["kl_recovered"] = 1 - metrics["kl_spliced"] / metrics["kl_mean_instead"]
-        _write(work.out / name, result, metrics, record)
+        _write(work.out, name, result, metrics, record)
 
 
-def evaluate_chain(
-    chain: ReSAE, backbone: Backbone, stores: Mapping[str, ActivationStore], images: Mapping[str, Split], seed: int,
-    work: Work, record: dict[str, Any], words: Words | None = None, judge: ActivationStore | None = None,
-    reconstruction_only: bool = False,
+def evaluate_chains(
+    chains: Mapping[str, ReSAE], backbone: Backbone, stores: Mapping[str, ActivationStore],
+    images: Mapping[str, Split], seed: int, work: Work, record: dict[str, Any], words: Words | None = None,
+    judge: ActivationStore | None = None, reconstruction_only: bool = False,
 ) -> None:  # fmt: skip
-    """Write the files of :func:`evaluate` to ``<site>/`` for every SAE, and ``metrics.json`` for the whole chain.
+    """Write ``<site>/`` with the files of :func:`evaluate` for every SAE, and ``metrics.json`` for each whole chain.
 
     ``stores``, ``images``, ``words`` and ``judge`` are those of :func:`evaluate`. With ``reconstruction_only`` a site
     has the results of :func:`measure_reconstruction`; those of the whole chain are the same.
@@ -104,45 +104,51 @@ def evaluate_chain(
     * ``unchained``: the same, but the clean activations go through the maps;
     * ``online``: one forward pass, in which every SAE encodes what arrives at its site;
     * ``mean_instead``: the train mean replaces every activation.
+
+    Args:
+        chains: chains with the same maps and SAEs of the same shapes, by the name of the folder that receives their
+            files. So baselines and the model without replacements are computed once.
     """
     _log_missing(images)
-    (tokens,) = {sae.about["tokens"] for sae in chain.saes.values()}
-    by_site, errors = {}, chain_errors(chain, stores["test"], tokens)
-    labels, test = {name: split.labels for name, split in images.items()}, images["test"]
-    for m, (site, sae) in enumerate(chain.saes.items()):
+    labels, test, one = (
+        {name: split.labels for name, split in images.items()},
+        images["test"],
+        next(iter(chains.values())),
+    )
+    (tokens,) = {sae.about["tokens"] for chain in chains.values() for sae in chain.saes.values()}
+    by_site: dict[str, dict[str, dict[str, Any]]] = {name: {} for name in chains}
+    errors = {name: chain_errors(chain, stores["test"], tokens) for name, chain in chains.items()}
+    for m, site in enumerate(one.sites):
+        saes = [chain.saes[site] for chain in chains.values()]
         if reconstruction_only:
-            results, words = measure_reconstruction([sae], site, stores, labels, chain, tokens), None
+            results, words = measure_reconstruction(saes, site, stores, labels, one, tokens), None
         else:
-            results = measure([sae], site, stores, labels, len(test.classes), seed, chain, tokens, judge)
-        (result,) = _named(results, [sae], site, stores, words, seed, chain, tokens)
-        site_metrics = {("fvu_residual" if key == "fvu" else key): value for key, value in result.metrics.items()}
-        by_site[site] = {**site_metrics, **errors[site], **(redundancies(chain, m, seed) if m else {})}
-        _write(work.out / site, result, by_site[site], record)
-
-    def forced(clean: Clean, chained: bool) -> Replacement:
-        rebuilt = {
-            group: chain.reconstruct({site: clean[m][group] for m, site in enumerate(chain.sites)}, group, chained)
-            for group in clean[0]
-        }
-        return lambda m, group, h, before: rebuilt[group][chain.sites[m]]
-
-    means = _means(stores["train"], chain.sites, tokens)
-    modes = {
-        "forced": lambda clean: forced(clean, True),
-        "unchained": lambda clean: forced(clean, False),
-        "online": lambda _: lambda m, group, h, before: chain.replace(m, h, before, group),
-        "mean_instead": lambda _: means,
-    }
+            results = measure(saes, site, stores, labels, len(test.classes), seed, one, tokens, judge)
+        results = _named(results, saes, site, stores, words, seed, one, tokens)
+        for (name, chain), result in zip(chains.items(), results, strict=True):
+            site_metrics = {("fvu_residual" if key == "fvu" else key): value for key, value in result.metrics.items()}
+            added = errors[name][site] | (redundancies(chain, m, seed) if m else {})
+            by_site[name][site] = site_metrics | added
+            _write(work.out, f"{name}/{site}", result, by_site[name][site], record)
+    means = _means(stores["train"], one.sites, tokens)
+    modes: dict[str, Callable[[Clean], Replacement]] = {"mean_instead": lambda _: means}
+    for name, chain in chains.items():
+        modes[f"{name} forced"] = partial(_forced, chain, chained=True)
+        modes[f"{name} unchained"] = partial(_forced, chain, chained=False)
+        modes[f"{name} online"] = partial(_online, chain)
     n_images = min(_IN_MODEL, len(test)) if reconstruction_only else len(test)
-    metrics: dict[str, float] = {"n": n_images}
-    for key in _AVERAGED:
-        if values := [row[key] for row in by_site.values() if key in row]:
-            metrics[key] = float(np.mean(values))
-    positions = _positions(stores["test"], chain.sites[0], tokens, backbone)
-    in_model = spliced(backbone, test, chain.sites, positions, modes, n_images, modes.keys() - {"online"})
-    metrics |= in_model.metrics({mode: mode for mode in modes})
-    write_json(work.out / "metrics.json", {**metrics, "record": record})
-    log(_line(metrics))
+    positions = _positions(stores["test"], one.sites[0], tokens, backbone)
+    fixed = [mode for mode in modes if not mode.endswith(" online")]
+    in_model = spliced(backbone, test, one.sites, positions, modes, n_images, fixed)
+    for name in chains:
+        metrics: dict[str, float] = {"n": n_images}
+        for key in _AVERAGED:
+            if values := [row[key] for row in by_site[name].values() if key in row]:
+                metrics[key] = float(np.mean(values))
+        own = {f"{name} {mode}": mode for mode in ("forced", "unchained", "online")}
+        metrics |= in_model.metrics({**own, "mean_instead": "mean_instead"})
+        write_json(work.out / name / "metrics.json", {**metrics, "record": record})
+        log(f"{name}: {_line(metrics)}")
 
 
 @torch.no_grad()
@@ -222,14 +228,15 @@ def _line(metrics: dict[str, Any]) -> str:
     return ", ".join(f"{name} {value if isinstance(value, str) else f'{value:.4g}'}" for name, value in metrics.items())
 
 
-def _write(folder: Path, found: Measured, metrics: dict[str, Any], record: dict[str, Any]) -> None:
-    """Write the files of an SAE."""
-    folder.mkdir(exist_ok=True)
+def _write(out: Path, name: str, found: Measured, metrics: dict[str, Any], record: dict[str, Any]) -> None:
+    """Write the files of an SAE into the folder of its name."""
+    folder = out / name
+    folder.mkdir(exist_ok=True, parents=True)
     write_json(folder / "metrics.json", {**metrics, "record": record})
     tables.write(folder / "latents.parquet", found.latents, _OF_CLASSES | NAMES)
     tables.write(folder / "baselines.parquet", found.baselines)
     tables.write(folder / "probing.parquet", found.probing, _OF_PROBES)
-    log(f"{folder.name}: {_line(metrics)}")
+    log(f"{name}: {_line(metrics)}")
 
 
 def _log_missing(images: Mapping[str, Split]) -> None:
@@ -249,6 +256,19 @@ def _positions(store: ActivationStore, site: str, tokens: str, backbone: Backbon
 
 def _decoded(sae: SAE, clean: Clean) -> Replacement:
     return lambda m, group, h, before: sae(h)
+
+
+def _forced(chain: ReSAE, clean: Clean, chained: bool) -> Replacement:
+    """See :func:`evaluate_chains`."""
+    rebuilt = {
+        group: chain.reconstruct({site: clean[m][group] for m, site in enumerate(chain.sites)}, group, chained)
+        for group in clean[0]
+    }
+    return lambda m, group, h, before: rebuilt[group][chain.sites[m]]
+
+
+def _online(chain: ReSAE, clean: Clean) -> Replacement:
+    return lambda m, group, h, before: chain.replace(m, h, before, group)
 
 
 def _means(store: ActivationStore, sites: list[str], tokens: str) -> Replacement:
