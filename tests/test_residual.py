@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sparsight import sae
 from sparsight.common.errors import SparsightError
-from sparsight.sae import Trainer
+from sparsight.sae import Trainer, moments
 from sparsight.sae.moments import Activations, Moments, fit_moments
 from sparsight.sae.resae import ReSAE, affine, load_chain
 
@@ -53,6 +53,22 @@ def test_streamed_maps_equal_ridge_regression_on_all_rows() -> None:
         expected = np.linalg.lstsq(stacked, np.vstack([yc, np.zeros((D, D))]), rcond=None)[0].T
         np.testing.assert_allclose(A.numpy(), expected, rtol=1e-8, atol=1e-10)
         np.testing.assert_allclose(c.numpy(), y.mean(axis=0) - expected @ x.mean(axis=0), rtol=1e-8, atol=1e-8)
+
+
+def test_a_map_is_of_the_first_rows_and_groups_count_by_all_of_theirs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(moments, "_ENOUGH", 60)
+    blocks = [{g: {s: x[i : i + 37] for s, x in rows(g).items()} for g in GROUPS} for i in range(0, N, 37)]
+    blocks += [{"cls": rows("cls", 900, seed=1)}]
+    found = fit_moments(blocks, SITES)
+    first = fit_moments([{g: {s: x[:74] for s, x in rows(g).items()} for g in GROUPS}], SITES)
+    saes = {site: sae.create("topk", D, F, K) for site in SITES}
+    a, b = ReSAE.fit(saes, found), ReSAE.fit(saes, first)
+    for group in GROUPS:
+        for (A, c), (B, d) in zip(a.maps[group], b.maps[group], strict=True):
+            torch.testing.assert_close(A, B)
+            torch.testing.assert_close(c, d)
+    means = {group: first[group].covariance(SITES[0], SITES[0])[1] for group in GROUPS}
+    torch.testing.assert_close(a.statistics(found)[SITES[0]][0], 0.8 * means["cls"] + 0.2 * means["patches"])
 
 
 def test_an_affine_model_leaves_no_residual_and_groups_have_maps_of_their_own() -> None:

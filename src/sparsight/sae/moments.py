@@ -19,13 +19,23 @@ Activations = Mapping[str, Tensor]
 Affine = tuple[Tensor, Tensor]
 """A (D, D) and c (D,), float64."""
 
+_ENOUGH = 2**18  # rows of a token group for an affine map; more would cost time and change little
+
 
 class Moments:
-    """Sums over the rows of one token group, for affine maps: float64, one pass, memory independent of N."""
+    """Sums over the rows of one token group, for affine maps: float64, one pass, memory independent of N.
 
-    def __init__(self, sites: Sequence[str]) -> None:
-        self.sites = list(sites)
+    Args:
+        sites: the sites, in the order of the model.
+        enough: number of rows from which on further batches are only counted; None adds all of them.
+    """
+
+    def __init__(self, sites: Sequence[str], enough: int | None = None) -> None:
+        self.sites, self.enough = list(sites), enough
         self.n = 0
+        """Rows in the sums."""
+        self.seen = 0
+        """Rows in the sums, and those that were only counted."""
         self._sums: dict[tuple[str, str], Tensor] = {}
 
     def update(self, rows: Activations) -> None:
@@ -37,6 +47,9 @@ class Moments:
         for site in self.sites:
             if site not in rows or rows[site].shape != rows[self.sites[0]].shape:
                 raise SparsightError(f"ReSAE: site {site!r} needs rows of the shape of {self.sites[0]!r}")
+        self.seen += len(rows[self.sites[0]])
+        if self.enough is not None and self.n >= self.enough:
+            return
         extended = {site: torch.nn.functional.pad(rows[site].double(), (0, 1), value=1.0) for site in self.sites}
         self.n += len(extended[self.sites[0]])
         for i, site in enumerate(self.sites):
@@ -84,9 +97,12 @@ def by_group(
 
 
 def fit_moments(batches: Iterable[Mapping[str, Activations]], sites: Sequence[str]) -> dict[str, Moments]:
-    """Moments of each token group, from one pass over batches of {token group: {site: rows (N, D)}}."""
+    """Moments of each token group, from one pass over batches of {token group: {site: rows (N, D)}}.
+
+    The first 262,144 rows of a group, and the rest of their batch, are enough; a store's images are in random order.
+    """
     moments: dict[str, Moments] = {}
     for batch in batches:
         for group, rows in batch.items():
-            moments.setdefault(group, Moments(sites)).update(rows)
+            moments.setdefault(group, Moments(sites, _ENOUGH)).update(rows)
     return moments

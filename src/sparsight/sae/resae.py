@@ -101,13 +101,13 @@ class ReSAE:
         Raises:
             SparsightError: the residual at a site does not vary.
         """
-        total, out = sum(sums.n for sums in moments.values()), {}
+        total, out = sum(sums.seen for sums in moments.values()), {}
         for m, site in enumerate(self.sites):
             parts = []
             for group, sums in moments.items():
                 before = (self.sites[m - 1], self.maps[group][m - 1]) if m else ()
                 of_site = sums.spread(site)[1]
-                parts.append([sums.n / total * value for value in (*sums.spread(site, *before), of_site)])
+                parts.append([sums.seen / total * value for value in (*sums.spread(site, *before), of_site)])
             mean, square, whole = (torch.stack(values).sum(dim=0) for values in zip(*parts, strict=True))
             variance = float(square - mean.square().sum()) / len(mean)
             # The variance is a difference of sums of this size, so less is rounding error.
