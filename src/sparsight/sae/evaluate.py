@@ -110,11 +110,9 @@ def evaluate_chains(
             files. So baselines and the model without replacements are computed once.
     """
     _log_missing(images)
-    labels, test, one = (
-        {name: split.labels for name, split in images.items()},
-        images["test"],
-        next(iter(chains.values())),
-    )
+    labels, test = {name: split.labels for name, split in images.items()}, images["test"]
+    one = next(iter(chains.values()))
+    assert all(_maps_alike(one, chain) for chain in chains.values()), "chains of one section have one fit"
     (tokens,) = {sae.about["tokens"] for chain in chains.values() for sae in chain.saes.values()}
     by_site: dict[str, dict[str, dict[str, Any]]] = {name: {} for name in chains}
     errors = {name: chain_errors(chain, stores["test"], tokens) for name, chain in chains.items()}
@@ -256,6 +254,12 @@ def _positions(store: ActivationStore, site: str, tokens: str, backbone: Backbon
 
 def _decoded(sae: SAE, clean: Clean) -> Replacement:
     return lambda m, group, h, before: sae(h)
+
+
+def _maps_alike(a: ReSAE, b: ReSAE) -> bool:
+    """Whether two chains have the same maps."""
+    tensors = ([t for pairs in chain.maps.values() for pair in pairs for t in pair] for chain in (a, b))
+    return all(torch.equal(one, other) for one, other in zip(*tensors, strict=True))
 
 
 def _forced(chain: ReSAE, clean: Clean, chained: bool) -> Replacement:
