@@ -363,4 +363,4 @@ def test_controls_and_a_judge_that_come_or_go_leave_training_as_it_was(run: Path
     plan = commands(folder)
     assert not any("/sae.py" in command or "/backbone.py" in command for command in plan)
     again = {command.split("--name ")[1].split()[0] for command in plan if "/evaluate" in command}
-    assert again == {"topk", "resae-s0"}, "the judge's store is an input"
+    assert again == {"topk", "resae"}, "the judge's store is an input"
