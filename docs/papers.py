@@ -128,13 +128,8 @@ def read(papers: Any) -> Iterator[tuple[str, list[Table]]]:
             found = Table(table["title"], table.get("note", ""), answer=table.get("answer", ""))
             for i, column in enumerate(table["columns"]):
                 for row in table["rows"]:
-                    keys = {key: _filled(row.get(key, ""), column) for key in ("metric", "over", "minus")}
                     paper = row["paper"][i] if "paper" in row else None
-                    unit = row.get("unit", table["unit"])
-                    entry = Entry(
-                        column["experiment"], row["what"], unit=unit, column=column["name"], paper=paper, **keys
-                    )
-                    found.entries.append(entry)
+                    found.entries.append(_entry(table, row, column, paper))
             tables.append(found)
         yield _name(system), tables
 
@@ -142,15 +137,30 @@ def read(papers: Any) -> Iterator[tuple[str, list[Table]]]:
 def figures(about: dict[str, Any]) -> Iterator[Drawn]:
     """The figures of a system or of a study of our own."""
     for figure in about.get("figures", []):
-        entries = {
-            line["name"]: [
-                (x, Entry(figure["experiment"], line["name"], metric, figure["unit"], over=over))
-                for x, metric, over in line["points"]
-            ]
+        lines = {
+            line["what"]: [(column["x"], _entry(figure, line, column)) for column in figure["columns"]]
             for line in figure["lines"]
         }
         kept = {key: figure[key] for key in ("name", "title", "x", "y", "log_y") if key in figure}
-        yield Drawn(lines=entries, **kept)
+        yield Drawn(lines=lines, **kept)
+
+
+def every_entry(papers: Any) -> Iterator[Entry]:
+    """The numbers of all tables and figures."""
+    for _, tables in read(papers):
+        for table in tables:
+            yield from table.entries
+    for about in (*papers["systems"], *papers["ours"]):
+        for figure in figures(about):
+            for points in figure.lines.values():
+                yield from (entry for _, entry in points)
+
+
+def _entry(about: dict[str, Any], row: dict[str, Any], column: dict[str, Any], paper: float | None = None) -> Entry:
+    """The number of one row (of a table) or line (of a figure) in one column."""
+    keys = {key: _filled(row.get(key, ""), column) for key in ("metric", "over", "minus")}
+    unit, name = row.get("unit", about["unit"]), column.get("name", "")
+    return Entry(column["experiment"], row["what"], unit=unit, column=name, paper=paper, **keys)
 
 
 def _name(about: dict[str, Any]) -> str:
@@ -330,10 +340,7 @@ def record(run: str, folder: Path, papers: Any) -> dict[str, Any]:
     Raises:
         SparsightError: a run that papers.yaml does not name, that is not finished, or that lacks a metric.
     """
-    abouts = (*papers["systems"], *papers["ours"])
-    drawn = [e for about in abouts for figure in figures(about) for points in figure.lines.values() for _, e in points]
-    every = [e for _, tables in read(papers) for table in tables for e in table.entries] + drawn
-    entries = [entry for entry in every if entry.experiment == run]
+    entries = [entry for entry in every_entry(papers) if entry.experiment == run]
     named = {key for entry in entries for key in entry.keys}
     if not named:
         raise SparsightError(f"{run}: experiments/papers.yaml does not name this experiment; add it there")

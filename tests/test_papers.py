@@ -35,19 +35,18 @@ def test_page_is_up_to_date(papers: ModuleType) -> None:
 
 
 def test_every_number_is_of_a_section_that_its_experiment_has(papers: ModuleType) -> None:
-    for _, tables in papers.read(PAPERS):
-        for entry in (entry for table in tables for entry in table.entries):
-            config = copy.deepcopy(yaml.safe_load((ROOT / "params.yaml").read_text()))
-            update_config(config, yaml.safe_load((ROOT / "experiments" / f"{entry.experiment}.yaml").read_text()))
-            sections = {
-                "backbone": "backbones", "steering": "steering", "pruning": "policies", "disentangling": "disentangle",
-            }  # fmt: skip
-            for key in entry.keys:
-                stage, name, *rest = key.split(".")
-                if stage.endswith("-stability"):
-                    stage, name = "sae", stage.removesuffix("-stability")
-                assert config[sections.get(stage, "saes")][name.removesuffix("-s*")] is not None, entry
-                assert stage != "steering" or len(rest) == 3 or rest[0] in {"gate-0", *config["other_images"]}, entry
+    for entry in papers.every_entry(PAPERS):
+        config = copy.deepcopy(yaml.safe_load((ROOT / "params.yaml").read_text()))
+        update_config(config, yaml.safe_load((ROOT / "experiments" / f"{entry.experiment}.yaml").read_text()))
+        sections = {
+            "backbone": "backbones", "steering": "steering", "pruning": "policies", "disentangling": "disentangle",
+        }  # fmt: skip
+        for key in entry.keys:
+            stage, name, *rest = key.split(".")
+            if stage.endswith("-stability"):
+                stage, name = "sae", stage.removesuffix("-stability")
+            assert config[sections.get(stage, "saes")][name.removesuffix("-s*")] is not None, entry
+            assert stage != "steering" or len(rest) == 3 or rest[0] in {"gate-0", *config["other_images"]}, entry
 
 
 SOME: Any = {
@@ -121,10 +120,13 @@ def test_findings_come_first_and_what_nobody_has_run_last(papers: ModuleType, tm
 
 def test_a_figure_is_drawn_once_all_of_its_numbers_are_recorded(papers: ModuleType, tmp_path: Path) -> None:
     some = copy.deepcopy(SOME)
-    points = [[1000, "sae.y-s*.fvu", "sae.y-s*.fvu_pca_k"], [4_000_000, "sae.z-s*.fvu", ""]]
-    line = {"name": "one", "points": points}
-    figure = {"name": "f", "title": "A figure", "experiment": "run", "x": "tokens", "y": "change", "unit": "%"}
-    some["systems"][0]["figures"] = [{**figure, "lines": [line]}]
+    columns = [
+        {"x": 1000, "experiment": "run", "sae": "y", "control": "sae.y-s*.fvu_pca_k"},
+        {"x": 4_000_000, "experiment": "run", "sae": "z", "control": ""},
+    ]
+    line = {"what": "one", "metric": "sae.<sae>-s*.fvu", "over": "<control>"}
+    figure = {"name": "f", "title": "A figure", "x": "tokens", "y": "change", "unit": "%"}
+    some["systems"][0]["figures"] = [{**figure, "columns": columns, "lines": [line]}]
     assert "](f.svg)" not in papers.page(some, {})
     metrics = {**METRICS, "sae.z-s0.fvu": 0.1, "sae.z-s1.fvu": 0.3}
     measured = {"run": papers.record("run", results(tmp_path / "run", metrics), some)}
