@@ -80,11 +80,13 @@ def _unlisted(reporter: pytest.TerminalReporter) -> list[str]:
 
 
 def script(path: str) -> ModuleType:
-    """A script of the repository that belongs to no package, imported."""
+    """A script of the repository that belongs to no package, imported; it finds the modules beside it, as when run."""
     spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend((ROOT / path).parent)
+        spec.loader.exec_module(module)
     return module
 
 

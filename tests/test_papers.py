@@ -2,6 +2,7 @@
 
 import copy
 import hashlib
+import itertools
 import json
 from pathlib import Path
 from types import ModuleType
@@ -34,19 +35,19 @@ def test_page_is_up_to_date(papers: ModuleType) -> None:
             assert (ROOT / "docs" / f"{figure.name}.svg").read_text() == papers.draw(figure, measured)
 
 
-def test_every_number_is_of_a_section_that_its_experiment_has(papers: ModuleType) -> None:
-    for entry in papers.every_entry(PAPERS):
-        config = copy.deepcopy(yaml.safe_load((ROOT / "params.yaml").read_text()))
-        update_config(config, yaml.safe_load((ROOT / "experiments" / f"{entry.experiment}.yaml").read_text()))
-        sections = {
-            "backbone": "backbones", "steering": "steering", "pruning": "policies", "disentangling": "disentangle",
-        }  # fmt: skip
-        for key in entry.keys:
-            stage, name, *rest = key.split(".")
-            if stage.endswith("-stability"):
-                stage, name = "sae", stage.removesuffix("-stability")
-            assert config[sections.get(stage, "saes")][name.removesuffix("-s*")] is not None, entry
-            assert stage != "steering" or len(rest) == 3 or rest[0] in {"gate-0", *config["other_images"]}, entry
+def test_every_number_is_of_a_section_that_its_experiment_has() -> None:
+    sections = {"backbone": "backbones", "steering": "steering", "pruning": "policies", "disentangling": "disentangle"}
+    entries = script("docs/entries.py").every_entry(PAPERS)
+    for experiment, of_experiment in itertools.groupby(entries, lambda entry: entry.experiment):
+        config = yaml.safe_load((ROOT / "params.yaml").read_text())
+        update_config(config, yaml.safe_load((ROOT / "experiments" / f"{experiment}.yaml").read_text()))
+        for entry in of_experiment:
+            for key in entry.keys:
+                stage, name, *rest = key.split(".")
+                if stage.endswith("-stability"):
+                    stage, name = "sae", stage.removesuffix("-stability")
+                assert config[sections.get(stage, "saes")][name.removesuffix("-s*")] is not None, entry
+                assert stage != "steering" or len(rest) == 3 or rest[0] in {"gate-0", *config["other_images"]}, entry
 
 
 SOME: Any = {
@@ -161,6 +162,19 @@ def test_the_answer_on_steered_heads_stands_with_its_intervals(papers: ModuleTyp
     assert "| probe | 0.350 | 0.700 | -1.20 (-2.00 to -0.40) | 1.80 |" in page
     assert "| class-static | oracle | 3 | 0.400 | -1.20 (-2.00 to -0.40) | 1.80 |" in page
     assert "| logit-bias | probe | 0.350 | 0.360 | -1.20 (-2.00 to -0.40) |" in page
+
+
+def test_beside_no_paper_every_column_of_a_table_is_one_of_the_page_s(papers: ModuleType, tmp_path: Path) -> None:
+    some = copy.deepcopy(SOME)
+    table = some["systems"][0]["tables"][0]
+    table["columns"] = [{"name": name, "experiment": "run", "sae": name} for name in ("y", "z")]
+    table["columns"].append({"name": "Z", "experiment": "later", "sae": "z"})
+    fvu = {"what": "FVU", "metric": "sae.<sae>-s*.fvu"}
+    table["rows"] = [fvu, {"what": "FVU", "unit": "share", "metric": "sae.<sae>-s*.fvu"}]
+    folder = results(tmp_path / "run", {"sae.y-s2.fvu": 0.25, "sae.z-s2.fvu": 0.5})
+    page = papers.page(some, {"run": papers.record("run", folder, some)})
+    assert "| what | unit | y | z |\n|---|---|---|---|\n" in page, "a column for each that is recorded"
+    assert "| FVU | % | 25.00 | 50.00 |\n| FVU | share | 0.2500 | 0.5000 |\n" in page
 
 
 def test_changes_against_a_control_are_taken_seed_by_seed(papers: ModuleType, tmp_path: Path) -> None:
