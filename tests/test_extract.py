@@ -4,10 +4,11 @@ import resource
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
+import torch
 import zarr
 from conftest import make_backbone, make_folder
 
@@ -114,6 +115,18 @@ def test_bf16_is_close_to_fp32_and_not_equal(split: Split, tmp_path: Path) -> No
     for site in SITES:
         a, b = full.rows(site)[:].astype(np.float32), half.rows(site)[:].astype(np.float32)
         assert 0 < np.abs(a - b).max() < 0.1 * np.abs(a).max()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("supported", [True, False])
+def test_bf16_on_a_processor_without_it_is_said_to_be_slow(
+    split: Split, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], supported: bool,
+    precision: Literal["fp32", "bf16"],
+) -> None:  # fmt: skip
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: supported)
+    make_store(split, tmp_path, Compute(precision=precision))
+    said = "compute.precision: bf16: this processor has no instructions for bf16" in capsys.readouterr().err
+    assert said == (precision == "bf16" and not supported)
 
 
 KILLED = """

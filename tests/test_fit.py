@@ -249,6 +249,16 @@ def test_the_pass_term_draws_codes_of_a_class_together(tmp_path: Path) -> None:
     assert spread(0.8) < 0.8 * spread(0.0)
 
 
+@pytest.mark.parametrize("supported", [True, False])
+def test_bf16_training_on_a_processor_without_it_is_said_to_be_slow(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], supported: bool
+) -> None:
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: supported)
+    train(store, tmp_path, seeds=(0,), bf16=True)
+    said = "bf16: true: this processor has no instructions for bf16" in capsys.readouterr().err
+    assert said == (not supported)
+
+
 def test_bf16_training_gives_the_same_bytes_twice_and_learns_as_fp32_does(store: Path, tmp_path: Path) -> None:
     one, two, full = (train(store, tmp_path / n, seeds=(0,), bf16=n != "full") for n in ("one", "two", "full"))
     assert (one / "grid-s0/sae.safetensors").read_bytes() == (two / "grid-s0/sae.safetensors").read_bytes()

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 from conftest import ROOT, shared_folder, snakemake, workspace
-from runs import copy_of
+from runs import commands, copy_of
 
 from sparsight.common.digests import file_digest
 from sparsight.common.files import write_json
@@ -116,6 +116,19 @@ def test_other_code_is_seen(made: Run) -> None:
 def test_free_fields_change_nothing(made: Run) -> None:
     config = {**PARAMS["compute"], "workers": 3}
     assert renew(make_run(compute=config)) == ""
+
+
+def test_the_precision_changes_extraction_alone(made: Run, tmp_path: Path) -> None:
+    run = make_run(compute={**PARAMS["compute"], "precision": "bf16"})
+    assert renew(run) == ""
+    of_stores = [records.settings(one.compute, one.activations, one.seed, "code")["compute"] for one in (made, run)]
+    assert of_stores[0] != of_stores[1]
+    folder = workspace(tmp_path / "work")
+    (folder / "tiny.yaml").write_text(SMALL.replace("threads: 1", "threads: 1, precision: bf16"))
+    plan = commands(folder)
+    assert {"extract.py", "sae.py", "backbone.py"} <= {re.findall(r"\w+\.py", command)[0] for command in plan}
+    for command in plan:  # Snakemake makes again what has other flags
+        assert ("--precision=bf16" in command) == ("/extract.py" in command), command
 
 
 @pytest.mark.parametrize("name", ["images/manifest.parquet", "saes/topk-s0/sae.safetensors"])

@@ -49,8 +49,8 @@ def flags(code, section=None):
     """
 
     def text(wildcards):
-        common = f"--seed {RUN.seed} --code {of(code, wildcards)} {to_flags(RUN.compute)}"
         own = of(section, wildcards)
+        common = f"--seed {RUN.seed} --code {of(code, wildcards)} {to_flags(RUN.compute.of_stage(own))}"
         return f"{common} {to_flags(own)}" if own is not None else common
 
     return text

@@ -20,6 +20,7 @@ from sparsight.activations.transfers import Transfers
 from sparsight.activations.writer import Plan, StoreWriter, shard_size
 from sparsight.backbones.backbone import Backbone
 from sparsight.common import sites
+from sparsight.common.devices import log_slow_bf16
 from sparsight.common.errors import SparsightError
 from sparsight.common.files import write_atomic, write_json
 from sparsight.common.progress import Progress
@@ -50,6 +51,8 @@ def extract(
         SparsightError: a site that the model does not have, tokens that it does not have, too little disk
             space, an image that cannot be read, or a value that cannot be stored.
     """
+    if compute.precision == "bf16":
+        log_slow_bf16(backbone.device, "compute.precision: bf16")
     plan = _plan(backbone, section, len(split))
     writer = StoreWriter(store, plan, work.state)
     records = _records(writer, work, part, section.parts)

@@ -1,9 +1,10 @@
 """How a run uses the machine."""
 
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 from sparsight.common.digests import FREE
+from sparsight.config.activations import Activations
 from sparsight.config.bounds import Count, CountOrZero
 from sparsight.config.checks import Section
 
@@ -20,11 +21,16 @@ class Compute(Section):
     instead."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Precision of the forward passes that fill the activation store, and of nothing else: all other stages compute in
-    fp32 and say so in their logs (an SAE's own training: ``bf16`` in its section). ``bf16`` (autocast) is faster where
-    the hardware supports it; values differ in the third digit."""
+    fp32, and a change does not make them again (an SAE's own training: ``bf16`` in its section). ``bf16`` (autocast) is
+    faster on a GPU and on a processor with instructions for it, and many times slower on another; values differ in the
+    third digit."""
     workers: CountOrZero = field(default=0, metadata=FREE)
     """Number of processes that decode images for each stage. 0 decodes in threads of the stage itself, which is
     faster for small images; beside a GPU they are as many as the stage may use cores. Never changes a result."""
+
+    def of_stage(self, section: Any) -> "Compute":
+        """What of it decides the result of the stage with this section: ``precision`` counts for extraction alone."""
+        return self if isinstance(section, Activations) else replace(self, precision="fp32")
 
 
 _ROWS = 32  # with fewer rows per part, launching operations takes a tenth to a quarter of the CPU time

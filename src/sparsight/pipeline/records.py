@@ -11,15 +11,16 @@ from pathlib import Path
 from typing import Any
 
 from sparsight.common.digests import digest, file_digest
+from sparsight.config import Compute
 
 VOLATILE = {"timings.json", "provenance.json"}
 """Files with times and host names, which differ between equal runs."""
 
 
-def settings(compute: Any, section: Any, seed: int, code: str) -> dict[str, Any]:
+def settings(compute: Compute, section: Any, seed: int, code: str) -> dict[str, Any]:
     """The settings and the code that decide a stage's result, as its record holds them."""
     config = digest(section) if section is not None else None
-    return {"compute": digest(compute), "config": config, "seed": seed, "code": code}
+    return {"compute": digest(compute.of_stage(section)), "config": config, "seed": seed, "code": code}
 
 
 def content(

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from sparsight import config
 from sparsight.activations.store import ActivationStore, Rows
+from sparsight.common.devices import log_slow_bf16
 from sparsight.common.digests import is_free
 from sparsight.common.errors import SparsightError
 from sparsight.common.member import Member
@@ -292,6 +293,8 @@ class _Training:
         self.names, self.inputs = list(grid), inputs
         sites, saes = [site for site, _ in grid.values()], [sae for _, sae in grid.values()]
         precision: Literal["fp32", "bf16"] = "bf16" if section.bf16 else "fp32"
+        if section.bf16:
+            log_slow_bf16(saes[0].W_dec.device, "bf16: true")
         weights = section.prototype_weight, section.mutual
         options = saes, section.lr, section.dead_after, sites, precision, *weights, section.frozen
         trainer = ShardedTrainer if section.split else Trainer
