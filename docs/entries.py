@@ -198,7 +198,7 @@ def record(run: str, folder: Path, papers: Any) -> dict[str, Any]:
 
 
 def _pruning(folder: Path) -> dict[str, Any]:
-    """The numbers of every head policy that :func:`_steered_heads` shows."""
+    """The numbers of every head policy that the page shows."""
     columns = (
         "strategy",
         "labels",

@@ -21,9 +21,9 @@ class Compute(Section):
     instead."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Precision of the forward passes that fill the activation store, and of nothing else: all other stages compute in
-    fp32, and a change does not make them again (an SAE's own training: ``bf16`` in its section). ``bf16`` (autocast) is
-    faster on a GPU and on a processor with instructions for it, and many times slower on another; values differ in the
-    third digit."""
+    fp32 (an SAE's own training: ``bf16`` in its section). A change makes the store again and what is computed from it,
+    not images and backbones. ``bf16`` (autocast) is faster on a GPU and on a processor with instructions for it, and
+    many times slower on another; values differ in the third digit."""
     workers: CountOrZero = field(default=0, metadata=FREE)
     """Number of processes that decode images for each stage. 0 decodes in threads of the stage itself, which is
     faster for small images; beside a GPU they are as many as the stage may use cores. Never changes a result."""
