@@ -13,7 +13,7 @@ configfile: os.path.relpath(f"{workflow.basedir}/params.yaml")
 
 
 try:
-    RUN = load_run(config)
+    RUN = load_run(config, workflow.configfiles)
     check_writable(RUN.folder)
 except SparsightError as error:
     sys.exit(f"error in params.yaml or its overlay: {error}")

@@ -30,6 +30,7 @@ def one_line(done: subprocess.CompletedProcess[str]) -> str:
         ("images: {source: folder, path: no/such}", "images.path: there is no folder 'no/such'; give the folder"),
         ("saes: {topk: {k: 49}}", "saes.topk.k: 49 active latents are more than d_sae = 48; lower k or raise d_sae"),
         ("saes: {topk: {kind: topkk}}", "saes.topk.kind: there is no SAE 'topkk'; known: archetypal, batchtopk"),
+        ("saes: {topk: {k: 4,\n  k: 5}}", "bad.yaml, line 2: k: stands in line 1 of this section already; remove one"),
         ("activations: {sites: [blocks.3.input]}", "'blocks.3.input' does not exist; the blocks are numbered 0 to 2"),
     ],
 )

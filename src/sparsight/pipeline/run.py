@@ -2,7 +2,7 @@
 
 import dataclasses
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -26,6 +26,7 @@ from sparsight.config import (
 )  # fmt: skip
 from sparsight.config.bounds import CountOrZero, bounds_of, check
 from sparsight.config.schema import check_keys, parse
+from sparsight.config.twice import check_no_key_twice
 from sparsight.pipeline.controls import names_of, with_controls
 from sparsight.pipeline.links import check_links
 
@@ -151,16 +152,22 @@ class Run:
         return [sae for name, sae in self.steering_names.items() if name.rpartition("-s")[0] == section]
 
 
-def load_run(config: Mapping[str, Any]) -> Run:
+def load_run(config: Mapping[str, Any], files: Iterable[str | Path] = ()) -> Run:
     """Validate a merged configuration (params.yaml with its overlays).
 
     ``null`` in an overlay removes a named section (in other_images, backbones, saes, policies, steering,
     disentangle, attribution or spurious) and every section that depends on it. Without policies, ``pruning`` may be
     null too.
 
+    Args:
+        config: the configuration.
+        files: those that it was merged from; in none of them may a key stand twice.
+
     Raises:
-        SparsightError: an unknown key, a wrong type, an invalid value, or sections that do not fit together.
+        SparsightError: an unknown key, a wrong type, an invalid value, sections that do not fit together, or a key that
+            stands twice.
     """
+    check_no_key_twice(files)
     fields = {f.name: f for f in dataclasses.fields(Run)}
     check_keys(config, fields, "configuration")
     for key in fields:
